@@ -1,0 +1,33 @@
+# Each target works as the first command in a fresh clone: it makes .venv and installs into it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check install clean
+
+demo: .venv/installed
+	$(BIN)/diptych demo --output demo
+
+test: .venv/tested
+	$(BIN)/python -m pytest
+
+check: .venv/tested
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -W error
+
+install: .venv/installed
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python setup.py
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info demo

@@ -1,0 +1,1 @@
+"""Models and their training loops. Nothing here knows Apache Beam."""

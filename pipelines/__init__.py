@@ -1,0 +1,1 @@
+"""Jobs: one module a job, each builds one Beam graph."""

@@ -1,0 +1,79 @@
+"""Raw shards to clean images of one size: `diptych prepare --input SRC --output OUT`.
+
+diptych prepare --input data/coco --output out
+"""
+
+import apache_beam as beam
+
+from pipelines.job import State, digest, fingerprint, open_output, options_to_json
+from pipelines.options import PrepareOptions
+from pipelines.running import Result, run_job
+from transforms.clean import CleanCaptions
+from transforms.finish import FinishJob
+from transforms.read import ReadShards
+from transforms.resize import ResizeImages
+from transforms.schemas import images_schema
+from transforms.sink import Sink, WriteChunks
+from transforms.sources import open_source
+from transforms.sources.annotations import plan_counters
+from transforms.sources.base import Shard
+from transforms.storage import join
+
+# Rows of an annotation file that one worker reads: enough work for one, enough shards for many
+_CHUNKS_A_SHARD = 8
+
+
+def prepare(options: PrepareOptions) -> Result:
+    """Runs the job to its end, or on from where it stopped.
+
+    Raises:
+        DiptychError: The run failed; what was committed stays, and the same call goes on from there.
+    """
+    source = open_source(options.inputs, options.format, options.source)
+    print_of_run = fingerprint("prepare", source.inputs(), _bytes_options(options))
+    state = open_output(options.output, ("images",), print_of_run, options.overwrite)
+    if state is State.DONE:
+        return Result.of(options.output, state)
+    shards = source.shards(join(options.output, "_plan"), options.chunk_rows * _CHUNKS_A_SHARD)
+    job = {
+        "job": "prepare",
+        "version": print_of_run["versions"]["diptych"],
+        "fingerprint": digest(print_of_run),
+    }
+    columns = options.source.metadata_columns
+    schema = images_schema(columns, options.resize.size_px, options.resize.pixels)
+    sink = Sink(options.output, "images", job, schema)
+
+    def build(pipeline: beam.Pipeline) -> None:
+        prepare_graph(pipeline, shards, options, sink)
+
+    run_job(build, options.beam_args, len(shards), options.quiet)
+    return Result.of(options.output, state)
+
+
+def prepare_graph(pipeline: beam.Pipeline, shards: list[Shard], options: PrepareOptions, sink: Sink) -> None:
+    """Adds the job to a pipeline: one fused stage from reading to writing, and a small one that adds up."""
+    read = (
+        pipeline
+        | "Shards" >> beam.Create(shards, reshuffle=False)
+        | "Spread" >> beam.Reshuffle()
+        | "ReadShards"
+        >> ReadShards(sink.root, sink.dataset, options.chunk_rows, options.source.metadata_columns)
+    )
+    written = (
+        read.chunks
+        | "CleanCaptions" >> CleanCaptions(options.clean)
+        | "ResizeImages" >> ResizeImages(options.resize)
+        | "WriteChunks" >> WriteChunks(sink)
+    )
+    _ = (
+        (written, read.committed)
+        | "AllCommits" >> beam.Flatten()
+        | "FinishJob" >> FinishJob(sink.root, sink.dataset, len(shards), plan_counters(shards))
+    )
+
+
+def _bytes_options(options: PrepareOptions) -> dict[str, object]:
+    """Returns the options that decide the output's bytes."""
+    values = options_to_json(options)
+    return {name: values[name] for name in ("chunk_rows", "clean", "resize", "source")}

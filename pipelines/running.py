@@ -1,0 +1,124 @@
+"""Running a graph: the runner's options, progress on the terminal, errors as one paragraph, the summary."""
+
+import dataclasses
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from tqdm import tqdm
+
+from pipelines.job import State, read_success
+from transforms import errors
+from transforms.finish import Totals
+from transforms.progress import Snapshot, progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run left.
+
+    Attributes:
+        output: The output folder.
+        state: What it held before.
+        totals: By data set.
+    """
+
+    output: str
+    state: State
+    totals: dict[str, Totals]
+
+    @classmethod
+    def of(cls, output: str, state: State) -> "Result":
+        """Returns the result that a finished output folder holds."""
+        return cls(output, state, read_success(output) or {})
+
+
+def run_job(
+    build: Callable[[beam.Pipeline], None], beam_args: Sequence[str], num_shards: int, quiet: bool
+) -> None:
+    """Builds a graph and runs it to its end, on the in-process runner unless told otherwise.
+
+    Raises:
+        DiptychError: What a worker raised, as it raised it.
+    """
+    args = list(beam_args)
+    if not any(arg.split("=")[0] == "--runner" for arg in args):
+        args.append(
+            "--runner=FnApiRunner"
+        )  # plain DirectRunner may look for another runner on the network first
+    with _shown(num_shards, quiet):
+        try:
+            pipeline = beam.Pipeline(options=PipelineOptions(args))
+            build(pipeline)
+            pipeline.run().wait_until_finish()
+        except errors.DiptychError as error:
+            raise type(error)(_STEP.sub("", str(error))) from error
+        except Exception as error:
+            if found := _worker_error(str(error)):
+                raise found from error
+            raise
+
+
+_STEP = re.compile(r" \[while running '[^']*'\]")
+_WORKER_ERROR = re.compile(r"transforms\.errors\.(\w+): (.*)")
+
+
+def _worker_error(text: str) -> errors.DiptychError | None:
+    """Returns the project's own error in the text of a runner's, which holds the worker's traceback."""
+    found = _WORKER_ERROR.findall(_STEP.sub("", text))
+    if not found:
+        return None
+    name, message = found[-1]
+    return getattr(errors, name, errors.DiptychError)(message.replace("\\n", "\n").split("\n")[0])
+
+
+@contextmanager
+def _shown(num_shards: int, quiet: bool) -> Iterator[None]:
+    """Shows progress on standard error while the body runs: a bar on a terminal, else a line now and then."""
+    if quiet:
+        yield
+        return
+    stopped = threading.Event()
+    show = _show_bar if sys.stderr.isatty() else _show_lines
+    thread = threading.Thread(target=show, args=(num_shards, stopped), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+_LINE_S = 10.0
+
+
+def _show_bar(num_shards: int, stopped: threading.Event) -> None:
+    start = time.monotonic()
+    with tqdm(total=num_shards, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", leave=False) as bar:
+        while not stopped.wait(0.2):
+            now = progress.snapshot()
+            bar.n = round(now.shards, 3)
+            bar.set_description_str(_describe(now, num_shards, time.monotonic() - start))
+
+
+def _show_lines(num_shards: int, stopped: threading.Event) -> None:
+    start = time.monotonic()
+    while not stopped.wait(_LINE_S):
+        text = _describe(progress.snapshot(), num_shards, time.monotonic() - start)
+        print(f"diptych: {text}", file=sys.stderr, flush=True)
+
+
+def _describe(now: Snapshot, num_shards: int, elapsed_s: float) -> str:
+    rate = (now.rows - now.resumed) / elapsed_s
+    text = f"{int(now.shards)}/{num_shards} shards, {now.rows:,} rows, {rate:,.0f} rows/s, {now.rejects:,} rejects"
+    if now.resumed:
+        text += f", {now.resumed:,} from before"
+    if now.shards > 0.02 and rate:
+        left_s = elapsed_s * (num_shards - now.shards) / now.shards
+        text += f", {int(left_s // 60)}:{int(left_s % 60):02d} left"
+    return text

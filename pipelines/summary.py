@@ -1,0 +1,34 @@
+"""What a run did, in a few lines."""
+
+from pipelines.job import State
+from pipelines.running import Result
+from transforms.progress import progress
+from transforms.storage import join
+
+
+def summary(result: Result, seconds: float) -> str:
+    """Returns read, written, rejected by reason, seconds, rows a second, and where it all is."""
+    lines = []
+    for dataset, totals in sorted(result.totals.items()):
+        now = progress.snapshot()
+        rows = 0 if result.state is State.DONE else now.rows - now.resumed
+        lines += [
+            f"read      {totals.read:,} rows",
+            f"written   {totals.written:,} to {join(result.output, dataset)}",
+        ]
+        if totals.rejected:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(totals.rejected.items()))
+            lines.append(
+                f"rejected  {sum(totals.rejected.values()):,} to {join(result.output, 'rejects')}: {reasons}"
+            )
+        else:
+            lines.append("rejected  0")
+        lines += [
+            f"          {name.replace('_', ' ')} {count:,}" for name, count in sorted(totals.counters.items())
+        ]
+        if result.state is State.DONE:
+            lines.append("nothing to do: an earlier run has finished this")
+        else:
+            before = f"; {now.resumed:,} rows were there from before" if now.resumed else ""
+            lines.append(f"took      {seconds:.1f} s, {rows / seconds:,.0f} rows/s{before}")
+    return "\n".join(lines)

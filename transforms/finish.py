@@ -1,0 +1,134 @@
+"""The end of a job: counts are added up, checked, and written as `_SUCCESS.json`, the last file of all."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.pvalue import PCollection
+
+from transforms.chunk import add_counts
+from transforms.errors import OutputError
+from transforms.sink import Commit
+from transforms.storage import join, locate, write_whole
+
+SUCCESS = "_SUCCESS.json"
+# What a run needs only until it is done
+_WORKING = ("_plan", "_tmp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Sums over the commits of a data set.
+
+    Attributes:
+        shards: Shards that are complete.
+        files: Data files.
+        read: Rows read.
+        written: Rows written.
+        rejected: Rows rejected, by reason.
+        counters: What the transforms did, by name.
+    """
+
+    shards: int = 0
+    files: int = 0
+    read: int = 0
+    written: int = 0
+    rejected: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def add(self, commit: Commit) -> "Totals":
+        """Returns the totals with one more commit."""
+        rejected = self.rejected
+        for reasons in commit.rejected.values():
+            rejected = add_counts(rejected, reasons)
+        return Totals(
+            self.shards + commit.last,
+            self.files + 1,
+            self.read + commit.read,
+            self.written + commit.written,
+            rejected,
+            add_counts(self.counters, commit.counters),
+        )
+
+    def merge(self, other: "Totals") -> "Totals":
+        """Returns the sum of two totals."""
+        return Totals(
+            self.shards + other.shards,
+            self.files + other.files,
+            self.read + other.read,
+            self.written + other.written,
+            add_counts(self.rejected, other.rejected),
+            add_counts(self.counters, other.counters),
+        )
+
+    def problem(self, num_shards: int) -> str | None:
+        """Returns what is wrong with these totals for a job of `num_shards` shards, or None."""
+        if self.shards != num_shards:
+            return f"{self.shards} of {num_shards} shards are complete"
+        rejects = sum(self.rejected.values())
+        if self.read != self.written + rejects:
+            return f"{self.read} rows were read, but {self.written} written and {rejects} rejected"
+        return None
+
+
+def sum_totals(parts: Iterable[Totals]) -> Totals:
+    """Returns the sum of totals."""
+    return functools.reduce(Totals.merge, parts, Totals())
+
+
+@dataclasses.dataclass(eq=False)  # not frozen: Beam labels its transforms
+class FinishJob(beam.PTransform[PCollection[Commit], PCollection[Totals]]):
+    """Commits of one data set to `_SUCCESS.json`.
+
+    Attributes:
+        root: The output folder.
+        dataset: The data set.
+        num_shards: How many shards there are.
+        counters: What planning counted.
+    """
+
+    root: str
+    dataset: str
+    num_shards: int
+    counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def expand(self, commits: PCollection[Commit]) -> PCollection[Totals]:
+        """Adds up, checks, writes."""
+        return (
+            commits
+            | "Count" >> beam.Map(Totals().add).with_output_types(Totals)
+            | "Sum" >> beam.CombineGlobally(sum_totals)
+            | "Finish" >> beam.Map(finish, self.root, self.dataset, self.num_shards, self.counters)
+        )
+
+
+def finish(totals: Totals, root: str, dataset: str, num_shards: int, counters: Mapping[str, int]) -> Totals:
+    """Checks the totals of a data set and writes them, with what planning counted, as `_SUCCESS.json`.
+
+    Raises:
+        OutputError: Something is missing.
+    """
+    if problem := totals.problem(num_shards):
+        raise OutputError(
+            f"{root} is not complete: {problem}. Run the same command again; if this stays, run "
+            "`diptych verify` on it, which names the file at fault."
+        )
+    fs, path = locate(root)
+    for name in _WORKING:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm(join(path, name), recursive=True)
+    totals = totals.merge(Totals(counters=counters))
+    write_whole(root, SUCCESS, success_json({dataset: totals}))
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(join(path, "_tmp"), recursive=True)
+    return totals
+
+
+def success_json(totals: Mapping[str, Totals]) -> bytes:
+    """Returns the content of `_SUCCESS.json`."""
+    values: dict[str, Any] = {dataset: dataclasses.asdict(total) for dataset, total in totals.items()}
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,230 @@
+"""The sink: one Parquet file a chunk, whole or not at all, and the same bytes however often it is written.
+
+The rejects go first and the data file last, so the data file is the commit. Its footer says what was read for it,
+so a shard is complete exactly when its files 0 to k are there and k is marked last; nothing else is kept.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.metrics.metric import Metrics
+from apache_beam.pvalue import PCollection
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.windowed_value import WindowedValue
+
+from transforms.chunk import Chunk, ChunkKey
+from transforms.errors import OutputError
+from transforms.progress import progress
+from transforms.schemas import REJECTS, huggingface_info
+from transforms.storage import join, locate, write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Sink:
+    """Where the chunks of a data set go.
+
+    Attributes:
+        root: The output folder, `OUT`.
+        dataset: The data set in it: `images`, `embeddings`, `captions` or `generated`.
+        job: What the files' metadata say about the run: job, version, fingerprint, model.
+        schema: Schema of the rows.
+    """
+
+    root: str
+    dataset: str
+    job: Mapping[str, str]
+    schema: pa.Schema
+
+
+@dataclasses.dataclass(frozen=True)
+class Commit:
+    """What the footer of a data file says of its chunk.
+
+    Attributes:
+        shard: Name of the shard.
+        index: Ordinal of the chunk in it.
+        last: Whether it is the shard's last.
+        read: Rows read for the chunk.
+        written: Rows in the file.
+        rejected: Rows in the rejects, by stage and reason.
+        counters: What the transforms did, by name.
+        fingerprint: Of the run that wrote it.
+    """
+
+    shard: str
+    index: int
+    last: bool
+    read: int
+    written: int
+    rejected: Mapping[str, Mapping[str, int]]
+    counters: Mapping[str, int]
+    fingerprint: str
+
+    def rejects(self) -> int:
+        """Returns the number of rejected rows."""
+        return sum(sum(reasons.values()) for reasons in self.rejected.values())
+
+
+_METADATA_KEY = b"diptych"
+
+
+def commit_chunk(sink: Sink, chunk: Chunk) -> Commit:
+    """Writes a chunk: its rejects, a file a stage, and then its rows.
+
+    Raises:
+        OutputError: The store refused; nothing is under the data file's name then.
+    """
+    if not chunk.rows.schema.equals(sink.schema):
+        raise AssertionError(f"the rows of {chunk.key} have schema {chunk.rows.schema}, not {sink.schema}")
+    commit = _commit(sink, chunk)
+    name = chunk.key.file_name()
+    stages = chunk.rejects.column("stage")
+    for stage in commit.rejected:
+        rejects = chunk.rejects.filter(pa.compute.equal(stages, stage))
+        write_whole(sink.root, f"rejects/{stage}/{name}", _parquet(rejects, REJECTS, {}))
+    metadata = {
+        _METADATA_KEY: json.dumps({**sink.job, **dataclasses.asdict(commit)}, sort_keys=True).encode(),
+        b"huggingface": huggingface_info(sink.schema).encode(),
+    }
+    write_whole(sink.root, f"{sink.dataset}/{name}", _parquet(chunk.rows, sink.schema, metadata))
+    return commit
+
+
+def _commit(sink: Sink, chunk: Chunk) -> Commit:
+    rejected: dict[str, dict[str, int]] = {}
+    rejects = zip(
+        chunk.rejects.column("stage").to_pylist(), chunk.rejects.column("reason").to_pylist(), strict=True
+    )
+    for stage, reason in sorted(rejects):
+        reasons = rejected.setdefault(stage, {})
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return Commit(
+        chunk.key.shard,
+        chunk.key.index,
+        chunk.last,
+        chunk.num_read,
+        len(chunk),
+        rejected,
+        chunk.counters,
+        sink.job["fingerprint"],
+    )
+
+
+def _parquet(rows: pa.RecordBatch, schema: pa.Schema, metadata: Mapping[bytes, bytes]) -> memoryview:
+    """Returns rows as a Parquet file of one row group, with a checksum a page."""
+    schema = schema.with_metadata(metadata)
+    buffer = pa.BufferOutputStream()
+    paths = [name for field in schema for name in _leaves(field)]
+    small = [path for path in paths if not path.endswith("bytes")]  # encoded images do not get smaller
+    with pq.ParquetWriter(
+        buffer,
+        schema,
+        compression={path: "zstd" if path in small else "none" for path in paths},
+        use_dictionary=["source"] if "source" in schema.names else False,
+        write_statistics=[name for name in ("key", "row", "width", "height") if name in schema.names],
+        write_page_checksum=True,
+    ) as writer:
+        writer.write_batch(rows.cast(schema) if metadata else rows, row_group_size=max(1, len(rows)))
+    return memoryview(buffer.getvalue())
+
+
+def _leaves(field: pa.Field) -> list[str]:
+    if pa.types.is_struct(field.type):
+        return [f"{field.name}.{child.name}" for child in field.type]
+    if pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type):
+        return [f"{field.name}.list.element"]
+    return [f"{field.name}.list.element"] if isinstance(field.type, pa.FixedShapeTensorType) else [field.name]
+
+
+def read_commit(root: str, dataset: str, key: ChunkKey) -> Commit | None:
+    """Returns what a data file says of its chunk, or None where that chunk is not committed.
+
+    Raises:
+        OutputError: There is a file under that name which no sink committed.
+    """
+    url = join(root, dataset, key.file_name())
+    fs, path = locate(url)
+    try:
+        with fs.open(path, "rb") as file:
+            return parse_commit(pq.read_metadata(file).metadata or {})
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowInvalid, KeyError, ValueError, TypeError) as error:
+        raise OutputError(
+            f"{url} is not a file that this job wrote, or it has been damaged since ({error}). Delete it to have it "
+            "made again, or choose another --output."
+        ) from error
+
+
+def parse_commit(metadata: Mapping[bytes, bytes]) -> Commit:
+    """Returns the commit in a data file's key-value metadata.
+
+    Raises:
+        KeyError: The metadata hold none.
+    """
+    values: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
+    return Commit(**{field.name: values[field.name] for field in dataclasses.fields(Commit)})
+
+
+def committed(root: str, dataset: str, shard: str) -> Iterator[Commit]:
+    """Yields the commits of a shard, from its first chunk on, as far as they follow one another."""
+    index = 0
+    while (commit := read_commit(root, dataset, ChunkKey(shard, index))) is not None:
+        yield commit
+        index += 1
+        if commit.last:
+            return
+
+
+@dataclasses.dataclass(eq=False)  # not frozen: Beam labels its transforms
+class WriteChunks(beam.PTransform[PCollection[Chunk], PCollection[Commit]]):
+    """Chunks to files; gives a `Commit` for each.
+
+    Attributes:
+        sink: Where they go.
+    """
+
+    sink: Sink
+
+    def expand(self, chunks: PCollection[Chunk]) -> PCollection[Commit]:
+        """Applies `commit_chunk`."""
+        return chunks | "Write" >> beam.ParDo(_Write(self.sink)).with_output_types(Commit)
+
+
+class _Write(beam.DoFn):
+    """Writes one chunk in the background while the next is being worked on, never more: memory stays bounded."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def setup(self) -> None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="write")
+
+    def start_bundle(self) -> None:
+        self._writing: concurrent.futures.Future[Commit] | None = None
+
+    def process(self, chunk: Chunk) -> Iterator[Commit]:
+        if self._writing is not None:
+            yield _record(self._writing.result())
+        self._writing = self._thread.submit(commit_chunk, self._sink, chunk)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        if self._writing is not None:
+            commit = _record(self._writing.result())
+            yield WindowedValue(commit, GlobalWindow().max_timestamp(), (GlobalWindow(),))
+
+    def teardown(self) -> None:
+        self._thread.shutdown()
+
+
+def _record(commit: Commit) -> Commit:
+    progress.committed(commit.read, commit.rejects())
+    Metrics.counter("diptych", "rows_written").inc(commit.written)
+    Metrics.counter("diptych", "rows_rejected").inc(commit.rejects())
+    return commit

@@ -1,0 +1,155 @@
+"""What every source gives: shards, each a stable name and a stream of records.
+
+A source module turns input files into `Shard`s on the launcher. A shard travels to a worker (pickled, so it
+is small: a URL and options, never rows) and is read there.
+"""
+
+import abc
+import collections
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """An image with its captions, as the source has them.
+
+    Attributes:
+        key: Identity of the image, unique in its shard.
+        image: The encoded image, as it stands in the source.
+        path: File name of the image, for people.
+        captions: Raw captions, any number.
+        source: Path of the input file below the input root.
+        row: Ordinal of the row in `source`.
+        metadata: Values of the metadata columns asked for; a missing one is null.
+    """
+
+    key: str
+    image: bytes
+    path: str
+    captions: Sequence[str]
+    source: str
+    row: int
+    metadata: Mapping[str, str | None] = {}
+
+
+class Lost(NamedTuple):
+    """A row that cannot be read: it becomes a reject of the stage `read`.
+
+    Attributes:
+        key: Identity of the image where known, else empty.
+        row: Ordinal of the row in its input file.
+        reason: One of `transforms.schemas.REASONS`.
+        message: What was found, for people.
+        data: The original bytes where there are any.
+    """
+
+    key: str
+    row: int
+    reason: str
+    message: str
+    data: bytes | None = None
+
+
+Record = Row | Lost
+
+
+@dataclasses.dataclass(frozen=True)
+class InputFile:
+    """A file that decides the output, for the fingerprint of a run.
+
+    Attributes:
+        name: Path below the input root, so that the same data elsewhere has the same fingerprint.
+        size_bytes: Its size.
+        sha256: Digest of its content; only of files that the launcher reads whole (annotations).
+    """
+
+    name: str
+    size_bytes: int
+    sha256: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard(abc.ABC):
+    """A unit of reading: one worker reads it from its start to its end.
+
+    Attributes:
+        name: Stable and unique in the job; the first part of its output files' names.
+        size_bytes: Encoded size, to tell progress by; 0 where unknown.
+        num_rows: Number of records, to tell progress by; None where unknown.
+    """
+
+    name: str
+    size_bytes: int
+    num_rows: int | None
+
+    @abc.abstractmethod
+    def records(self, skip: int) -> Iterator[Record]:
+        """Yields every record in order, the same in each call.
+
+        Args:
+            skip: The images of the first `skip` records are not needed: they may be empty bytes.
+
+        Raises:
+            InputError: The shard itself is gone or may not be read. Damage inside it is a `Lost` record,
+                `shard_truncated` or `shard_corrupt`, that names the offset.
+        """
+
+    def rows(self, skip: int = 0) -> Iterator[Record]:
+        """Yields the records after the first `skip`; a key that was there before is lost as `duplicate_key`."""
+        seen: set[bytes] = set()
+        for ordinal, record in enumerate(self.records(skip)):
+            if isinstance(record, Row):
+                digest = hashlib.blake2b(record.key.encode(), digest_size=8).digest()
+                if digest in seen:
+                    message = f"key {record.key!r} occurs before in this shard"
+                    record = Lost(record.key, record.row, "duplicate_key", message, record.image)
+                seen.add(digest)
+            if ordinal >= skip:
+                yield record
+
+
+class Source(abc.ABC):
+    """Input of one format: what the launcher knows of it, and the shards that workers read."""
+
+    @abc.abstractmethod
+    def inputs(self) -> list[InputFile]:
+        """Returns the files that decide the output, for the fingerprint of the run."""
+
+    @abc.abstractmethod
+    def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
+        """Returns the shards, in an order that is the same in each run.
+
+        Args:
+            plan_folder: Where a source that is planned keeps its plan; one that is there is used again.
+            rows_per_shard: Rows of a planned shard. Sources whose files are shards ignore both.
+
+        Raises:
+            InputError: An input is gone, unreadable, or not what it should be.
+            OptionError: An option asks for something that the input does not have.
+        """
+
+
+def shard_names(paths: Iterable[str]) -> list[str]:
+    """Returns a unique file-name-safe name for each path, stable as long as the paths are.
+
+    The data extension goes, folders are joined by `__`; a name that lost anything else (odd characters, length,
+    or a clash such as `a.tar` beside `a.tar.gz`) gets a digest of its path.
+    """
+    paths = list(paths)
+    plain = [_DATA_EXTENSION.sub("", path).replace("/", "__") for path in paths]
+    safe = [re.sub(r"[^A-Za-z0-9._-]", "_", name)[:120].lstrip("._") or "_" for name in plain]
+    uses = collections.Counter(safe)
+    names = []
+    for path, before, name in zip(paths, plain, safe, strict=True):
+        if name != before or uses[name] > 1:
+            name += "-" + hashlib.sha256(path.encode()).hexdigest()[:8]
+        names.append(name)
+    return names
+
+
+_DATA_EXTENSION = re.compile(
+    r"\.(tar\.gz|tgz|tar|parquet|tfrecords?(\.gz)?|tfrec|json|csv|token(\.txt)?|txt)$", re.I
+)

@@ -1,0 +1,228 @@
+"""Parquet shards: img2dataset's, Hugging Face's, an earlier Diptych output, or any with named columns."""
+
+import contextlib
+import dataclasses
+import posixpath
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from transforms import storage
+from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
+from transforms.sources.columns import Columns, captions, check_metadata, find_columns, images, keys, metadata
+from transforms.sources.shardfile import ShardDamage, image_name, input_files, metadata_text
+
+_BATCH_ROWS = 64
+_BATCH_BYTES = 4 << 20
+_BUFFER_BYTES = 1 << 20
+_REMOTE_BLOCK_BYTES = 4 << 20
+_MAGIC = b"PAR1"
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetSource(Source):
+    """Parquet files with encoded images in a column.
+
+    Attributes:
+        urls: The shard files, sorted.
+        root: The input root; shards are named by their path below it.
+        metadata_columns: Columns to keep as metadata.
+        image_column: Column of the images: binary, or a struct with `bytes`. None here and below takes a
+            column with a usual name (`transforms.sources.columns`).
+        caption_column: Column of the captions: a string or a list of strings. There need be none.
+        key_column: Column of the keys: strings or integers. Where there is none, rows are numbered.
+    """
+
+    urls: tuple[str, ...]
+    root: str
+    metadata_columns: tuple[str, ...] = ()
+    image_column: str | None = None
+    caption_column: str | None = None
+    key_column: str | None = None
+
+    def inputs(self) -> list[InputFile]:
+        """Returns the shard files with their sizes."""
+        return input_files(self.urls, self.root)
+
+    def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
+        """Returns a shard for each file, once the first file has shown that the columns are there.
+
+        Raises:
+            OptionError: A column is missing or of a type that cannot be used.
+        """
+        files = self.inputs()
+        names = shard_names(file.name for file in files)
+        shards = [
+            ParquetShard(
+                name,
+                file.size_bytes,
+                None,
+                url,
+                file.name,
+                self.metadata_columns,
+                self.image_column,
+                self.caption_column,
+                self.key_column,
+            )
+            for name, file, url in zip(names, files, self.urls, strict=True)
+        ]
+        for shard in shards[:1]:
+            shard.check_columns()
+        return list(shards)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetShard(Shard):
+    """One Parquet file.
+
+    Attributes:
+        url: Where it is.
+        source: Its path below the input root.
+        metadata_columns: Columns to keep as metadata.
+        image_column: As in `ParquetSource`.
+        caption_column: As in `ParquetSource`.
+        key_column: As in `ParquetSource`.
+    """
+
+    url: str
+    source: str
+    metadata_columns: tuple[str, ...] = ()
+    image_column: str | None = None
+    caption_column: str | None = None
+    key_column: str | None = None
+
+    def check_columns(self) -> None:
+        """Checks the columns from the file's footer. A file that is damaged says nothing: its reader will.
+
+        Raises:
+            OptionError: A column is missing or of a type that cannot be used.
+        """
+        with contextlib.suppress(ShardDamage), _open(self.url) as file:
+            self._columns(file)
+            check_metadata(file.schema_arrow, self.url, self.metadata_columns)
+
+    def records(self, skip: int) -> Iterator[Record]:
+        """Yields the rows in order. One whose image is null is lost as `missing_image`.
+
+        A damaged page costs the rest of its row group, which is one `shard_corrupt`; reading goes on with the
+        next. Images of skipped rows are read, so that damage is found again, but not taken.
+
+        Raises:
+            OptionError: A column is missing or of a type that cannot be used.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(_open(self.url))
+            except ShardDamage as damage:
+                yield Lost("", 0, damage.reason, f"{self.source}: {damage}")
+                return
+            columns = self._columns(file)
+            num_records = first_row = 0
+            for group in range(file.num_row_groups):
+                for record in self._group(file, group, columns, first_row, skip - num_records):
+                    num_records += 1
+                    yield record
+                first_row += file.metadata.row_group(group).num_rows
+
+    def _group(
+        self, file: pq.ParquetFile, group: int, columns: Columns, first_row: int, skip: int
+    ) -> Iterator[Record]:
+        """Yields the records of a row group; `skip` and the damaged row count from its start."""
+        total = file.metadata.row_group(group).num_rows
+        num_rows = 0
+        damage: Exception | None = None
+        for batch_rows in (_batch_rows(file.metadata.row_group(group)), 1):
+            # After damage once more, row by row: of the batch that it hit, the first rows may be whole.
+            position = 0
+            try:
+                for batch in file.iter_batches(batch_rows, [group], columns.names, use_threads=False):
+                    if position >= num_rows:
+                        needed = position + batch.num_rows > skip
+                        yield from self._batch(batch, columns, first_row + position, needed)
+                        num_rows += batch.num_rows
+                    position += batch.num_rows
+                if num_rows == total:
+                    return
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                damage = error
+        place = f"{self.source}, row group {group}, row {num_rows} of its {total}"
+        message = f"{place}: {damage or 'there are no more'}. {total - num_rows} rows are lost."
+        yield Lost("", first_row + num_rows, "shard_corrupt", message)
+
+    def _batch(
+        self, batch: pa.RecordBatch, columns: Columns, first_row: int, needed: bool
+    ) -> Iterator[Record]:
+        every_image, every_path = images(batch, columns.image, needed)
+        every_key = keys(batch, columns.key)
+        every_caption = captions(batch, columns.caption)
+        errors = metadata(batch, columns.error)
+        fields = [metadata(batch, name) for name in columns.metadata]
+        for index, image in enumerate(every_image):
+            row = first_row + index
+            key = every_key[index] or f"{self.name}-{row:08d}"
+            path = every_path[index]
+            if image is None:
+                message = f"{self.source}, row {row}: column {columns.image} has no bytes"
+                message += f"; its path: {path}" if path else ""
+                message += f"; its error_message: {errors[index]}" if errors[index] else ""
+                yield Lost(key, row, "missing_image", message)
+                continue
+            texts = [metadata_text(field[index]) for field in fields]
+            name = posixpath.basename(path) if path else image_name(key, image)
+            values = dict(zip(self.metadata_columns, texts, strict=True))
+            yield Row(key, image, name, every_caption[index], self.source, row, values)
+
+    def _columns(self, file: pq.ParquetFile) -> Columns:
+        asked = self.image_column, self.caption_column, self.key_column
+        return find_columns(file.schema_arrow, self.url, *asked, self.metadata_columns)
+
+
+@contextlib.contextmanager
+def _open(url: str) -> Iterator[pq.ParquetFile]:
+    """Opens a file for reading in bounded memory.
+
+    Raises:
+        InputError: The file is gone or may not be read; also when that shows only while it is being read.
+        ShardDamage: Its footer is not there or damaged.
+    """
+    fs, path = storage.locate(url)
+    with storage.input_errors(url), contextlib.ExitStack() as stack:
+        if isinstance(fs, LocalFileSystem):
+            file = stack.enter_context(pa.OSFile(path, "rb"))
+        else:
+            # Columns are read side by side, so one readahead window would be fetched anew at each turn.
+            cache = {"cache_type": "blockcache", "cache_options": {"maxblocks": 8}}
+            raw = stack.enter_context(fs.open(path, "rb", block_size=_REMOTE_BLOCK_BYTES, **cache))
+            file = stack.enter_context(pa.PythonFile(raw, mode="r"))
+        yield _read_footer(file)
+
+
+def _read_footer(file: pa.NativeFile) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(
+            file, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+        )
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        size = file.size()
+        file.seek(0)
+        head = file.read(60)
+        file.seek(max(0, size - len(_MAGIC)))
+        if not head:
+            raise ShardDamage("shard_truncated", "the file is empty") from error
+        if not head.startswith(_MAGIC):
+            raise ShardDamage("shard_corrupt", f"not Parquet: it begins with {head!r}") from error
+        if file.read() != _MAGIC:
+            raise ShardDamage("shard_truncated", f"it ends at byte {size} without a footer") from error
+        raise ShardDamage("shard_corrupt", f"its footer, before byte {size}, is damaged: {error}") from error
+
+
+def _batch_rows(group: pq.RowGroupMetaData) -> int:
+    """Returns the rows of a batch: fewer where rows are large, so that memory stays bounded."""
+    row_bytes: int = group.total_byte_size // max(1, group.num_rows)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))

@@ -1,0 +1,229 @@
+"""Shards of an annotated data set: a plan says which image and captions a row has, workers fetch the images.
+
+A plan is an Arrow IPC file with a record batch for each shard, so that a worker reads its batch and no more.
+It lies with the output, and a run that goes on after a crash need not read the annotation again.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from transforms import storage
+from transforms.sources import folder
+from transforms.sources.base import Lost, Record, Row, Shard
+
+_FACTS = b"diptych.plan"
+
+
+class Entry(NamedTuple):
+    """A row of a plan: an image with its captions, or, with a reason, a reject.
+
+    Attributes:
+        row: Ordinal of the image in its annotation.
+        key: Identity of the image; may be empty in a reject.
+        image: Where the image is; None in a reject.
+        captions: Raw captions.
+        reason: Why the row is lost, one of `transforms.schemas.REASONS`; None where it is not.
+        message: What was found, for people; empty where nothing is wrong.
+        metadata: Values of the metadata columns; None where there are none.
+    """
+
+    row: int
+    key: str
+    image: folder.Member | None
+    captions: Sequence[str]
+    reason: str | None
+    message: str
+    metadata: Sequence[str | None] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFacts:
+    """What a plan file says about itself.
+
+    Attributes:
+        made_from: Everything that decides the plan; one made from something else is not used again.
+        num_rows: Rows in all its batches.
+        rows_per_shard: Rows of each batch but the last.
+        shard_sizes_bytes: Size of each batch's images as far as it is known.
+        counters: What planning noticed, by name.
+    """
+
+    made_from: Mapping[str, object]
+    num_rows: int
+    rows_per_shard: int
+    shard_sizes_bytes: Sequence[int]
+    counters: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedShard(Shard):
+    """A batch of a plan, with its images fetched as it is read.
+
+    Attributes:
+        plan: URL of the plan file.
+        batch: Number of the record batch in it.
+        images: URL of the folder or archive that the images are in.
+        source: Path of the annotation below the input root; None where each image is an input file by itself.
+        metadata_columns: Names of the metadata columns.
+    """
+
+    plan: str
+    batch: int
+    images: str
+    source: str | None
+    metadata_columns: tuple[str, ...]
+
+    def records(self, skip: int) -> Iterator[Record]:
+        """Yields the planned rows; the images of the first `skip` are left empty, not fetched.
+
+        Raises:
+            InputError: The plan, or an image that was there when it was made, is gone or may not be read.
+        """
+        entries = self._entries()
+        wanted = [entry.image for entry in entries[skip:] if entry.image is not None]
+        images = folder.fetch(self.images, wanted)
+        for ordinal, entry in enumerate(entries):
+            if entry.image is None:
+                yield Lost(entry.key, entry.row, entry.reason or "bad_annotation", entry.message)
+                continue
+            path = entry.image.path
+            data = next(images) if ordinal >= skip else b""
+            if data is None:
+                yield Lost(
+                    entry.key, entry.row, "record_corrupt", f"{path!r} in {self.images} cannot be unpacked"
+                )
+                continue
+            name = path.rpartition("/")[2]
+            metadata = dict(zip(self.metadata_columns, entry.metadata or (), strict=True))
+            yield Row(entry.key, data, name, entry.captions, self.source or path, entry.row, metadata)
+
+    def _entries(self) -> list[Entry]:
+        with storage.input_errors(self.plan):
+            fs, path = storage.locate(self.plan)
+            with fs.open(path, "rb") as file, pa.ipc.open_file(file) as plan:
+                batch = plan.get_batch(self.batch)
+        metadata = zip(
+            *(batch.column(f"metadata.{name}").to_pylist() for name in self.metadata_columns), strict=True
+        )
+        columns = (batch.column(name).to_pylist() for name in _COLUMNS.names)
+        return [
+            Entry(
+                row,
+                key,
+                None if reason is not None else folder.Member(path, size_bytes, offset, packed_bytes),
+                captions,
+                reason,
+                message,
+                next(metadata, ()),
+            )
+            for row, key, captions, reason, message, path, size_bytes, offset, packed_bytes in zip(
+                *columns, strict=True
+            )
+        ]
+
+
+def write_plan(
+    path: str, facts: PlanFacts, entries: Iterable[Entry], metadata_columns: Sequence[str]
+) -> None:
+    """Writes a plan to a local file, a batch at a time.
+
+    Args:
+        path: Where; the folder is there.
+        facts: About the plan; `num_rows` and `shard_sizes_bytes` agree with the entries.
+        entries: The rows in order.
+        metadata_columns: Names of the metadata columns.
+    """
+    schema = _COLUMNS
+    for name in metadata_columns:
+        schema = schema.append(pa.field(f"metadata.{name}", pa.string()))
+    schema = schema.with_metadata({_FACTS: json.dumps(dataclasses.asdict(facts))})
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        pending: list[Entry] = []
+        written = 0
+        for entry in entries:
+            pending.append(entry)
+            if len(pending) == facts.rows_per_shard:
+                writer.write_batch(_batch(pending, schema))
+                written += 1
+                pending.clear()
+        if pending or not written:  # a plan without rows still has a shard, to say so
+            writer.write_batch(_batch(pending, schema))
+
+
+def read_facts(url: str) -> PlanFacts | None:
+    """Returns what a plan file says about itself; None where there is no whole plan file."""
+    fs, path = storage.locate(url)
+    with storage.input_errors(url):
+        if not fs.exists(path):
+            return None
+        try:
+            with fs.open(path, "rb") as file, pa.ipc.open_file(file) as plan:
+                return PlanFacts(**json.loads(plan.schema.metadata[_FACTS]))
+        except (pa.ArrowInvalid, KeyError, TypeError, ValueError):
+            return None
+
+
+def plan_shards(
+    url: str, facts: PlanFacts, name: str, images: str, source: str | None, metadata_columns: tuple[str, ...]
+) -> list[Shard]:
+    """Returns the shards of a plan that is written: `NAME-00000`, `NAME-00001`, …"""
+    return [
+        PlannedShard(
+            name=f"{name}-{batch:05d}",
+            size_bytes=size_bytes,
+            num_rows=min(facts.rows_per_shard, facts.num_rows - batch * facts.rows_per_shard),
+            plan=url,
+            batch=batch,
+            images=images,
+            source=source,
+            metadata_columns=metadata_columns,
+        )
+        for batch, size_bytes in enumerate(facts.shard_sizes_bytes)
+    ]
+
+
+def plan_counters(shards: Iterable[Shard]) -> dict[str, int]:
+    """Returns what planning counted, added up over the plans that the shards belong to.
+
+    `unlisted_images` are files that the annotation does not name, `repaired_captions` are captions whose line
+    was damaged in a known way. Shards without a plan add nothing.
+    """
+    totals: dict[str, int] = {}
+    for url in {shard.plan: None for shard in shards if isinstance(shard, PlannedShard)}:
+        facts = read_facts(url)
+        for name, count in facts.counters.items() if facts else ():
+            totals[name] = totals.get(name, 0) + count
+    return totals
+
+
+_COLUMNS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("path", pa.string()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("offset", pa.int64()),
+        pa.field("packed_bytes", pa.int64()),
+    ]
+)
+
+
+def _batch(entries: Sequence[Entry], schema: pa.Schema) -> pa.RecordBatch:
+    num_metadata = len(schema) - len(_COLUMNS)
+    rows = [
+        (entry.row, entry.key, entry.captions, entry.reason, entry.message)
+        + (entry.image or (None, None, None, None))
+        + tuple(entry.metadata or [None] * num_metadata)
+        for entry in entries
+    ]
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+    return pa.record_batch(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
+    )

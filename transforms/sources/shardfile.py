@@ -1,0 +1,190 @@
+"""Shard files as streams: found below the input root, read once from start to end, unpacked where packed.
+
+Formats whose files are shards (tar, TFRecord) share how a file is opened, what damage in it is, and how much
+of it may be in memory at a time.
+"""
+
+import contextlib
+import io
+import json
+import posixpath
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from fsspec.implementations.local import LocalFileSystem
+
+from transforms import storage
+from transforms.sources.base import InputFile
+
+# The longest record or member that is read as one; Beam and Arrow stop at 2 GiB a buffer.
+MAX_RECORD_BYTES = 1 << 30
+
+_BUFFER_BYTES = 1 << 20
+_REMOTE_BLOCK_BYTES = 4 << 20
+_PACKED_BYTES = 1 << 16
+# No file is as long: where a damaged length says so, a seek would be an error of the file system.
+_MAX_SEEK_BYTES = 1 << 40
+_WHOLE_READ_BYTES = 1 << 26
+_GZIP_MAGIC = b"\x1f\x8b\x08"
+_GZIP_WBITS = 31
+# What images begin with, for naming one whose source does not.
+_IMAGE_MAGIC = {
+    b"\xff\xd8": "jpg",
+    b"\x89PNG": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+}
+
+
+class ShardDamage(Exception):
+    """A shard that cannot be read on; whoever reads it makes a `Lost` record of this.
+
+    Attributes:
+        reason: `shard_truncated` or `shard_corrupt`.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def input_files(urls: Sequence[str], root: str) -> list[InputFile]:
+    """Returns name below `root` and size of each file.
+
+    Raises:
+        InputError: A file is gone or may not be read.
+    """
+    _, folder = storage.locate(root)
+    files = []
+    for url in urls:
+        fs, path = storage.locate(url)
+        with storage.input_errors(url):
+            size_bytes = int(fs.info(path)["size"] or 0)
+        name = path.removeprefix(folder.rstrip("/") + "/")
+        files.append(InputFile(name if name != path else posixpath.basename(path), size_bytes))
+    return files
+
+
+@contextlib.contextmanager
+def open_shard(url: str) -> Iterator[io.BufferedReader]:
+    """Opens a file for sequential reading in large blocks.
+
+    Raises:
+        InputError: The file is gone or may not be read; also when that shows only while it is being read.
+    """
+    fs, path = storage.locate(url)
+    with storage.input_errors(url):
+        if isinstance(fs, LocalFileSystem):
+            raw: Any = io.FileIO(path)
+        else:
+            raw = fs.open(path, "rb", block_size=_REMOTE_BLOCK_BYTES)
+        file = io.BufferedReader(raw, _BUFFER_BYTES)
+        with file:
+            yield file
+
+
+def unpacked(file: io.BufferedReader) -> io.BufferedReader:
+    """Returns the content of a gzip file, told by its first bytes; any other file as it is."""
+    if not file.peek(len(_GZIP_MAGIC)).startswith(_GZIP_MAGIC):
+        return file
+    return io.BufferedReader(_Gunzip(file), _BUFFER_BYTES)
+
+
+def read_up_to(file: BinaryIO, size: int) -> bytes:
+    """Reads `size` bytes, or what is left of the file; a length that lies costs no memory."""
+    if size <= _WHOLE_READ_BYTES:
+        return file.read(size)
+    pieces = []
+    while size > 0 and (piece := file.read(min(size, _WHOLE_READ_BYTES))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+def pass_over(file: io.BufferedReader, size: int) -> bool:
+    """Passes over `size` bytes; returns whether they were all there."""
+    if size > _MAX_SEEK_BYTES:
+        return False
+    if size and file.seekable():
+        # A seek beyond the end succeeds: only reading the last byte tells.
+        file.seek(size - 1, io.SEEK_CUR)
+        return len(file.read(1)) == 1
+    while size > 0 and (piece := file.read(min(size, _BUFFER_BYTES))):
+        size -= len(piece)
+    return size == 0
+
+
+def image_name(key: str, image: bytes) -> str:
+    """Returns a file name for an image that has none: the key's last part, and what the first bytes say."""
+    extension = next((name for magic, name in _IMAGE_MAGIC.items() if image.startswith(magic)), "jpg")
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        extension = "webp"
+    return f"{posixpath.basename(key)}.{extension}"
+
+
+def to_text(data: bytes) -> str:
+    """Decodes UTF-8 with or without BOM; what is not UTF-8 becomes replacement characters."""
+    return data.decode("utf-8-sig", "replace")
+
+
+def encodable(text: str) -> str:
+    """Returns text that UTF-8 can hold: JSON may escape half a surrogate pair, which becomes `?`."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def metadata_text(value: Any) -> str | None:
+    """Returns a metadata value as text: a string as it is, anything else as JSON."""
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        return to_text(value)
+    return encodable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+
+
+class _Gunzip(io.RawIOBase):
+    """Unpacks gzip members one after the other.
+
+    `gzip.GzipFile` throws away what it had unpacked in the call that meets the end of a truncated file; here
+    every byte before the damage is given first.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._packed = b""
+        self._inflate = zlib.decompressobj(_GZIP_WBITS)
+        self._between = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while True:
+            if not self._packed and not (self._next_input()):
+                return 0
+            try:
+                data = self._inflate.decompress(self._packed, len(buffer))
+            except zlib.error as error:
+                raise ShardDamage("shard_corrupt", f"the gzip data is damaged ({error})") from error
+            self._packed = self._inflate.unconsumed_tail
+            if self._inflate.eof:
+                self._packed = self._inflate.unused_data.lstrip(b"\0")
+                self._inflate = zlib.decompressobj(_GZIP_WBITS)
+                self._between = True
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+
+    def _next_input(self) -> bool:
+        self._packed = self._file.read(_PACKED_BYTES)
+        if self._between:
+            # Zeros may pad the file after a member.
+            while self._packed and not (stripped := self._packed.lstrip(b"\0")):
+                self._packed = self._file.read(_PACKED_BYTES)
+            self._packed = stripped if self._packed else b""
+            self._between = not self._packed
+        elif not self._packed:
+            raise ShardDamage("shard_truncated", "the gzip data ends too early")
+        return bool(self._packed)
