@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from transforms.sources.base import Row
 from transforms.sources.coco import CocoSource
 
 _WORDS = ("a", "man", "dog", "red", "large", "sitting", "standing", "on", "near", "table", "street", "beach")
@@ -65,10 +66,10 @@ def measure(annotation: Path, rows_per_shard: int) -> None:
     planned = time.perf_counter()
     source.shards(str(annotation.parent / "plans"), rows_per_shard)
     again = time.perf_counter()
-    num_captions = sum(len(record.captions) for record in shards[0].rows())
+    num_captions = sum(len(record.captions) for record in shards[0].rows() if isinstance(record, Row))
     read = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    num_rows = sum(shard.num_rows for shard in shards)
+    num_rows = sum(shard.num_rows or 0 for shard in shards)
     print(f"annotation        {inputs[0].size_bytes / 1e6:8.1f} MB, {num_rows} images, {len(shards)} shards")
     print(f"digest            {hashed - start:8.2f} s")
     print(f"plan              {planned - hashed:8.2f} s")
@@ -80,7 +81,8 @@ def measure(annotation: Path, rows_per_shard: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Makes a COCO annotation file of the real size with an image folder (hard links to a tiny "
-        "JPEG) in a temporary folder, plans it, and reads a shard. Prints seconds, and the peak memory of all that."
+        "JPEG) in a temporary folder, plans it, and reads a shard. Prints seconds, and the peak memory of "
+        "planning and reading."
     )
     parser.add_argument("--num_images", type=int, default=118_000)
     parser.add_argument("--num_captions", type=int, default=600_000)

@@ -102,3 +102,7 @@ def _demo(args: argparse.Namespace, _: list[str]) -> int:
 
     demo(args.output, args.seed, args.scenes)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,8 +15,8 @@ from transforms.resize import ResizeImages
 from transforms.schemas import images_schema
 from transforms.sink import Sink, WriteChunks
 from transforms.sources import open_source
-from transforms.sources.annotations import plan_counters
 from transforms.sources.base import Shard
+from transforms.sources.planned import plan_counters
 from transforms.storage import join
 
 # Rows of an annotation file that one worker reads: enough work for one, enough shards for many

@@ -10,6 +10,7 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.pvalue import DoOutputsTuple, PCollection, TaggedOutput
 
+from transforms.binary import binary_array
 from transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
 from transforms.progress import progress
 from transforms.schemas import raw_schema
@@ -56,7 +57,10 @@ def _chunk(key: ChunkKey, records: list[Record], schema: pa.Schema, last: bool) 
         else [getattr(row, field.name) for row in rows]
         for field in schema
     ]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    arrays = [
+        binary_array(column) if field.type == pa.binary() else pa.array(column, field.type)
+        for column, field in zip(columns, schema, strict=True)
+    ]
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
     return Chunk(key, batch, reject_batch(key.shard, "read", rejects), last)
 

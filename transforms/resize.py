@@ -14,6 +14,7 @@ import pyarrow as pa
 import simplejpeg
 from apache_beam.pvalue import PCollection
 
+from transforms.binary import binary_array, binary_views
 from transforms.chunk import Chunk, Reject, take_rows
 from transforms.colour import to_srgb
 from transforms.cores import num_cores
@@ -255,7 +256,7 @@ def resize_chunk(chunk: Chunk, options: ResizeOptions, pool: ThreadPoolExecutor)
         A chunk of schema `images_schema`; images that cannot be used are rejects of the stage `image`.
     """
     images = chunk.rows.column("image")
-    data = [memoryview(images[i].as_buffer()) for i in range(len(images))]
+    data = binary_views(images)
     tasks = [data[start : start + _TASK_ROWS] for start in range(0, len(data), _TASK_ROWS)]
     results = [
         done for task in pool.map(lambda task: [_process(d, options) for d in task], tasks) for done in task
@@ -281,7 +282,7 @@ def _image_rows(chunk: Chunk, kept: list[int], done: list[_Done], options: Resiz
     keys = rows.column("key").to_pylist()
     image = pa.StructArray.from_arrays(
         [
-            pa.array([result.encoded for result in done], pa.binary()),
+            binary_array([result.encoded for result in done]),
             pa.array([f"{key.rpartition('/')[2]}.{extension}" for key in keys], pa.string()),
         ],
         names=["bytes", "path"],

@@ -110,7 +110,7 @@ def _find(url: str, format: str) -> tuple[str, list[str], str]:
     fs, path = locate(url)
     with input_errors(url):
         if fsspec.core.has_magic(path) and not fs.exists(path):
-            files = [name for name in fs.glob(path) if fs.isfile(name)]
+            files = [name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"]
             prefix = re.split(r"[*?\[]", path, maxsplit=1)[0]
             root = os.path.dirname(prefix)
         elif fs.isdir(path):
@@ -127,7 +127,10 @@ def _find(url: str, format: str) -> tuple[str, list[str], str]:
         raise OptionError(
             f"{url}: cannot tell the format of {files[0]}. Name it with --format ({', '.join(FORMATS)})."
         )
-    return str(kinds.pop()), [fs.unstrip_protocol(file) for file in files], fs.unstrip_protocol(root)
+    kind = str(kinds.pop())
+    if kind == "files":  # lists for itself, in bounded memory
+        files = [path]
+    return kind, [fs.unstrip_protocol(file) for file in files], fs.unstrip_protocol(root)
 
 
 def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:

@@ -134,7 +134,7 @@ class AnnotationSource(Source):
             if self.captions_name_images:
                 draft.list_captioned()
             nameless = draft.add_files(folder.members(images))
-            draft.settle(images)
+            draft.settle()
             draft.counters["unlisted_images"] += len(nameless)
             num_named, num_found = draft.num_images()
             if num_named and not num_found:
@@ -162,17 +162,12 @@ def json_items(url: str, file: IO[bytes], *prefixes: str) -> Iterator[tuple[str,
     Raises:
         InputError: The file is not JSON, or ends too early.
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
     found = {prefix: ijson.sendable_list() for prefix in prefixes}
     parsers = [ijson.items_coro(values, prefix, use_float=True) for prefix, values in found.items()]
-    while True:
-        chunk = file.read(_READ_BYTES)
-        text = decoder.decode(chunk, final=not chunk).encode()
+    for text in _utf8(file):
         try:
             for parser in parsers:
-                parser.send(text) if text else None
-                if not chunk:
-                    parser.close()
+                parser.send(text) if text else parser.close()
         except (ijson.JSONError, UnicodeDecodeError) as error:
             what = " ".join(str(error).split())
             raise InputError(
@@ -181,14 +176,30 @@ def json_items(url: str, file: IO[bytes], *prefixes: str) -> Iterator[tuple[str,
         for prefix, values in found.items():
             yield from ((prefix, value) for value in values)
             values.clear()
-        if not chunk:
-            return
 
 
 def json_keys(file: IO[bytes]) -> set[str]:
-    """Returns the keys of the object that a JSON file is; none where it is something else."""
+    """Returns the keys of the object that a whole JSON file is; none where it is something else."""
     file.seek(0)
-    return {value for prefix, event, value in ijson.parse(file) if not prefix and event == "map_key"}
+    events = ijson.sendable_list()
+    parser = ijson.parse_coro(events)
+    keys: set[str] = set()
+    for text in _utf8(file):
+        parser.send(text) if text else parser.close()
+        keys.update(value for prefix, event, value in events if not prefix and event == "map_key")
+        events.clear()
+    return keys
+
+
+def _utf8(file: IO[bytes]) -> Iterator[bytes]:
+    """Yields a file as clean UTF-8, in pieces, and at its end an empty one."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    while chunk := file.read(_READ_BYTES):
+        if text := decoder.decode(chunk).encode():
+            yield text
+    if text := decoder.decode(b"", final=True).encode():
+        yield text
+    yield b""
 
 
 def metadata_values(entry: dict[str, Any], columns: Sequence[str]) -> list[str | None]:

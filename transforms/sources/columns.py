@@ -145,6 +145,8 @@ def values(array: pa.Array) -> list[Any]:
 def _text(value: Any) -> Any:
     if isinstance(value, bytes):
         return to_text(value)
+    if isinstance(value, dict):
+        return {name: _text(item) for name, item in value.items()}
     return [_text(item) for item in value] if isinstance(value, list) else value
 
 

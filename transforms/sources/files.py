@@ -48,9 +48,10 @@ class FilesSource(Source):
         """Plans the files, or takes up the plan that an earlier run left."""
         [plan_name] = shard_names([self._name()])
         plan = storage.join(plan_folder, f"{plan_name}.arrow")
+        names = "\n".join(relative_name(url, self.root) for url in self.urls)
         made_from = {
             "source": type(self).__name__,
-            "urls": [relative_name(url, self.root) for url in self.urls],
+            "urls_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
             "rows_per_shard": rows_per_shard,
         }
         facts = read_facts(plan)
@@ -85,13 +86,18 @@ class FilesSource(Source):
 def _below(root: str, url: str) -> Iterator[Member]:
     """Yields the files of a folder, a glob, or a single file, with paths below the root."""
     fs, path = storage.locate(url)
-    if fs.isdir(path):
+    try:
+        found = {path: fs.info(path)}
+    except FileNotFoundError:
+        if not has_magic(path):
+            raise
+        found = fs.glob(path, detail=True)
+    if path in found and found[path]["type"] == "directory":
         above = relative_name(url, root)
         for member in folder.members(url, sizes=True):
             if is_image(member.path):
                 yield member._replace(path=f"{above}/{member.path}" if above else member.path)
         return
-    found = fs.glob(path, detail=True) if has_magic(path) and not fs.exists(path) else {path: fs.info(path)}
     start = len(storage.locate(root)[1].rstrip("/")) + 1
     for name, info in found.items():
         if info["type"] == "file":

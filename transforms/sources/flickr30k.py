@@ -35,7 +35,7 @@ _NO_SECOND_SEPARATOR = re.compile(r"\s*(?P<number>\d{1,9})\s+(?P<text>\S.*)", re
 _NUMBER = re.compile(r"\s*\d{1,9}\s*")
 # What is before the first separator tells the shape: a header's name, or an image's, maybe with `#0`
 _FIRST_FIELD = re.compile(
-    rf"\s*(?:(?:{'|'.join((*_IMAGE_COLUMNS, 'raw'))})|\"?[^\t|,]+\.\w{{2,5}}(?:#\d+)?)\"?\s*([\t|,])", re.I
+    rf"\s*(?:(?:{'|'.join((*_IMAGE_COLUMNS, 'raw'))})|\"?[^\t|,]+\.\w{{2,5}}(?:#\d+)?)\"? *([\t|,])", re.I
 )
 # An image's line inside a quoted caption: the quote before it was never closed
 _SWALLOWED_LINE = re.compile(r"\n[^\n,]+\.(?:jpe?g|png),", re.I)
@@ -113,7 +113,7 @@ def _piped(lines: Iterable[str]) -> _Parts:
 
 
 def _csv(lines: Iterable[str]) -> _Parts:
-    reader = csv.reader(lines, skipinitialspace=True)
+    reader = csv.reader(lines)
     columns = None
     while True:
         first = reader.line_num + 1
@@ -122,7 +122,7 @@ def _csv(lines: Iterable[str]) -> _Parts:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Bad(f"line {first}: {error}")
+            yield Bad(f"lines {first} to {reader.line_num}: {error}")
             continue
         if not any(field.strip() for field in row):
             continue

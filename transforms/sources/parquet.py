@@ -19,6 +19,7 @@ _BATCH_BYTES = 4 << 20
 _BUFFER_BYTES = 1 << 20
 _REMOTE_BLOCK_BYTES = 4 << 20
 _MAGIC = b"PAR1"
+_SHORTEST_BYTES = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +218,7 @@ def _read_footer(file: pa.NativeFile) -> pq.ParquetFile:
             raise ShardDamage("shard_truncated", "the file is empty") from error
         if not head.startswith(_MAGIC):
             raise ShardDamage("shard_corrupt", f"not Parquet: it begins with {head!r}") from error
-        if file.read() != _MAGIC:
+        if size < _SHORTEST_BYTES or file.read() != _MAGIC:
             raise ShardDamage("shard_truncated", f"it ends at byte {size} without a footer") from error
         raise ShardDamage("shard_corrupt", f"its footer, before byte {size}, is damaged: {error}") from error
 

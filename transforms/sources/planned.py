@@ -94,7 +94,7 @@ class PlannedShard(Shard):
             data = next(images) if ordinal >= skip else b""
             if data is None:
                 yield Lost(
-                    entry.key, entry.row, "record_corrupt", f"{path!r} in {self.images} cannot be unpacked"
+                    entry.key, entry.row, "record_corrupt", f"{path} cannot be unpacked from its archive"
                 )
                 continue
             name = path.rpartition("/")[2]

@@ -162,7 +162,7 @@ class _Gunzip(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while True:
-            if not self._packed and not (self._next_input()):
+            if not self._packed and not self._next_input():
                 return 0
             try:
                 data = self._inflate.decompress(self._packed, len(buffer))
@@ -172,19 +172,18 @@ class _Gunzip(io.RawIOBase):
             if self._inflate.eof:
                 self._packed = self._inflate.unused_data.lstrip(b"\0")
                 self._inflate = zlib.decompressobj(_GZIP_WBITS)
-                self._between = True
+                self._between = not self._packed
             if data:
                 buffer[: len(data)] = data
                 return len(data)
 
     def _next_input(self) -> bool:
         self._packed = self._file.read(_PACKED_BYTES)
-        if self._between:
-            # Zeros may pad the file after a member.
-            while self._packed and not (stripped := self._packed.lstrip(b"\0")):
-                self._packed = self._file.read(_PACKED_BYTES)
-            self._packed = stripped if self._packed else b""
+        while self._between and self._packed:
+            # Zeros may pad the file behind a member.
+            self._packed = self._packed.lstrip(b"\0")
             self._between = not self._packed
-        elif not self._packed:
+            self._packed = self._packed or self._file.read(_PACKED_BYTES)
+        if not self._packed and not self._between:
             raise ShardDamage("shard_truncated", "the gzip data ends too early")
         return bool(self._packed)

@@ -5,6 +5,7 @@ header in the middle of a file for its end, which would lose rows in silence. Th
 reads a payload only when asked.
 """
 
+import contextlib
 import io
 
 from transforms.sources.shardfile import ShardDamage, pass_over, read_up_to
@@ -20,6 +21,7 @@ _NO_PAYLOAD = frozenset(b"123456")
 _GNU_LONG_NAME = ord("L")
 _PAX = frozenset(b"xX")
 _ABOUT_OTHERS = frozenset(b"gK")
+_DESCRIBES_NEXT = _PAX | {_GNU_LONG_NAME, ord("K")}
 _GNU_SPARSE = ord("S")
 
 
@@ -48,10 +50,11 @@ class TarReader:
         Raises:
             ShardDamage: A header is damaged, or the file ends inside a member.
         """
-        name, size, sparse = None, None, False
+        name, size, sparse, described = None, None, False, False
         while (header := self._header()) is not None:
             kind = header[156]
             stated = _number(header[124:136])
+            described = kind in _DESCRIBES_NEXT
             if kind in _REGULAR:
                 name = name or _name(header)
                 self._begin(stated if size is None else size)
@@ -70,6 +73,10 @@ class TarReader:
             else:
                 self._pass_over(kind, header, stated if size is None else size)
                 name, size, sparse = None, None, False
+        if described:
+            raise ShardDamage(
+                "shard_truncated", "the tar ends before the member that its last header describes"
+            )
         return None
 
     def read(self) -> bytes:
@@ -135,9 +142,10 @@ def _cut(found: int | None, size: int) -> ShardDamage:
 
 def _check(header: bytes, offset: int) -> None:
     if len(header) == _BLOCK_BYTES:
-        stated = _number(header[148:156])
-        if stated == sum(header) - sum(header[148:156]) + _CHECKSUM_OF_BLANKS:
-            return
+        checksum = sum(header) - sum(header[148:156]) + _CHECKSUM_OF_BLANKS
+        with contextlib.suppress(ShardDamage):
+            if _number(header[148:156]) == checksum:
+                return
     elif offset or b"\0" in header or not header:
         raise ShardDamage("shard_truncated", f"the tar ends in a header, after {len(header)} bytes")
     if offset:

@@ -111,7 +111,7 @@ class WebdatasetShard(Shard):
             there = ", ".join(sorted(sample.members))
             message = f"the sample has no image (jpg, png, webp, ...); its members: {there}"
             if error := fields.get("error_message"):
-                message += f"; its error_message: {error}"
+                message += f"; its error_message: {encodable(str(error))}"
             return Lost(sample.key, sample.row, "missing_image", message)
         return Row(
             sample.key,

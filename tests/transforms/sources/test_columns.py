@@ -1,0 +1,143 @@
+import datetime
+
+import pyarrow as pa
+import pytest
+
+from transforms.errors import OptionError
+from transforms.sources.columns import Columns, captions, find_columns, images, keys, metadata, values
+
+
+def find(types, image=None, caption=None, key=None, metadata=()):
+    return find_columns(pa.schema(list(types.items())), "x.parquet", image, caption, key, metadata)
+
+
+def batch(array, name="c"):
+    return pa.RecordBatch.from_arrays([array], names=[name])
+
+
+def test_usual_names_in_their_order():
+    types = {"jpg": pa.binary(), "text": pa.string(), "caption": pa.string(), "id": pa.int64()}
+    assert find(types) == Columns("jpg", "caption", "id", None, ())
+    assert find({"image": pa.binary()}) == Columns("image", None, None, None, ())
+    assert find({**types, "error_message": pa.string()}, metadata=("text", "no")) == Columns(
+        "jpg", "caption", "id", "error_message", ("text", None)
+    )
+
+
+def test_a_usual_name_with_another_type_is_passed_over():
+    types = {
+        "image": pa.string(),
+        "bytes": pa.binary(),
+        "caption": pa.int8(),
+        "txt": pa.string(),
+        "key": pa.float32(),
+    }
+    assert find(types) == Columns("bytes", "txt", None, None, ())
+
+
+@pytest.mark.parametrize(
+    "type",
+    [
+        pa.binary(),
+        pa.large_binary(),
+        pa.dictionary(pa.int32(), pa.binary()),
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        pa.struct([("bytes", pa.large_binary())]),
+    ],
+)
+def test_image_types(type):
+    assert find({"image": type}).image == "image"
+
+
+@pytest.mark.parametrize(
+    "type",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.null(),
+        pa.list_(pa.string()),
+        pa.large_list(pa.large_string()),
+        pa.list_(pa.string(), 5),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.list_(pa.dictionary(pa.int32(), pa.string())),
+    ],
+)
+def test_caption_types(type):
+    assert find({"image": pa.binary(), "captions": type}).caption == "captions"
+
+
+@pytest.mark.parametrize("role", ["image", "caption", "key"])
+def test_a_named_column_must_be_there_and_fit(role):
+    types = {"image": pa.binary(), "n": pa.float64()}
+    with pytest.raises(
+        OptionError, match=rf"no column 'x'.*image \(binary\), n \(double\).*--{role}_column\."
+    ):
+        find(types, **{role: "x"})
+    with pytest.raises(OptionError, match=rf"'n', but of type double.*--{role}_column\."):
+        find(types, **{role: "n"})
+
+
+def test_captions_of_another_type_are_not_dropped_in_silence():
+    with pytest.raises(OptionError, match=r"'sentences', but of type list<.*--caption_column"):
+        find({"image": pa.binary(), "sentences": pa.list_(pa.struct([("raw", pa.string())]))})
+
+
+def test_images_of_structs_whose_parent_is_null():
+    array = pa.array(
+        [{"bytes": b"1", "path": "p"}, None, {"bytes": None, "path": "q"}],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
+    assert images(batch(array), "c", needed=True) == ([b"1", None, None], ["p", None, "q"])
+    assert images(batch(array), "c", needed=False) == ([b"", None, None], ["p", None, "q"])
+    assert images(batch(array.slice(1)), "c", needed=True) == ([None, None], [None, "q"])
+
+
+def test_dictionary_encoded_columns():
+    encoded = pa.array(["a", "b", None, "a"]).dictionary_encode()
+    assert keys(batch(encoded), "c") == ["a", "b", "", "a"]
+    assert captions(batch(encoded), "c") == [["a"], ["b"], [], ["a"]]
+    picture = pa.array([b"1", None, b"1"]).dictionary_encode()
+    assert images(batch(picture), "c", needed=True)[0] == [b"1", None, b"1"]
+
+
+def test_keys():
+    assert keys(batch(pa.array([1, None, -3])), "c") == ["1", "", "-3"]
+    assert keys(batch(pa.array([b"a", b"\xff"])), "c") == ["a", "\ufffd"]
+    assert keys(batch(pa.array(["d/a.b.jpg", "c"]), "file_name"), "file_name") == ["d/a.b", "c"]
+    assert keys(batch(pa.array([1, 2])), None) == ["", ""]
+
+
+def test_captions():
+    lists = pa.array([["a", None, " ", "b\nb"], [], None])
+    assert captions(batch(lists), "c") == [["a", "b\nb"], [], []]
+    assert captions(batch(pa.array(["a", "", None])), "c") == [["a"], [], []]
+    assert captions(batch(pa.nulls(2)), "c") == [[], []]
+    assert captions(batch(pa.nulls(2)), None) == [[], []]
+
+
+def invalid(type):
+    """Returns an array of strings of which one is not UTF-8, as a careless writer leaves them."""
+    array = pa.array([b"ok", b"caf\xe9", None], pa.binary())
+    buffers = array.buffers()
+    strings = pa.Array.from_buffers(pa.string(), 3, buffers)
+    if type == "string":
+        return strings
+    if type == "list":
+        return pa.ListArray.from_arrays(pa.array([0, 1, 3]), strings)
+    if type == "struct":
+        return pa.StructArray.from_arrays([strings], ["s"])
+    return pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.int32()), strings.slice(0, 2))
+
+
+def test_strings_that_are_not_utf8_are_replaced():
+    assert values(invalid("string")) == ["ok", "caf\ufffd", None]
+    assert values(invalid("list")) == [["ok"], ["caf\ufffd", None]]
+    assert values(invalid("dictionary")) == ["ok", "caf\ufffd", None]
+    assert values(invalid("struct")) == [{"s": "ok"}, {"s": "caf\ufffd"}, {"s": None}]
+
+
+def test_metadata():
+    at = datetime.datetime(2024, 1, 2)
+    assert metadata(batch(pa.array([at], pa.timestamp("ns"))), "c") == ["2024-01-02 00:00:00.000000000"]
+    assert metadata(batch(pa.array([{"a": 1}])), "c") == [{"a": 1}]
+    assert metadata(batch(pa.array([1, 2])), None) == [None, None]

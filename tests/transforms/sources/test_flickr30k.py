@@ -1,0 +1,265 @@
+import csv
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transforms.errors import InputError
+from transforms.sources.base import Lost, Row
+from transforms.sources.flickr30k import Flickr30kSource
+from transforms.sources.planned import plan_counters
+
+
+def plan(folder, text, files=("a.jpg", "b.jpg"), name="results.token"):
+    """Returns the shards of a caption file beside `images`."""
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (folder / "images").mkdir(exist_ok=True)
+    for file in files:
+        (folder / "images" / file).write_bytes(file.encode())
+    return Flickr30kSource((str(folder / name),), str(folder)).shards(str(folder / "plans"), 10)
+
+
+def read(shards):
+    return [record for shard in shards for record in shard.rows()]
+
+
+def captions_of(records):
+    return {record.key: list(record.captions) for record in records if isinstance(record, Row)}
+
+
+def lost(records):
+    return [(record.key, record.row, record.reason) for record in records if isinstance(record, Lost)]
+
+
+EXPECTED = {"a": ["A dog, running.", 'A "big" dog | runs'], "b": ["Two cats"]}
+
+SHAPES = {
+    "token": 'a.jpg#0\tA dog, running.\na.jpg#1\tA "big" dog | runs\nb.jpg#0\tTwo cats\n',
+    "pipe": (
+        "image_name| comment_number| comment\n"
+        'a.jpg| 0| A dog, running.\na.jpg| 1| A "big" dog | runs\nb.jpg| 0| Two cats\n'
+    ),
+    "comma": 'image,caption\na.jpg,"A dog, running."\na.jpg,"A ""big"" dog | runs"\nb.jpg,Two cats\n',
+    "numbered": (
+        'image_name,comment_number,comment\na.jpg,1,"A ""big"" dog | runs"\n'
+        'a.jpg,0,"A dog, running."\nb.jpg,0,Two cats\n'
+    ),
+    "raw": (
+        "raw,sentids,split,filename,img_id\n"
+        '"[""A dog, running."", ""A \\""big\\"" dog | runs""]","[0, 1]",train,a.jpg,0\n'
+        '"[""Two cats""]",[2],train,b.jpg,1\n'
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_every_shape_gives_the_same_rows(tmp_path, shape, newline, mark):
+    records = read(plan(tmp_path, mark + SHAPES[shape].replace("\n", newline)))
+    assert captions_of(records) == EXPECTED
+    assert [(record.row, record.image, record.source) for record in records] == [
+        (0, b"a.jpg", "results.token"),
+        (1, b"b.jpg", "results.token"),
+    ]
+
+
+@pytest.mark.parametrize("shape", ["pipe", "comma"])
+def test_header_may_be_missing(tmp_path, shape):
+    assert captions_of(read(plan(tmp_path, SHAPES[shape].partition("\n")[2]))) == EXPECTED
+
+
+@pytest.mark.parametrize("shape", ["token", "pipe", "comma"])
+def test_blank_lines_are_ignored(tmp_path, shape):
+    text = "\n" + SHAPES[shape].replace("\n", "\n\n  \n")
+    assert captions_of(read(plan(tmp_path, text))) == EXPECTED
+
+
+def test_lines_may_stand_in_any_order(tmp_path):
+    lines = "b.jpg#1\tb one\na.jpg#2\ta two\nb.jpg#0\tb zero\na.jpg#0\ta zero\n"
+    records = read(plan(tmp_path, lines))
+    assert [(record.key, record.captions) for record in records] == [
+        ("b", ["b zero", "b one"]),
+        ("a", ["a zero", "a two"]),
+    ]
+
+
+def test_number_that_is_given_twice_keeps_both_captions(tmp_path):
+    assert captions_of(read(plan(tmp_path, "a.jpg#0\tone\na.jpg#0\tother\na.jpg#0\tone\n"))) == {
+        "a": ["one", "other", "one"]
+    }
+
+
+def test_line_without_second_separator_is_repaired_and_counted(tmp_path):
+    text = "image_name| comment_number| comment\na.jpg| 0| one\na.jpg| 4   A dog runs .\na.jpg| 1| two\n"
+    shards = plan(tmp_path, text, files=["a.jpg"])
+    assert captions_of(read(shards)) == {"a": ["one", "two", "A dog runs ."]}
+    assert plan_counters(shards) == {"repaired_captions": 1}
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("a.jpg#0\tone", "a.jpg#1 no tab"),
+        ("a.jpg#0\tone", "\tno name"),
+        ("a.jpg#0\tone", "#1\tno name"),
+        ("a.jpg| 0| one", "a.jpg no separator"),
+        ("a.jpg| 0| one", "| 1| no name"),
+        ("a.jpg| 0| one", "a.jpg| no number| two"),
+        ("a.jpg| 0| one", "a.jpg| no number"),
+        ("a.jpg,one", "no separator"),
+        ("a.jpg,one", ",no name"),
+        ("image,comment_number,caption\na.jpg,0,one", "a.jpg,x,two"),
+        ("image,comment_number,caption\na.jpg,0,one", "a.jpg,1"),
+        ('raw,filename\n"[""one""]",a.jpg', '"[one",a.jpg'),
+        ('raw,filename\n"[""one""]",a.jpg', '"[1]",a.jpg'),
+    ],
+)
+def test_line_that_cannot_be_parsed_is_lost_with_its_number(tmp_path, good, bad):
+    number = good.count("\n") + 2
+    records = read(plan(tmp_path, f"{good}\n{bad}\n"))
+    assert captions_of(records) == {"a": ["one"]}
+    assert lost(records) == [("", 1, "bad_annotation")]
+    assert records[1].message.startswith(f"line {number}: ")
+
+
+def test_lost_lines_stand_where_they_were(tmp_path):
+    records = read(plan(tmp_path, "a.jpg#0\tone\nbad\nb.jpg#0\ttwo\nworse\na.jpg#1\tthree\n"))
+    assert [(record.row, type(record).__name__) for record in records] == [
+        (0, "Row"),
+        (1, "Lost"),
+        (2, "Row"),
+        (3, "Lost"),
+    ]
+
+
+def test_quoted_caption_keeps_its_newlines(tmp_path):
+    text = 'image,caption\r\na.jpg,"first\r\nsecond\n\nthird"\r\nb.jpg,x\r\n'
+    assert captions_of(read(plan(tmp_path, text))) == {"a": ["first\r\nsecond\n\nthird"], "b": ["x"]}
+
+
+def test_comma_that_is_not_quoted_belongs_to_the_caption(tmp_path):
+    assert captions_of(read(plan(tmp_path, "image,caption\na.jpg,A dog, running, fast\n"))) == {
+        "a": ["A dog, running, fast"]
+    }
+
+
+def test_quote_that_is_never_closed_does_not_swallow_lines_in_silence(tmp_path):
+    text = 'image,caption\na.jpg,one\na.jpg,"never closed\nb.jpg,two\nb.jpg,"three"\nb.jpg,four\n'
+    records = read(plan(tmp_path, text))
+    assert captions_of(records)["a"] == ["one"]
+    assert captions_of(records)["b"][-1] == "four"
+    [reject] = [record for record in records if isinstance(record, Lost)]
+    assert (reject.reason, "line 3" in reject.message) == ("bad_annotation", True)
+
+
+def test_field_that_is_too_long_is_lost(tmp_path):
+    text = "image,caption\na.jpg,one\na.jpg," + "x" * 200_000 + "\nb.jpg,two\n"
+    records = read(plan(tmp_path, text))
+    assert captions_of(records) == {"a": ["one"], "b": ["two"]}
+    assert lost(records) == [("", 1, "bad_annotation")]
+
+
+def test_image_that_is_missing_is_lost_once(tmp_path):
+    # The line of Flickr8k.token.txt that names no photo
+    text = "".join(f"2258277193_586949ec62.jpg.1#{i}\tpeople\n" for i in range(5)) + "a.jpg#0\tone\n"
+    records = read(plan(tmp_path, text))
+    assert lost(records) == [("2258277193_586949ec62.jpg", 0, "missing_image")]
+    assert "5 captions" in records[0].message
+
+
+def test_names_of_one_stem_lose_the_later(tmp_path):
+    records = read(plan(tmp_path, "a.jpg#0\tone\na.png#0\ttwo\n", files=["a.jpg", "a.png"]))
+    assert captions_of(records) == {"a": ["one"]}
+    assert lost(records) == [("a", 1, "duplicate_key")]
+
+
+def test_bytes_that_are_not_utf8_are_replaced(tmp_path):
+    assert captions_of(read(plan(tmp_path, b"a.jpg#0\tcaf\xe9\n"))) == {"a": ["caf\ufffd"]}
+
+
+def test_lone_carriage_return_and_line_separators_stay_in_the_caption(tmp_path):
+    text = "a.jpg#0\tone\rtwo\u2028three\x85four\x0bfive\n"
+    assert captions_of(read(plan(tmp_path, text))) == {"a": ["one\rtwo\u2028three\x85four\x0bfive"]}
+
+
+def test_unlisted_images_are_counted(tmp_path):
+    shards = plan(tmp_path, "a.jpg#0\tone\n", files=["a.jpg", "b.jpg", "c.jpg", "Thumbs.db"])
+    assert plan_counters(shards) == {"unlisted_images": 2}
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "\ufeff", "image,caption\n"])
+def test_no_captions_are_one_shard_without_rows(tmp_path, text):
+    [shard] = plan(tmp_path, text)
+    assert (shard.num_rows, list(shard.rows())) == (0, [])
+
+
+@pytest.mark.parametrize("text", ["just some text\nand more\n", "{}", b"\x89PNG\r\n\x1a\n\0\0\0"])
+def test_file_without_captions_is_an_input_error(tmp_path, text):
+    with pytest.raises(InputError, match="expected lines such as"):
+        plan(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "flickr30k-images",
+        "flickr30k_images",
+        "flickr30k_images/flickr30k_images",
+        "Flicker8k_Dataset",
+        "Flicker8k_Dataset/Flicker8k_Dataset",
+        "images",
+        "Images",
+    ],
+)
+@pytest.mark.parametrize("above", ["", "text"])
+def test_images_are_found_in_the_usual_places(tmp_path, folder, above):
+    (tmp_path / folder).mkdir(parents=True)
+    path = tmp_path / above / "captions.txt"
+    path.parent.mkdir(exist_ok=True)
+    assert Flickr30kSource((str(path),), str(tmp_path)).find_images(str(path)) == str(tmp_path / folder)
+
+
+def no_surrogates(**options):
+    return st.characters(exclude_categories=["Cs"], **options)
+
+
+captions = st.lists(st.tuples(st.sampled_from(["a.jpg", "b.jpg"]), st.text(no_surrogates(), max_size=30)))
+
+
+@given(captions)
+def test_reads_what_the_csv_module_writes(tmp_path_factory, rows):
+    rows = [(name, text.replace("\0", "")) for name, text in rows]
+    text = io.StringIO()
+    csv.writer(text).writerows([("image", "caption"), *rows])
+    found = captions_of(read(plan(tmp_path_factory.mktemp("csv"), text.getvalue(), name="captions.txt")))
+    expected = {}
+    for name, caption in rows:
+        expected.setdefault(name[0], []).append(caption)
+    assert found == expected
+
+
+@given(captions)
+def test_reads_token_files(tmp_path_factory, rows):
+    rows = [(name, text.replace("\n", " ").rstrip("\r")) for name, text in rows]
+    text = "".join(f"{name}#{i}\t{caption}\n" for i, (name, caption) in enumerate(rows))
+    found = captions_of(read(plan(tmp_path_factory.mktemp("token"), text)))
+    expected = {}
+    for name, caption in rows:
+        expected.setdefault(name[0], []).append(caption)
+    assert found == expected
+
+
+@given(st.binary(max_size=200))
+def test_rubbish_after_a_good_line_costs_no_more_than_itself(tmp_path_factory, rubbish):
+    for first in (b"a.jpg#0\tone\n", b"a.jpg| 0| one\n", b"a.jpg,one\n"):
+        records = read(plan(tmp_path_factory.mktemp("rubbish"), first + rubbish))
+        assert records[0].captions[0] == "one"
+
+
+def test_json_captions_with_half_a_surrogate(tmp_path):
+    text = io.StringIO()
+    csv.writer(text).writerows([("raw", "filename"), (json.dumps(["half \ud83d"]), "a.jpg")])
+    assert captions_of(read(plan(tmp_path, text.getvalue()))) == {"a": ["half ?"]}

@@ -1,0 +1,196 @@
+import concurrent.futures
+import io
+import os
+import tarfile
+import uuid
+import zipfile
+
+import fsspec
+import pytest
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+from fsspec.implementations.local import LocalFileSystem
+
+from transforms.errors import InputError
+from transforms.sources import folder
+from transforms.sources.coco import CocoSource
+from transforms.sources.folder import Member
+
+FILES = {f"deep/{i:03d} é.jpg": os.urandom(i * 37) for i in range(50)} | {"top.png": b"top", "empty.jpg": b""}
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        tar.add(os.path.dirname(path), "folder", recursive=False)
+        for name, data in files.items():
+            info = tarfile.TarInfo(f"./{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_zip(path, files, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.mkdir("folder")
+        for name, data in files.items():
+            archive.writestr(name, data)
+
+
+def write_streamed_zip(path, files):
+    class Pipe(io.RawIOBase):
+        """Cannot seek, so that sizes go behind the data."""
+
+        def writable(self):
+            return True
+
+        def write(self, data):
+            return file.write(data)
+
+    with open(path, "wb") as file, zipfile.ZipFile(Pipe(), "w") as archive:
+        for ordinal, (name, data) in enumerate(files.items()):
+            method = zipfile.ZIP_STORED if ordinal % 2 else zipfile.ZIP_DEFLATED
+            archive.writestr(zipfile.ZipInfo(name), data, method)
+
+
+def write_folder(path, files):
+    for name, data in files.items():
+        target = os.path.join(path, name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(target, "wb") as file:
+            file.write(data)
+
+
+WRITERS = {
+    "images": write_folder,
+    "images.tar": write_tar,
+    "images.zip": write_zip,
+    "stored.zip": lambda path, files: write_zip(path, files, zipfile.ZIP_STORED),
+    "streamed.zip": write_streamed_zip,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_container_gives_every_file(tmp_path, name):
+    url = str(tmp_path / name)
+    WRITERS[name](url, FILES)
+    members = sorted(folder.members(url))
+    assert [member.path for member in members] == sorted(FILES)
+    wanted = members[::-3]
+    assert list(folder.fetch(url, wanted)) == [FILES[member.path] for member in wanted]
+
+
+@pytest.mark.parametrize("name", ["images", "images.tar", "images.zip"])
+@pytest.mark.parametrize("store", ["memory", "gcs"])
+def test_object_store(tmp_path, name, store, request):
+    WRITERS[name](str(tmp_path / name), FILES)
+    top = request.getfixturevalue("gcs").url if store == "gcs" else f"memory://{uuid.uuid4().hex}"
+    fs, path = fsspec.core.url_to_fs(top)
+    fs.put(str(tmp_path / name), f"{path}/{name}", recursive=True)
+    members = sorted(folder.members(f"{top}/{name}"))
+    assert [member.path for member in members] == sorted(FILES)
+    assert list(folder.fetch(f"{top}/{name}", members)) == [FILES[member.path] for member in members]
+
+
+@pytest.mark.parametrize("name", ["images.tar", "images.zip"])
+def test_archives_are_read_from_many_threads(tmp_path, name):
+    url = str(tmp_path / name)
+    WRITERS[name](url, FILES)
+    members = list(folder.members(url)) * 20
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda member: next(folder.fetch(url, [member])), members))
+    assert results == [FILES[member.path] for member in members]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_store_with_latency_is_asked_for_a_group_at_once(tmp_path, name, monkeypatch):
+    url = str(tmp_path / name)
+    WRITERS[name](url, FILES)
+    members = sorted(folder.members(url))
+    fs = AsyncFileSystemWrapper(LocalFileSystem(), asynchronous=False)
+    groups = []
+    cat_ranges = fs.cat_ranges
+
+    def count(paths, *args, **kwargs):
+        groups.append(len(paths))
+        return cat_ranges(paths, *args, **kwargs)
+
+    monkeypatch.setattr(fs, "cat_ranges", count)
+    monkeypatch.setattr(folder.storage, "locate", lambda url: (fs, url))
+    assert list(folder.fetch(url, members)) == [FILES[member.path] for member in members]
+    assert groups == [32, len(FILES) - 32]
+    with pytest.raises(InputError, match=r"gone\.jpg is not there"):
+        list(folder.fetch(str(tmp_path), [Member("gone.jpg")]))
+
+
+def test_archive_with_a_folder_inside_serves_an_annotation(tmp_path):
+    write_zip(str(tmp_path / "val2017.zip"), {"val2017/1.jpg": b"one", "__MACOSX/val2017/._1.jpg": b"junk"})
+    (tmp_path / "captions_val2017.json").write_text('{"images": [{"id": 1, "file_name": "1.jpg"}]}')
+    source = CocoSource(
+        (str(tmp_path / "captions_val2017.json"),), str(tmp_path), str(tmp_path / "val2017.zip")
+    )
+    [row] = source.shards(str(tmp_path / "plans"), 10)[0].rows()
+    assert (row.image, row.path) == (b"one", "1.jpg")
+
+
+def test_member_that_cannot_be_unpacked_is_a_lost_row(tmp_path):
+    path = tmp_path / "images.zip"
+    write_zip(str(path), {"1.jpg": b"one" * 100, "2.jpg": b"two" * 100})
+    member = min(member for member in folder.members(str(path)))
+    data = bytearray(path.read_bytes())
+    start = member.offset + 30 + len("1.jpg")
+    data[start : start + member.packed_bytes] = b"\xff" * member.packed_bytes
+    path.write_bytes(data)
+    (tmp_path / "captions.json").write_text(
+        '{"images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}]}'
+    )
+    source = CocoSource((str(tmp_path / "captions.json"),), str(tmp_path), str(path))
+    lost, row = source.shards(str(tmp_path / "plans"), 10)[0].rows()
+    assert (lost.reason, lost.key) == ("record_corrupt", "1")
+    assert row.image == b"two" * 100
+
+
+@pytest.mark.parametrize("name", ["images.tar", "images.zip"])
+def test_archive_that_is_cut_off_is_an_input_error(tmp_path, name):
+    path = tmp_path / name
+    WRITERS[name](str(path), FILES)
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(InputError, match="cut off"):
+        list(folder.members(str(path)))
+
+
+@pytest.mark.parametrize("name", ["images.tar.gz", "images.tgz"])
+def test_compressed_tar_is_an_input_error(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match="compressed tar"):
+        list(folder.members(str(tmp_path / name)))
+
+
+def test_encrypted_zip_is_an_input_error(tmp_path):
+    path = tmp_path / "images.zip"
+    write_zip(str(path), {"1.jpg": b"one"}, zipfile.ZIP_BZIP2)
+    with pytest.raises(InputError, match="other than deflate"):
+        list(folder.members(str(path)))
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_folder(str(tmp_path / "real"), {"a.jpg": b"a"})
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "folder").symlink_to(tmp_path / "real")
+    (tmp_path / "images" / "up").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "file.jpg").symlink_to(tmp_path / "real" / "a.jpg")
+    (tmp_path / "images" / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
+    found = sorted(folder.members(str(tmp_path / "images"), sizes=True))
+    assert found == [Member("file.jpg", 1), Member("folder/a.jpg", 1)]
+
+
+@pytest.mark.parametrize("name", ["images", "images.tar"])
+def test_what_is_not_there_is_an_input_error(tmp_path, name):
+    with pytest.raises(InputError, match="is not there"):
+        list(folder.members(str(tmp_path / name)))
+
+
+def test_groups_are_bounded_in_number_and_bytes():
+    members = [
+        Member(str(i), size) for i, size in enumerate([10, 10, 70 << 20, 10, *[30 << 20] * 3, *[None] * 5])
+    ]
+    groups = list(folder._groups(members, 4))
+    assert [member for group in groups for member in group] == members
+    assert [len(group) for group in groups] == [2, 1, 3, 4, 2]

@@ -1,0 +1,147 @@
+import json
+
+import pytest
+
+from transforms.errors import InputError, OptionError
+from transforms.sources.base import Lost, Row
+from transforms.sources.karpathy import KarpathySource
+from transforms.sources.planned import plan_counters
+
+
+def image(ordinal, name, split="train", sentences=(), **more):
+    return {
+        "imgid": ordinal,
+        "filename": name,
+        "split": split,
+        "sentences": [{"raw": text, "tokens": text.lower().split(), "sentid": 0} for text in sentences],
+        **more,
+    }
+
+
+def plan(folder, data, files, name="dataset_flickr8k.json", below="Images", **options):
+    """Returns the shards of a JSON beside a folder of images."""
+    (folder / name).write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
+    for file in files:
+        path = folder / below / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.encode())
+    return KarpathySource((str(folder / name),), str(folder), **options).shards(str(folder / "plans"), 10)
+
+
+def read(shards):
+    return [record for shard in shards for record in shard.rows()]
+
+
+SPLITS = {
+    "dataset": "flickr8k",
+    "images": [
+        image(0, "a.jpg", "train", ["A one", "A two"]),
+        image(1, "b.jpg", "restval", ["B"]),
+        image(2, "c.jpg", "val", ["C"]),
+        image(3, "d.jpg", "test", []),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"),
+    [(None, [0, 1, 2, 3]), ("train", [0]), ("val", [2]), ("train,restval", [0, 1]), ("test , val", [2, 3])],
+)
+def test_splits(tmp_path, split, rows):
+    shards = plan(tmp_path, SPLITS, ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"], split=split)
+    records = read(shards)
+    assert [(record.row, record.key) for record in records] == [(row, "abcd"[row]) for row in rows]
+    assert sum(shard.num_rows for shard in shards) == len(rows)
+    # Images of the other splits are listed all the same
+    assert plan_counters(shards) == {"unlisted_images": 1}
+
+
+def test_captions_are_the_raw_sentences_or_the_tokens(tmp_path):
+    entry = image(0, "a.jpg", sentences=["A Dog ."])
+    entry["sentences"] += [{"tokens": ["two", "dogs"]}, {"raw": "new\nline", "tokens": []}]
+    [row] = read(plan(tmp_path, {"images": [entry]}, ["a.jpg"]))
+    assert row.captions == ["A Dog .", "two dogs", "new\nline"]
+
+
+def test_unknown_split_names_those_there_are(tmp_path):
+    with pytest.raises(OptionError, match=r"no split dev\. It has restval, test, train, val"):
+        plan(tmp_path, SPLITS, ["a.jpg"], split="train,dev")
+
+
+def test_another_split_is_another_plan(tmp_path):
+    files = ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    assert len(read(plan(tmp_path, SPLITS, files, split="val"))) == 1
+    assert len(read(plan(tmp_path, SPLITS, files, split="val,train"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("below", "images"),
+    [(".", None), ("images", None), ("pictures", "pictures"), ("pictures", "pictures/val2014")],
+)
+def test_coco_has_a_folder_in_filepath(tmp_path, below, images):
+    data = {"images": [image(0, "COCO_val2014_1.jpg", filepath="val2014", cocoid=1)]}
+    images = images and str(tmp_path / images)
+    files = ["val2014/COCO_val2014_1.jpg", "train2014/COCO_train2014_2.jpg"]
+    shards = plan(
+        tmp_path,
+        data,
+        files,
+        "dataset_coco.json",
+        below,
+        images=images,
+        metadata_columns=("cocoid", "split", "no"),
+    )
+    [row] = read(shards)
+    assert (row.key, row.path, row.image) == ("COCO_val2014_1", "COCO_val2014_1.jpg", files[0].encode())
+    assert row.metadata == {"cocoid": "1", "split": "train", "no": None}
+
+
+def test_file_name_alone_is_found_without_its_folder(tmp_path):
+    data = {"images": [image(0, "1.jpg", filepath="val2014"), image(1, "2.jpg")]}
+    assert [row.image for row in read(plan(tmp_path, data, ["1.jpg", "deep/2.jpg"]))] == [
+        b"1.jpg",
+        b"deep/2.jpg",
+    ]
+
+
+def test_every_loss_has_its_reason(tmp_path):
+    entry = image(4, "e.jpg")
+    entry["sentences"] = [{"raw": None}, {"raw": "kept"}, 7]
+    data = {
+        "images": [
+            image(0, "a.jpg"),
+            image(1, "gone.jpg", sentences=["x", "y"]),
+            {"imgid": 2},
+            image(3, "a.jpg"),
+            entry,
+        ]
+    }
+    records = read(plan(tmp_path, data, ["a.jpg", "e.jpg"]))
+    assert [(r.key, r.row, r.reason) for r in records if isinstance(r, Lost)] == [
+        ("gone", 1, "missing_image"),
+        ("", 2, "bad_annotation"),
+        ("a", 3, "duplicate_key"),
+        ("", 5, "bad_annotation"),
+        ("", 6, "bad_annotation"),
+    ]
+    assert [(r.key, r.row, r.captions) for r in records if isinstance(r, Row)] == [
+        ("a", 0, []),
+        ("e", 4, ["kept"]),
+    ]
+
+
+@pytest.mark.parametrize("data", [json.dumps(SPLITS).encode()[:-4], b"", b"nonsense"])
+def test_json_that_is_not_whole_is_an_input_error(tmp_path, data):
+    with pytest.raises(InputError, match="not whole JSON"):
+        plan(tmp_path, data, ["a.jpg"])
+
+
+@pytest.mark.parametrize("data", [{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, {}, []])
+def test_json_that_is_something_else_is_an_input_error(tmp_path, data):
+    with pytest.raises(InputError, match="not one of Karpathy's data sets"):
+        plan(tmp_path, data, ["a.jpg"])
+
+
+def test_no_images_are_one_shard_without_rows(tmp_path):
+    [shard] = plan(tmp_path, {"images": []}, ["a.jpg"])
+    assert (shard.num_rows, list(shard.rows())) == (0, [])

@@ -1,0 +1,287 @@
+import io
+import os
+import pickle
+
+import datasets
+import fsspec
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transforms.errors import InputError, OptionError
+from transforms.schemas import IMAGE
+from transforms.sources.base import InputFile, Lost, Row
+from transforms.sources.parquet import ParquetSource
+
+JPEG = b"\xff\xd8\xff\xe0 not really a picture \xff\xd9"
+
+
+def source_of(path, **options):
+    return ParquetSource((str(path),), os.path.dirname(path), **options)
+
+
+def shard_of(path, **options):
+    (shard,) = source_of(path, **options).shards("", 0)
+    return shard
+
+
+def write(path, columns, schema=None, **options):
+    pq.write_table(pa.table(columns, schema=schema), path, **options)
+    return shard_of(path)
+
+
+def columns(count, start=0):
+    return {
+        "key": [f"{i:04d}" for i in range(start, start + count)],
+        "image": [JPEG + bytes([i % 256]) * 700 for i in range(start, start + count)],
+        "captions": [[f"caption {i}.{n}" for n in range(i % 3)] for i in range(start, start + count)],
+    }
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "shard.parquet"
+
+
+def test_img2dataset_columns(path):
+    table = {
+        "url": ["http://a", "http://b"],
+        "key": ["000000000", "000000001"],
+        "status": ["success", "failed_to_download"],
+        "error_message": [None, "HTTP Error 404: Not Found"],
+        "caption": ["one\ncaption", "two"],
+        "width": [224, None],
+        "jpg": [JPEG, None],
+    }
+    write(path, table)
+    first, second = shard_of(path, metadata_columns=("url", "width")).rows()
+    assert first == Row(
+        "000000000",
+        JPEG,
+        "000000000.jpg",
+        ["one\ncaption"],
+        "shard.parquet",
+        0,
+        {"url": "http://a", "width": "224"},
+    )
+    assert (second.key, second.row, second.reason) == ("000000001", 1, "missing_image")
+    assert "HTTP Error 404" in second.message
+
+
+def test_hugging_face_images(path):
+    pictures = [PIL.Image.fromarray(np.full((8, 8, 3), i, np.uint8)) for i in range(5)]
+    data = {"image": pictures, "text": [f"text {i}" for i in range(5)], "image_id": list(range(5))}
+    datasets.Dataset.from_dict(data).cast_column("image", datasets.Image()).to_parquet(path)
+    rows = list(shard_of(path).rows())
+    assert [(row.key, row.captions) for row in rows] == [(str(i), [f"text {i}"]) for i in range(5)]
+    assert np.asarray(PIL.Image.open(io.BytesIO(rows[3].image)))[0, 0, 0] == 3
+    assert rows[0].path == "0.png"
+
+
+def test_hugging_face_images_that_are_only_a_path(path):
+    image = [{"bytes": None, "path": "/x/a.jpg"}, {"bytes": JPEG, "path": "/x/b.jpg"}, None]
+    write(path, {"image": pa.array(image, IMAGE), "id": [1, 2, 3]})
+    first, second, third = shard_of(path).rows()
+    assert (first.reason, first.key) == ("missing_image", "1")
+    assert "/x/a.jpg" in first.message
+    assert (second.path, second.captions, second.row) == ("b.jpg", [], 1)
+    assert (third.reason, third.row) == ("missing_image", 2)
+
+
+def test_diptych_output(path):
+    image = pa.array([{"bytes": JPEG, "path": "a.jpg"}], IMAGE)
+    shard = write(path, {"key": ["train/a"], "image": image, "captions": [["one", "two"]], "row": [7]})
+    (row,) = shard.rows()
+    assert row == Row("train/a", JPEG, "a.jpg", ["one", "two"], "shard.parquet", 0, {})
+
+
+def test_struct_with_bytes_alone(path):
+    (row,) = write(path, {"img": [{"bytes": b"\x89PNG"}]}).rows()
+    assert (row.key, row.path, row.image) == ("shard-00000000", "shard-00000000.png", b"\x89PNG")
+
+
+def test_null_and_empty_keys_are_numbered(path):
+    rows = list(write(path, {"key": ["a", None, ""], "jpg": [JPEG] * 3}).rows())
+    assert [row.key for row in rows] == ["a", "shard-00000001", "shard-00000002"]
+
+
+def test_named_columns(path):
+    table = {"image": [JPEG], "photo": [b"photo"], "alt": ["alt"], "note": ["note"], "key": ["k"], "nr": [5]}
+    write(path, table)
+    named = {"image_column": "photo", "caption_column": "note", "key_column": "nr"}
+    (row,) = shard_of(path, **named).rows()
+    assert (row.image, row.captions, row.key) == (b"photo", ["note"], "5")
+
+
+def test_a_missing_column_is_told_at_planning(path):
+    write(path, {"image": [JPEG], "n": [0.5]})
+    with pytest.raises(OptionError, match=r"no column 'x'.*image \(binary\), n \(double\).*--key_column"):
+        source_of(path, key_column="x").shards("", 0)
+    with pytest.raises(OptionError, match=r"no column 'x'.*--metadata_columns"):
+        source_of(path, metadata_columns=("x",)).shards("", 0)
+    pq.write_table(pa.table({"n": [1]}), path)
+    with pytest.raises(OptionError, match="--image_column"):
+        source_of(path).shards("", 0)
+
+
+def test_a_missing_column_of_a_later_file_is_told_by_its_reader(tmp_path):
+    pq.write_table(pa.table({"image": [JPEG]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"other": [JPEG]}), tmp_path / "b.parquet")
+    source = ParquetSource((f"{tmp_path}/a.parquet", f"{tmp_path}/b.parquet"), str(tmp_path))
+    first, second = source.shards("", 0)
+    assert len(list(first.rows())) == 1
+    with pytest.raises(OptionError, match=r"b\.parquet has no column"):
+        list(second.rows())
+
+
+def test_metadata_that_a_file_lacks_is_null(tmp_path):
+    pq.write_table(pa.table({"image": [JPEG], "url": ["u"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [JPEG]}), tmp_path / "b.parquet")
+    urls = (f"{tmp_path}/a.parquet", f"{tmp_path}/b.parquet")
+    rows = [
+        row for shard in ParquetSource(urls, str(tmp_path), ("url",)).shards("", 0) for row in shard.rows()
+    ]
+    assert [row.metadata for row in rows] == [{"url": "u"}, {"url": None}]
+
+
+def test_memory_files_and_names(path):
+    write(path, columns(300), row_group_size=100)
+    fsspec.filesystem("memory").pipe("/parquet/train/a.parquet", path.read_bytes())
+    source = ParquetSource(("memory://parquet/train/a.parquet",), "memory://parquet")
+    assert source.inputs() == [InputFile("train/a.parquet", path.stat().st_size)]
+    (shard,) = source.shards("", 0)
+    assert (shard.name, shard.num_rows) == ("train__a", None)
+    assert [row._replace(source="shard.parquet") for row in shard.rows()] == list(shard_of(path).rows())
+
+
+def test_shards_travel_small(path):
+    shard = write(path, columns(2))
+    assert len(pickle.dumps(shard)) < 1000
+    assert list(pickle.loads(pickle.dumps(shard)).rows()) == list(shard.rows())
+
+
+def test_rows_across_row_groups_and_batches(path):
+    shard = write(path, columns(200), row_group_size=90)
+    rows = list(shard.rows())
+    expected = columns(200)
+    assert [row.key for row in rows] == expected["key"]
+    assert [row.image for row in rows] == expected["image"]
+    assert [row.captions for row in rows] == expected["captions"]
+    assert [row.row for row in rows] == list(range(200))
+
+
+def test_duplicate_keys_are_lost(path):
+    _, second = write(path, {"key": ["a", "a"], "jpg": [JPEG, JPEG]}).rows()
+    assert (second.reason, second.row) == ("duplicate_key", 1)
+
+
+def test_an_empty_table_has_no_rows(path):
+    assert list(write(path, {"jpg": pa.array([], pa.binary())}).rows()) == []
+
+
+def test_a_shard_that_is_gone_stops_the_job(path):
+    shard = write(path, columns(2))
+    os.remove(path)
+    with pytest.raises(InputError, match="is not there"):
+        list(shard.rows())
+    with pytest.raises(InputError, match="is not there"):
+        source_of(path).shards("", 0)
+
+
+def damaged_file(path):
+    """Writes 3 row groups of 50 rows in pages of a few rows, and damages row 73."""
+    options = {"row_group_size": 50, "data_page_size": 2000, "write_batch_size": 2}
+    # Statistics would hold whole images, in front of the data.
+    options |= {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    rows = list(write(path, columns(150), compression="none", **options).rows())
+    data = bytearray(path.read_bytes())
+    data[data.index(rows[73].image) + 100] ^= 1
+    path.write_bytes(data)
+    return rows
+
+
+def test_a_corrupt_page_costs_the_rest_of_its_row_group(path):
+    rows = damaged_file(path)
+    records = list(shard_of(path).rows())
+    (at,) = [index for index, record in enumerate(records) if isinstance(record, Lost)]
+    lost = records[at]
+    # A page has a few rows; those before it in the batch are given.
+    assert 73 - 4 <= at <= 73
+    assert records[:at] == rows[:at]
+    assert records[at + 1 :] == rows[100:]
+    assert (lost.row, lost.reason) == (at, "shard_corrupt")
+    assert f"shard.parquet, row group 1, row {at - 50} of its 50" in lost.message
+    assert f"{100 - at} rows are lost" in lost.message
+
+
+def test_skipping_over_a_corrupt_page(path):
+    damaged_file(path)
+    shard = shard_of(path)
+    records = list(shard.rows())
+    for skip in range(0, len(records) + 2, 3):
+        assert list(shard.rows(skip=skip)) == records[skip:]
+
+
+def test_cut_anywhere(path):
+    shard = write(path, columns(4))
+    data = path.read_bytes()
+    for length in (*range(0, 20), *range(20, len(data), 13), len(data) - 1):
+        path.write_bytes(data[:length])
+        (lost,) = shard.rows()
+        assert lost.row == 0
+        assert lost.reason == ("shard_truncated" if length >= 4 or not length else "shard_corrupt")
+
+
+@pytest.mark.parametrize("data", [b"<!DOCTYPE html>" * 9, b"version https://git-lfs.github.com/spec/v1\n"])
+def test_not_parquet(path, data):
+    path.write_bytes(data)
+    (lost,) = shard_of(path).rows()
+    assert (lost.reason, lost.row) == ("shard_corrupt", 0)
+    assert lost.message == f"shard.parquet: not Parquet: it begins with {data[:60]!r}"
+
+
+def test_a_damaged_footer(path):
+    write(path, columns(2))
+    data = path.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    path.write_bytes(data[: -8 - length] + bytes(length) + data[-8:])
+    (lost,) = shard_of(path).rows()
+    assert lost.reason == "shard_corrupt"
+    assert f"its footer, before byte {len(data)}, is damaged" in lost.message
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_any_damage_to_the_data_is_survived(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "damage.parquet"
+    shard = write(path, columns(30), row_group_size=10, write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    at = data.draw(st.integers(4, end - 1))
+    content[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    records = list(shard.rows())
+    skip = data.draw(st.integers(0, 31))
+    assert list(shard.rows(skip=skip)) == records[skip:]
+    assert {record.reason for record in records if isinstance(record, Lost)} <= {
+        "shard_corrupt",
+        "duplicate_key",
+    }
+
+
+def test_images_of_skipped_rows_are_told_from_missing_ones(path):
+    shard = write(path, {"key": list("abcab"), "jpg": [JPEG, None, JPEG, JPEG, JPEG]})
+    records = list(shard.rows())
+    assert [record.reason if isinstance(record, Lost) else "" for record in records] == [
+        "",
+        "missing_image",
+        "",
+        "duplicate_key",
+        "",
+    ]
+    for skip in range(6):
+        assert list(shard.rows(skip=skip)) == records[skip:]
