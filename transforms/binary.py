@@ -1,5 +1,6 @@
 """Lists of bytes to Arrow and back, at the speed of one copy in and none out."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,4 +28,4 @@ def binary_views(array: pa.BinaryArray) -> list[memoryview]:
     _, offset_buffer, data = array.buffers()
     offsets = np.frombuffer(offset_buffer, np.int32)[array.offset : array.offset + len(array) + 1].tolist()
     view = memoryview(data).cast("B") if data else memoryview(b"")
-    return [view[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [view[start:end] for start, end in itertools.pairwise(offsets)]

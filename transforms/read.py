@@ -51,18 +51,16 @@ def read_chunks(
 def _chunk(key: ChunkKey, records: list[Record], schema: pa.Schema, last: bool) -> Chunk:
     rows = [record for record in records if isinstance(record, Row)]
     rejects = [Reject(*record) for record in records if not isinstance(record, Row)]
-    columns = [
-        [row.metadata.get(field.name) for row in rows]
-        if field.name not in Row._fields
-        else [getattr(row, field.name) for row in rows]
-        for field in schema
-    ]
-    arrays = [
-        binary_array(column) if field.type == pa.binary() else pa.array(column, field.type)
-        for column, field in zip(columns, schema, strict=True)
-    ]
-    batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+    batch = pa.RecordBatch.from_arrays([_column(field, rows) for field in schema], schema=schema)
     return Chunk(key, batch, reject_batch(key.shard, "read", rejects), last)
+
+
+def _column(field: pa.Field, rows: list[Row]) -> pa.Array:
+    if field.name == "image":
+        return binary_array([row.image for row in rows])
+    if field.name in Row._fields:
+        return pa.array([getattr(row, field.name) for row in rows], field.type)
+    return pa.array([row.metadata.get(field.name) for row in rows], field.type)
 
 
 def read_ahead(items: Iterator[_T], depth: int = 1) -> Iterator[_T]:

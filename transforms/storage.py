@@ -12,17 +12,19 @@ from transforms.errors import InputError, OutputError
 
 # Stores where one upload appears whole or not at all. A rename there is a copy and a delete: worse, not better.
 _ATOMIC_UPLOAD = frozenset({"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "memory"})
+# Packages whose errors are a store's answer (no rights, no credentials, no connection), though not OSErrors
+_STORE_CLIENTS = frozenset({"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google"})
 
 
 def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Returns the file system of a URL or path, and the path in it.
 
     Raises:
-        InputError: No file system is installed for the URL's protocol.
+        InputError: No file system is installed for the URL's protocol, or it cannot be opened.
     """
     try:
         fs, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise InputError(
             f"{url!r} cannot be opened: {error}. Expected a path or a URL of an installed fsspec file system."
         ) from error
@@ -56,6 +58,12 @@ def input_errors(url: str) -> Iterator[None]:
         raise InputError(
             f"{url} cannot be read: {error.strerror or error}. Run the same command again once the storage answers."
         ) from error
+    except Exception as error:
+        if not _is_of_store(error):
+            raise
+        raise InputError(
+            f"{url} cannot be read: {_one_line(error)}. Check its name and your rights to it, and run again."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -63,11 +71,22 @@ def output_errors(url: str) -> Iterator[None]:
     """Turns whatever a store says to a write into an `OutputError` that names the file."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError | NotImplementedError) and not _is_of_store(error):
+            raise
+        what = (isinstance(error, OSError) and error.strerror) or _one_line(error)
         raise OutputError(
-            f"{url} cannot be written: {error.strerror or error}. Nothing that was committed is lost: mend this "
+            f"{url} cannot be written: {what}. Nothing that was committed is lost: mend this "
             "(free space, rights, the folder's name) and run the same command again; it goes on where it stopped."
         ) from error
+
+
+def _is_of_store(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in _STORE_CLIENTS
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def write_whole(root: str, name: str, data: bytes | memoryview) -> None:
@@ -85,8 +104,9 @@ def write_whole(root: str, name: str, data: bytes | memoryview) -> None:
             fs.pipe_file(path, bytes(data))
             return
         _, temporary = locate(join(root, "_tmp", uuid.uuid4().hex))
-        fs.makedirs(os.path.dirname(temporary), exist_ok=True)
-        fs.makedirs(os.path.dirname(path), exist_ok=True)
+        make_folder = _make_folder if isinstance(fs, LocalFileSystem) else fs.makedirs
+        make_folder(os.path.dirname(temporary), exist_ok=True)
+        make_folder(os.path.dirname(path), exist_ok=True)
         try:
             if isinstance(fs, LocalFileSystem):
                 _write_and_rename(temporary, path, data)
@@ -105,7 +125,22 @@ def _write_and_rename(temporary: str, path: str, data: bytes | memoryview) -> No
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    _sync_folder(os.path.dirname(path))
+
+
+def _make_folder(path: str, exist_ok: bool) -> None:
+    """Makes a folder so that it outlives a power cut, as what is renamed into it must."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    _make_folder(parent, exist_ok)
+    with contextlib.suppress(FileExistsError):  # another thread's
+        os.mkdir(path)
+    _sync_folder(parent)
+
+
+def _sync_folder(path: str) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
