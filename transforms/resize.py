@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import apache_beam as beam
@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import simplejpeg
 from apache_beam.pvalue import PCollection
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms.binary import binary_array, binary_views
 from transforms.chunk import Chunk, Reject, take_rows
@@ -79,19 +81,16 @@ def resize_image(data: bytes | memoryview, options: ResizeOptions, full_decode: 
     Raises:
         BadImage: The image is rejected.
     """
-    double = 0 if full_decode else 2 * options.size_px  # below twice the target, a reduced decode shows
-    shorter_px, longer_px = {"squash": (double, 0), "center_crop": (double, 0), "pad": (0, double)}[
-        options.mode
-    ]
-    raster = decode(data, options.limits, shorter_px, longer_px)
+    raster = decode(data, options.limits, *((0, 0) if full_decode else _enough_px(options)))
     pixels, size, changes = raster.pixels, options.size_px, []
     if options.mode == "center_crop":
         pixels = _center_crop(pixels, raster.orientation)
     height, width = size, size
     if options.mode == "pad":
-        rows, columns = pixels.shape[:2]
-        height = max(1, round(size * rows / max(rows, columns)))
-        width = max(1, round(size * columns / max(rows, columns)))
+        longer = max(raster.width, raster.height)
+        height, width = (max(1, round(size * side / longer)) for side in (raster.height, raster.width))
+        if raster.orientation >= 5:
+            height, width = width, height
     pixels = _upright(resize_pixels(pixels, width, height), raster.orientation)
     pixels, converted = to_srgb(pixels, raster.profile)
     if options.mode == "pad":
@@ -101,6 +100,16 @@ def resize_image(data: bytes | memoryview, options: ResizeOptions, full_decode: 
     if converted:
         changes.append("images_converted_to_srgb")
     return Resized(np.ascontiguousarray(pixels), raster.width, raster.height, tuple(changes))
+
+
+def _enough_px(options: ResizeOptions) -> tuple[int, int]:
+    """Returns how long the shorter and the longer side of a reduced decode must stay so that it does not show.
+
+    Twice the target at least, in both directions; four times where the picture is cut, because the cut may be off
+    by half a pixel of the reduced picture. `benchmarks/quality.py` shows what that costs: nothing visible.
+    """
+    size = options.size_px
+    return {"squash": (2 * size, 0), "center_crop": (4 * size, 0), "pad": (0, 3 * size)}[options.mode]
 
 
 # Up to this reduction, a bilinear step to twice the target and then the mean of each 2x2 is a third of the cost of
@@ -197,8 +206,8 @@ def perceptual_hashes(thumbnails: Pixels) -> np.ndarray[Any, np.dtype[np.uint64]
         (N,) uint64.
     """
     frequency, sample = np.arange(8)[:, None], np.arange(32)[None, :]
-    basis = np.rint(np.cos(np.pi * frequency * (2 * sample + 1) / 64) * 4096).astype(np.int64)  # (8, 32)
-    low = (basis @ thumbnails.astype(np.int64) @ basis.T).reshape(-1, 64)
+    basis = np.rint(np.cos(np.pi * frequency * (2 * sample + 1) / 64) * 4096)  # (8, 32)
+    low = (basis @ thumbnails.astype(np.float64) @ basis.T).reshape(-1, 64)
     middle = np.sort(low, axis=1)[:, 31:33].sum(axis=1, keepdims=True)
     bits = np.packbits(2 * low > middle, axis=1)  # (N, 8)
     return bits.view(">u8")[:, 0].astype(np.uint64)
@@ -255,16 +264,25 @@ def resize_chunk(chunk: Chunk, options: ResizeOptions, pool: ThreadPoolExecutor)
     Returns:
         A chunk of schema `images_schema`; images that cannot be used are rejects of the stage `image`.
     """
-    images = chunk.rows.column("image")
-    data = binary_views(images)
-    tasks = [data[start : start + _TASK_ROWS] for start in range(0, len(data), _TASK_ROWS)]
-    results = [
-        done for task in pool.map(lambda task: [_process(d, options) for d in task], tasks) for done in task
-    ]
+    return _collect(chunk, _start(chunk, options, pool), options)
+
+
+_Results = list[Future[list[_Done | BadImage]]]
+
+
+def _start(chunk: Chunk, options: ResizeOptions, pool: ThreadPoolExecutor) -> _Results:
+    """Hands the images of a chunk to the pool."""
+    data = binary_views(chunk.rows.column("image"))
+    tasks = (data[start : start + _TASK_ROWS] for start in range(0, len(data), _TASK_ROWS))
+    return [pool.submit(lambda task: [_process(image, options) for image in task], task) for task in tasks]
+
+
+def _collect(chunk: Chunk, results: _Results, options: ResizeOptions) -> Chunk:
+    """Waits for the images of a chunk and puts it together."""
     kept, done, rejects = [], [], []
-    for i, result in enumerate(results):
+    for i, result in enumerate(result for task in results for result in task.result()):
         if isinstance(result, BadImage):
-            original = bytes(data[i]) if options.keep_bytes else None
+            original = chunk.rows.column("image")[i].as_py() if options.keep_bytes else None
             key, row = chunk.rows.column("key")[i].as_py(), chunk.rows.column("row")[i].as_py()
             rejects.append(Reject(key, row, result.reason, str(result), original))
         else:
@@ -322,6 +340,8 @@ class ResizeImages(beam.PTransform[PCollection[Chunk], PCollection[Chunk]]):
 
 
 class _Resize(beam.DoFn):
+    """Puts a chunk together while the pool is at the next: it never waits for either."""
+
     def __init__(self, options: ResizeOptions) -> None:
         self._options = options
 
@@ -329,8 +349,18 @@ class _Resize(beam.DoFn):
         cv2.setNumThreads(0)  # the pool's threads are the parallelism
         self._pool = ThreadPoolExecutor(num_cores(), thread_name_prefix="resize")
 
+    def start_bundle(self) -> None:
+        self._resizing: tuple[Chunk, _Results] | None = None
+
     def process(self, chunk: Chunk) -> Iterator[Chunk]:
-        yield resize_chunk(chunk, self._options, self._pool)
+        before, self._resizing = self._resizing, (chunk, _start(chunk, self._options, self._pool))
+        if before is not None:
+            yield _collect(*before, self._options)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        if self._resizing is not None:
+            chunk = _collect(*self._resizing, self._options)
+            yield WindowedValue(chunk, GlobalWindow().max_timestamp(), (GlobalWindow(),))
 
     def teardown(self) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
