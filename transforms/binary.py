@@ -1,30 +1,82 @@
 """Lists of bytes to Arrow and back, at the speed of one copy in and none out."""
 
 import itertools
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+_INITIAL_BYTES = 64 << 20
+_MAX_BYTES = int(np.iinfo(np.int32).max)
 
-def binary_array(values: Sequence[bytes]) -> pa.BinaryArray:
-    """Returns values, none of them null, as an array: one copy, where `pa.array` grows its buffer many times.
 
-    Raises:
-        ValueError: They are 2 GiB or more together, the limit of Arrow's 32-bit offsets.
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+# Buffers of earlier columns, used again as soon as nothing refers to them: a fresh page costs its clearing
+_MAX_BUFFERS = 8
+_buffers: list[_Bytes] = []
+_buffers_lock = threading.Lock()
+_UNUSED = 3  # references: the list, the loop variable, the argument of getrefcount
+
+
+def _take_buffer() -> _Bytes:
+    with _buffers_lock:
+        for buffer in _buffers:
+            if sys.getrefcount(buffer) == _UNUSED:
+                return buffer
+        buffer = np.empty(_INITIAL_BYTES, np.uint8)
+        if len(_buffers) < _MAX_BUFFERS:
+            _buffers.append(buffer)
+        return buffer
+
+
+class BinaryBuilder:
+    """A binary column that is filled value by value.
+
+    Each value is copied at once, so that the memory it was read into is free, and warm, for the next.
     """
-    offsets = np.zeros(len(values) + 1, np.int64)
-    np.cumsum([len(value) for value in values], out=offsets[1:])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"{len(values)} values have {offsets[-1]} bytes together; an array holds less than 2 GiB"
-        )
-    data = np.empty(offsets[-1], np.uint8)  # numpy asks for huge pages: a fault each 2 MiB, not each 4 KiB
-    view = memoryview(data)
-    for start, value in zip(offsets.tolist(), values, strict=False):
-        view[start : start + len(value)] = value
-    buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(data)]
-    return pa.BinaryArray.from_buffers(pa.binary(), len(values), buffers)
+
+    def __init__(self) -> None:
+        self._data = _take_buffer()
+        self._offsets = [0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values so far."""
+        return self._offsets[-1]
+
+    def append(self, value: bytes) -> None:
+        """Adds a value.
+
+        Raises:
+            ValueError: The column would reach 2 GiB, the limit of Arrow's 32-bit offsets.
+        """
+        start, end = self._offsets[-1], self._offsets[-1] + len(value)
+        if end > _MAX_BYTES:
+            raise ValueError(f"a column of {end} bytes; an array holds less than 2 GiB")
+        if end > len(self._data):
+            grown = np.empty(min(max(2 * len(self._data), end), _MAX_BYTES), np.uint8)
+            grown[:start] = self._data[:start]
+            self._data = grown
+        self._data.data[start:end] = value
+        self._offsets.append(end)
+
+    def finish(self) -> pa.BinaryArray:
+        """Returns the column; the builder must not be used any more."""
+        offsets = np.asarray(self._offsets, np.int32)
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(self._data[: self._offsets[-1]])]
+        return pa.BinaryArray.from_buffers(pa.binary(), len(offsets) - 1, buffers)
+
+
+def binary_array(values: Iterable[bytes]) -> pa.BinaryArray:
+    """Returns values, none of them null, as an array: one copy, where `pa.array` grows its buffer many times."""
+    builder = BinaryBuilder()
+    for value in values:
+        builder.append(value)
+    return builder.finish()
 
 
 def binary_views(array: pa.BinaryArray) -> list[memoryview]:
