@@ -8,12 +8,14 @@ import os
 import time
 from pathlib import Path
 
+from pipelines.contact_sheet import contact_sheet
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import SceneFolders, write_data_set
 from pipelines.summary import summary
 from pipelines.verify import verify
-from transforms.errors import DiptychError, OptionError, OutputError
+from transforms.errors import DiptychError, OptionError
+from transforms.storage import output_errors
 
 
 def add_demo_flags(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +55,10 @@ def demo(output: str, seed: int = 0, num_scenes: int = 3000) -> None:
         raise DiptychError(
             f"{out} is not what it should be, see above. Delete {output} and run the demo again."
         )
-    print("Look at it with Hugging Face datasets (pip install datasets):")
+    sheet = os.path.join(output, "sheet.png")
+    with output_errors(sheet):
+        contact_sheet(out).save(sheet)
+    print(f"Look at {sheet}, or with Hugging Face datasets (pip install datasets):")
     print(
         f'   datasets.load_dataset("parquet", data_files="{out}/images/*.parquet", split="train")[0]["image"]'
     )
@@ -61,13 +66,10 @@ def demo(output: str, seed: int = 0, num_scenes: int = 3000) -> None:
 
 def _draw(data: Path, num_scenes: int, seed: int) -> SceneFolders:
     try:
-        return write_data_set(str(data), num_scenes, seed)
+        with output_errors(str(data)):
+            return write_data_set(str(data), num_scenes, seed)
     except ValueError as error:
         raise OptionError(f"The demo cannot be drawn: {error}.") from error
-    except OSError as error:
-        raise OutputError(
-            f"{data} cannot be written: {error.strerror or error}. Free space or name another --output, and run again."
-        ) from error
 
 
 def _indent(text: str) -> str:

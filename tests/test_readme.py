@@ -1,0 +1,159 @@
+"""Everything that README.md says to run, run on drawn data in the places that it names."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tfrecord  # type: ignore[import-untyped]  # has no stubs
+
+from pipelines.cli import main
+from pipelines.job import read_success
+from pipelines.scene_folders import write_data_set
+from transforms.schemas import REASONS
+
+if TYPE_CHECKING:
+    from conftest import Command, Gcs
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [*BLOCKS, *re.findall(r"\| `(diptych [^`]*)` \|", README)]
+NUM_SCENES = 40
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every input that README.md names."""
+    home = tmp_path_factory.mktemp("readme")
+    scenes = write_data_set(str(home / "demo/data"), NUM_SCENES, seed=0)
+    (home / "ann").mkdir()
+    shutil.copy(scenes.coco / "annotations/captions_val2017.json", home / "ann")
+    captions: dict[str, list[str]] = {}
+    for line in (scenes.flickr30k / "results_20130124.token").read_text(encoding="utf-8").splitlines():
+        name, caption = line.split("\t")
+        captions.setdefault(name.split("#")[0], []).append(caption)
+    images = {name: (scenes.flickr30k / "flickr30k-images" / name).read_bytes() for name in captions}
+    _write_kaggle(home / "kaggle", captions)
+    _write_flickr8k(home / "flickr8k", captions, images)
+    _write_shards(home / "shards", captions, images)
+    return home
+
+
+def _write_kaggle(folder: Path, captions: dict[str, list[str]]) -> None:
+    folder.mkdir()
+    lines = [f"{name}| {i}| {text}" for name, texts in captions.items() for i, text in enumerate(texts)]
+    (folder / "results.csv").write_text("\n".join(["image_name| comment_number| comment", *lines]))
+
+
+def _write_flickr8k(folder: Path, captions: dict[str, list[str]], images: dict[str, bytes]) -> None:
+    folder.mkdir()
+    with (folder / "captions.txt").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        writer.writerows((name, text) for name, texts in captions.items() for text in texts)
+    entries = [
+        {"filename": name, "split": ("train", "val")[i % 2], "sentences": [{"raw": text} for text in texts]}
+        for i, (name, texts) in enumerate(captions.items())
+    ]
+    (folder / "dataset_flickr8k.json").write_text(json.dumps({"images": entries, "dataset": "flickr8k"}))
+    with zipfile.ZipFile(folder / "Images.zip", "w") as archive:
+        for name, data in images.items():
+            archive.writestr(f"Images/{name}", data)
+
+
+def _write_shards(folder: Path, captions: dict[str, list[str]], images: dict[str, bytes]) -> None:
+    folder.mkdir()
+    columns: dict[str, list[Any]] = {
+        "uid": list(captions),
+        "photo": list(images.values()),
+        "alt": list(captions.values()),
+    }
+    pq.write_table(pa.table(columns), folder / "part-0.parquet")
+    writer = tfrecord.TFRecordWriter(str(folder / "part-0.tfrecord"))
+    for name, texts in captions.items():
+        key, caption = name.removesuffix(".jpg").encode(), [text.encode() for text in texts]
+        writer.write({"key": (key, "byte"), "jpg": (images[name], "byte"), "caption": (caption, "byte")})
+    writer.close()
+
+
+def test_commands_on_this_machine(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
+    commands = [command for command in COMMANDS if "gs://" not in command and "Flink" not in command]
+    assert len(commands) >= 15
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, (command, capsys.readouterr().err)
+    outputs = {path.name: read_success(str(path)) for path in (home / "out").iterdir()}
+    written = {name: totals["images"].written for name, totals in outputs.items() if totals}
+    few = dict.fromkeys(["val", "elsewhere", "files"], NUM_SCENES // 10) | {
+        "webdataset": NUM_SCENES * 9 // 10
+    }
+    assert written == dict.fromkeys(outputs, NUM_SCENES) | few
+    _python_block(home)
+
+
+def _python_block(home: Path) -> None:
+    [block] = re.findall(r"```python\n(.*?)```", README, re.S)
+    pattern = re.search(r'data_files="([^"]*)"', block)
+    assert pattern
+    rows = datasets.load_dataset(
+        "parquet", data_files=pattern[1], split="train", cache_dir=str(home / "cache")
+    )
+    assert rows[0]["image"].size == (224, 224)
+    assert len(rows[0]["captions"]) == 5
+
+
+def test_commands_on_a_bucket(
+    home: Path, gcs: "Gcs", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
+    commands = [command.replace("gs://bucket", gcs.url) for command in COMMANDS if "gs://" in command]
+    assert len(commands) == 2
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, (command, capsys.readouterr().err)
+    totals = read_success(str(home / "out/from-bucket"))
+    assert totals is not None
+    assert totals["images"].written == NUM_SCENES
+
+
+def test_commands_on_flink(
+    home: Path, flink_jar: str, run_command: "Command", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    [command] = [command for command in COMMANDS if "Flink" in command]
+    build = "$(python deploy/flink_job_server.py)"
+    assert build in command
+    arguments = shlex.split(command.replace(build, flink_jar))
+    done = run_command([sys.executable, "-m", "pipelines.cli", *arguments[1:]], timeout_s=200)
+    assert done.returncode == 0, done.stderr
+    totals = read_success(str(home / "out/flink"))
+    assert totals is not None
+    assert totals["images"].written == NUM_SCENES
+
+
+def test_reasons_are_all_named() -> None:
+    for stage, reasons in REASONS.items():
+        [row] = re.findall(rf"^\| `{stage}` \| (.*) \|$", README, re.M)
+        assert set(re.findall(r"`(\w+)`", row)) == set(reasons)
+
+
+def test_files_that_are_named_exist() -> None:
+    for name in re.findall(r"\b(?:benchmarks|deploy|docs)/\w+\.\w+", README):
+        assert (REPOSITORY / name).is_file(), name
+
+
+def test_make_targets_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake (\w+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.M), target
