@@ -1,21 +1,27 @@
 """The life of an output folder: whose it is, what is in it already, and when it is done."""
 
-import contextlib
+import concurrent.futures
 import dataclasses
 import enum
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from transforms.errors import OutputError
+from fsspec.implementations.local import LocalFileSystem
+
+from transforms.errors import InputError, OptionError, OutputError
 from transforms.finish import SUCCESS, Totals
+from transforms.sink import has_commit
 from transforms.sources.base import InputFile
-from transforms.storage import join, locate, output_errors, write_whole
+from transforms.storage import delete, input_errors, is_absence, join, locate, output_errors, write_whole
 
 JOB = "_job.json"
 DATASETS = ("images", "embeddings", "captions", "generated")
+_BESIDE = ("rejects", "_plan", "_tmp")
 # Libraries that decide the bytes of an output
 _LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "pyarrow", "simplejpeg")
 
@@ -55,6 +61,34 @@ def digest(fingerprint: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def refuse_overlap(inputs: Iterable[str], root: str) -> None:
+    """Checks that a job does not read the folders that it writes, and that `--overwrite` deletes.
+
+    Args:
+        inputs: What it reads.
+        root: The output folder.
+
+    Raises:
+        OptionError: It does.
+    """
+    output = _real_path(root)
+    folders = [join(output, name) for name in (*DATASETS, *_BESIDE)]
+    for url in inputs:
+        path = _real_path(url)
+        if path == output or any(f"{path}/".startswith(f"{folder}/") for folder in folders):
+            raise OptionError(
+                f"--output {root} is where {url} is read from. The job would write into its own input: choose another "
+                "--output."
+            )
+
+
+def _real_path(url: str) -> str:
+    fs, path = locate(url)
+    return str(
+        fs.unstrip_protocol(os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path)
+    ).rstrip("/")
+
+
 def open_output(
     root: str, datasets: tuple[str, ...], fingerprint: Mapping[str, Any], overwrite: bool
 ) -> State:
@@ -69,50 +103,126 @@ def open_output(
     Raises:
         OutputError: The folder belongs to another run, or holds files that no run wrote, or cannot be written.
     """
-    fs, path = locate(root)
     with output_errors(root):
+        fs, path = locate(root)
         if fs.isfile(path):
             raise OutputError(f"{root} is a file. --output must be a folder; it is made where there is none.")
-        found = read_json(root, JOB)
-        if found is None:
-            _refuse_foreign_files(root, datasets)
-        elif overwrite:
-            _delete(root, (SUCCESS, *DATASETS, "rejects", "_plan", "_tmp", JOB))
-        elif found != json.loads(json.dumps(fingerprint)):
-            differences = "; ".join(_differences(found, fingerprint))
-            raise OutputError(
-                f"{root} holds the output of another run: {differences}. Choose another --output, give the options "
-                "of that run, or delete it with --overwrite."
-            )
-        else:
-            _delete(root, ("_tmp",))
-            return _state(root, datasets)
+    found = read_json(root, JOB)
+    if found is None:
+        _refuse_ownerless(root, datasets)
+    elif overwrite:
+        for dataset in DATASETS:
+            _refuse_foreign(root, dataset, _written_by_diptych(root, dataset))
+        delete(root, (SUCCESS, *DATASETS, *_BESIDE, JOB))  # what says whose it is goes last
+    elif found == json.loads(json.dumps(fingerprint)):
+        delete(root, ("_tmp",))
+        return _state(root, datasets)
+    elif any(data_files(root, folder) for folder in (*DATASETS, "rejects")):
+        differences = "; ".join(_differences(found, fingerprint))
+        raise OutputError(
+            f"{root} holds the output of another run: {differences}. Choose another --output, give the options "
+            "of that run, or delete it with --overwrite."
+        )
+    else:
+        delete(root, (SUCCESS, *_BESIDE))  # a run that failed before its first row, and was mended since
     write_whole(root, JOB, _to_json(fingerprint))
     return State.FRESH
 
 
 def _state(root: str, datasets: tuple[str, ...]) -> State:
-    totals = read_success(root)
-    if totals is None:
-        return State.RESUMED
-    if all(dataset in totals and totals[dataset].files == _num_files(root, dataset) for dataset in datasets):
-        return State.DONE
-    _delete(root, (SUCCESS,))  # somebody deleted a data file: what is missing is made again
-    return State.RESUMED
+    totals = read_success(root) or {}
+    is_done = all(
+        dataset in totals and totals[dataset].files == len(data_files(root, dataset)) for dataset in datasets
+    )
+    return State.DONE if is_done else State.RESUMED
 
 
-def _num_files(root: str, dataset: str) -> int:
-    fs, path = locate(join(root, dataset))
+def start_writing(root: str, dataset: str, shards: Iterable[str]) -> None:
+    """Makes sure that a data set holds no files but those of these shards, before a run adds to it.
+
+    Args:
+        root: The output folder.
+        dataset: The data set.
+        shards: Names of all the shards of the run.
+
+    Raises:
+        OutputError: There is a file of something else.
+    """
+    own = set(shards)
+    files = data_files(root, dataset)
+    _refuse_foreign(root, dataset, {name for name in files if shard_of(name) in own})
+    delete(root, (SUCCESS,))  # there where somebody deleted a data file of a finished output
+
+
+def data_files(root: str, dataset: str) -> list[str]:
+    """Returns the names of what is in the folder of a data set, sorted by shard and number.
+
+    Hidden files, as a system or another tool leaves them, are not data: their names begin with `.` or `_`.
+    """
+    url = join(root, dataset)
     try:
-        return sum(name.endswith(".parquet") for name in fs.ls(path, detail=False))
-    except FileNotFoundError:
-        return 0
+        with input_errors(url):
+            fs, path = locate(url)
+            fs.invalidate_cache(path)
+            paths = {name.rstrip("/") for name in fs.ls(path, detail=False)} - {path.rstrip("/")}
+            fs.invalidate_cache(path)  # or what is committed from now on is not seen
+    except InputError as error:
+        if is_absence(error):
+            return []
+        raise
+    names = (os.path.basename(path) for path in paths)
+    return sorted((name for name in names if name[0] not in "._"), key=lambda name: (shard_of(name), name))
+
+
+def shard_of(name: str) -> str:
+    """Returns the name of the shard that a data file's name begins with, empty where it is no such name."""
+    match = _FILE_NAME.fullmatch(name)
+    return match[1] if match else ""
+
+
+_FILE_NAME = re.compile(r"(.+)-\d{5,}\.parquet", re.DOTALL)
+
+
+def _written_by_diptych(root: str, dataset: str) -> set[str]:
+    """Returns the data files that a job wrote, by the footer of the first of each shard."""
+    shards: dict[str, list[str]] = {}
+    for name in data_files(root, dataset):
+        if shard := shard_of(name):
+            shards.setdefault(shard, []).append(name)
+    firsts = [join(root, dataset, names[0]) for names in shards.values()]
+    with concurrent.futures.ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        own = list(pool.map(has_commit, firsts))
+    return {name for names, is_own in zip(shards.values(), own, strict=True) if is_own for name in names}
+
+
+_FOOTERS_AT_ONCE = 16  # on a store each is a few round trips
+
+
+def _refuse_foreign(root: str, dataset: str, own: Collection[str]) -> None:
+    foreign = [name for name in data_files(root, dataset) if name not in own]
+    if foreign:
+        raise OutputError(
+            f"{join(root, dataset)} holds {_listed(foreign)}, which this job did not write (or which was damaged "
+            "since). Readers of the folder would take that for its data: move it away, and run again."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def read_success(root: str) -> dict[str, Totals] | None:
-    """Returns the totals of a finished output by data set, or None where it is not finished."""
+    """Returns the totals of a finished output by data set, or None where it is not finished.
+
+    Raises:
+        OutputError: It says something else.
+    """
     values = read_json(root, SUCCESS)
-    return None if values is None else {dataset: Totals(**total) for dataset, total in values.items()}
+    try:
+        return None if values is None else {dataset: Totals(**total) for dataset, total in values.items()}
+    except (AttributeError, TypeError) as error:
+        raise _damaged(root, SUCCESS, error) from error
 
 
 def read_json(root: str, name: str) -> Any:
@@ -120,25 +230,32 @@ def read_json(root: str, name: str) -> Any:
 
     Raises:
         OutputError: It is not JSON.
+        InputError: It cannot be read.
     """
-    fs, path = locate(join(root, name))
+    url = join(root, name)
     try:
-        return json.loads(fs.cat_file(path))
-    except FileNotFoundError:
-        return None
+        with input_errors(url):
+            fs, path = locate(url)
+            return json.loads(fs.cat_file(path))
+    except InputError as error:
+        if is_absence(error):
+            return None
+        raise
     except ValueError as error:
-        raise OutputError(
-            f"{join(root, name)} is not JSON ({error}). It was damaged after it was written: delete the output folder, "
-            "or choose another."
-        ) from error
+        raise _damaged(root, name, error) from error
 
 
-def _refuse_foreign_files(root: str, datasets: tuple[str, ...]) -> None:
-    for dataset in datasets:
-        if count := _num_files(root, dataset):
+def _damaged(root: str, name: str, error: Exception) -> OutputError:
+    remedy = "Delete it and run again" if name == SUCCESS else "Delete the output folder, or choose another"
+    return OutputError(f"{join(root, name)} is not what a job wrote ({error}): damaged since. {remedy}.")
+
+
+def _refuse_ownerless(root: str, datasets: tuple[str, ...]) -> None:
+    for folder in (*datasets, "rejects"):
+        if names := data_files(root, folder):
             raise OutputError(
-                f"{join(root, dataset)} holds {count} Parquet files, but {root} has no {JOB}, so no job of Diptych "
-                "owns them. Choose another --output, or move them away."
+                f"{join(root, folder)} holds {_listed(names)}, but {root} has no {JOB}, so no job of Diptych owns "
+                "it. Choose another --output, or move it away."
             )
 
 
@@ -151,14 +268,6 @@ def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
     return (
         [] if found == json.loads(json.dumps(wanted)) else [f"{name} is {found!r} there and {wanted!r} here"]
     )
-
-
-def _delete(root: str, names: Iterable[str]) -> None:
-    """Deletes files and folders; what says whose the output is must come last."""
-    fs, path = locate(root)
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            fs.rm(join(path, name), recursive=True)
 
 
 def _to_json(values: Mapping[str, Any]) -> bytes:

@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from transforms.clean import CleanOptions
 from transforms.decode import Limits
@@ -42,6 +43,8 @@ class PrepareOptions:
     beam_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for flag, place in (("--output", self.output), *(("--input", url) for url in self.inputs)):
+            _check(bool(place.strip()), flag, repr(place), "a path or URL")
         _check(self.chunk_rows >= 1, "--chunk_rows", self.chunk_rows, "at least 1")
         _check(
             self.chunk_rows <= 100_000,
@@ -56,7 +59,9 @@ class PrepareOptions:
         _check(resize.limits.min_side_px >= 1, "--min_side_px", resize.limits.min_side_px, "at least 1")
         ratio = resize.limits.max_aspect_ratio
         _check(ratio >= 1, "--max_aspect_ratio", ratio, "at least 1")
-        _check(min(resize.std) > 0, "--pixel_std", resize.std, "above 0")
+        _check(all(map(math.isfinite, resize.mean)), "--pixel_mean", resize.mean, "finite")
+        is_scale = min(resize.std) > 0 and all(map(math.isfinite, resize.std))
+        _check(is_scale, "--pixel_std", resize.std, "above 0 and finite")
         _check(clean.min_chars >= 1, "--min_caption_chars", clean.min_chars, "at least 1")
         bound = f"at least --min_caption_chars {clean.min_chars}"
         _check(clean.max_chars >= clean.min_chars, "--max_caption_chars", clean.max_chars, bound)
@@ -185,12 +190,11 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _triple(text: str) -> tuple[float, ...]:
-    values = tuple(float(value) for value in text.split(","))
-    if len(values) != 3:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} has {len(values)} values; three are expected, as in 0.5,0.5,0.5"
-        )
-    return values
+    try:
+        red, green, blue = (float(value) for value in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers, as 0.5,0.5,0.5 is") from error
+    return red, green, blue
 
 
 def check_beam_args(beam_args: Sequence[str], own_flags: Sequence[str]) -> None:
@@ -206,13 +210,20 @@ def check_beam_args(beam_args: Sequence[str], own_flags: Sequence[str]) -> None:
         return
     from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 
-    parser = _BeamArgumentParser(allow_abbrev=False)
+    class Parser(_BeamArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise OptionError(f"Apache Beam refuses a flag: {message}.")
+
+    parser = Parser(allow_abbrev=False)
     for options in _subclasses(PipelineOptions):
         options._add_argparse_args(parser)
     known, unknown = parser.parse_known_args(list(beam_args))
     beam_flags = [flag for action in parser._actions for flag in action.option_strings]
+    beam_flags += _JOB_SERVER_FLAGS
     is_portable = any(name in (known.runner or "") for name in ("Flink", "Spark", "Portable"))
     for flag in unknown:
+        if is_portable and flag.split("=")[0] in _JOB_SERVER_FLAGS:
+            continue
         near = difflib.get_close_matches(flag.split("=")[0], [*own_flags, *beam_flags], n=1, cutoff=0.8)
         if is_portable and flag.startswith("--") and not near:
             continue
@@ -220,6 +231,15 @@ def check_beam_args(beam_args: Sequence[str], own_flags: Sequence[str]) -> None:
             continue
         hint = f" Did you mean {near[0]}?" if near else " `diptych JOB --help` lists the job's flags."
         raise OptionError(f"{flag} is no flag of this job, nor one of Apache Beam.{hint}")
+
+
+# The usual ones of those that only a portable runner's job server knows, to tell them from misspelt ones
+_JOB_SERVER_FLAGS = (
+    "--checkpointing_interval",
+    "--max_parallelism",
+    "--number_of_execution_retries",
+    "--parallelism",
+)
 
 
 def _subclasses(base: type[Any]) -> list[type[Any]]:

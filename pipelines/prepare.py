@@ -5,9 +5,17 @@ diptych prepare --input data/coco --output out
 
 import apache_beam as beam
 
-from pipelines.job import State, digest, fingerprint, open_output, options_to_json
+from pipelines.job import (
+    State,
+    digest,
+    fingerprint,
+    open_output,
+    options_to_json,
+    refuse_overlap,
+    start_writing,
+)
 from pipelines.options import PrepareOptions
-from pipelines.running import Result, run_job
+from pipelines.running import Result, new_pipeline, run_pipeline
 from transforms.clean import CleanCaptions
 from transforms.finish import FinishJob
 from transforms.read import ReadShards
@@ -29,12 +37,15 @@ def prepare(options: PrepareOptions) -> Result:
     Raises:
         DiptychError: The run failed; what was committed stays, and the same call goes on from there.
     """
+    pipeline = new_pipeline(options.beam_args)
+    refuse_overlap([*options.inputs, *filter(None, [options.source.images])], options.output)
     source = open_source(options.inputs, options.format, options.source)
     print_of_run = fingerprint("prepare", source.inputs(), _bytes_options(options))
     state = open_output(options.output, ("images",), print_of_run, options.overwrite)
     if state is State.DONE:
         return Result.of(options.output, state)
     shards = source.shards(join(options.output, "_plan"), options.chunk_rows * _CHUNKS_A_SHARD)
+    start_writing(options.output, "images", (shard.name for shard in shards))
     job = {
         "job": "prepare",
         "version": print_of_run["versions"]["diptych"],
@@ -43,11 +54,8 @@ def prepare(options: PrepareOptions) -> Result:
     columns = options.source.metadata_columns
     schema = images_schema(columns, options.resize.size_px, options.resize.pixels)
     sink = Sink(options.output, "images", job, schema)
-
-    def build(pipeline: beam.Pipeline) -> None:
-        prepare_graph(pipeline, shards, options, sink)
-
-    run_job(build, options.beam_args, len(shards), options.quiet)
+    prepare_graph(pipeline, shards, options, sink)
+    run_pipeline(pipeline, len(shards), options.quiet)
     return Result.of(options.output, state)
 
 
@@ -58,7 +66,9 @@ def prepare_graph(pipeline: beam.Pipeline, shards: list[Shard], options: Prepare
         | "Shards" >> beam.Create(shards, reshuffle=False)
         | "Spread" >> beam.Reshuffle()
         | "ReadShards"
-        >> ReadShards(sink.root, sink.dataset, options.chunk_rows, options.source.metadata_columns)
+        >> ReadShards(
+            sink, options.chunk_rows, options.source.metadata_columns, keep_bytes=options.resize.keep_bytes
+        )
     )
     written = (
         read.chunks

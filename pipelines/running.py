@@ -1,21 +1,23 @@
 """Running a graph: the runner's options, progress on the terminal, errors as one paragraph, the summary."""
 
 import dataclasses
+import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from tqdm import tqdm
 
 from pipelines.job import State, read_success
 from transforms import errors
 from transforms.finish import Totals
-from transforms.progress import Snapshot, progress
+from transforms.progress import PROGRESS_THREAD, Snapshot, progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,43 +40,64 @@ class Result:
         return cls(output, state, read_success(output) or {})
 
 
-def run_job(
-    build: Callable[[beam.Pipeline], None], beam_args: Sequence[str], num_shards: int, quiet: bool
-) -> None:
-    """Builds a graph and runs it to its end, on the in-process runner unless told otherwise.
+def new_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:
+    """Returns an empty pipeline for the runner that the flags name, else for the in-process one.
 
     Raises:
-        DiptychError: What a worker raised, as it raised it.
+        OptionError: There is no such runner, or it needs other flags.
     """
     args = list(beam_args)
     if not any(arg.split("=")[0] == "--runner" for arg in args):
         args.append(
             "--runner=FnApiRunner"
         )  # plain DirectRunner may look for another runner on the network first
+    try:
+        return beam.Pipeline(options=PipelineOptions(args))
+    except ValueError as error:
+        raise errors.OptionError(f"Apache Beam refuses its flags: {' '.join(str(error).split())}") from error
+
+
+def run_pipeline(pipeline: beam.Pipeline, num_shards: int, quiet: bool) -> None:
+    """Runs a pipeline to its end.
+
+    Raises:
+        DiptychError: What a worker raised, as it raised it.
+    """
+    progress.start()
     with _shown(num_shards, quiet):
         try:
-            pipeline = beam.Pipeline(options=PipelineOptions(args))
-            build(pipeline)
             pipeline.run().wait_until_finish()
         except errors.DiptychError as error:
             raise type(error)(_STEP.sub("", str(error))) from error
         except Exception as error:
-            if found := _worker_error(str(error)):
+            if found := _worker_error(str(error)) or _runner_error(pipeline, error):
                 raise found from error
             raise
 
 
-_STEP = re.compile(r" \[while running '[^']*'\]")
+_STEP = re.compile(r" \[while running \\?'[^']*'\]")
 _WORKER_ERROR = re.compile(r"transforms\.errors\.(\w+): (.*)")
 
 
 def _worker_error(text: str) -> errors.DiptychError | None:
     """Returns the project's own error in the text of a runner's, which holds the worker's traceback."""
-    found = _WORKER_ERROR.findall(_STEP.sub("", text))
+    lines = _STEP.sub("", text.replace("\\n", "\n"))  # a runner may quote it
+    found = _WORKER_ERROR.findall(lines)
     if not found:
         return None
     name, message = found[-1]
-    return getattr(errors, name, errors.DiptychError)(message.replace("\\n", "\n").split("\n")[0])
+    return getattr(errors, name, errors.DiptychError)(message)
+
+
+def _runner_error(pipeline: beam.Pipeline, error: Exception) -> errors.DiptychError | None:
+    """Returns what a runner outside this process says about itself; None of an error in the job's own code."""
+    if isinstance(pipeline.runner, FnApiRunner) or "Traceback" in str(error):
+        return None
+    what = " ".join(str(error).split())[:500] or type(error).__name__
+    return errors.DiptychError(
+        f"{type(pipeline.runner).__name__} failed: {what}. Check its flags, and that it is there and has room; what "
+        "was committed stays, and the same command goes on from there."
+    )
 
 
 @contextmanager
@@ -85,7 +108,7 @@ def _shown(num_shards: int, quiet: bool) -> Iterator[None]:
         return
     stopped = threading.Event()
     show = _show_bar if sys.stderr.isatty() else _show_lines
-    thread = threading.Thread(target=show, args=(num_shards, stopped), daemon=True)
+    thread = threading.Thread(target=show, name=PROGRESS_THREAD, args=(num_shards, stopped), daemon=True)
     thread.start()
     try:
         yield
@@ -99,7 +122,10 @@ _LINE_S = 10.0
 
 def _show_bar(num_shards: int, stopped: threading.Event) -> None:
     start = time.monotonic()
-    with tqdm(total=num_shards, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", leave=False) as bar:
+    layout = "{percentage:3.0f}%|{bar:20}| {desc}"
+    size = os.get_terminal_size(sys.stderr.fileno())
+    columns, lines = size.columns or 80, size.lines or 24  # 0 where nobody set them, and nothing would show
+    with tqdm(total=num_shards, bar_format=layout, leave=False, ncols=columns, nrows=lines) as bar:
         while not stopped.wait(0.2):
             now = progress.snapshot()
             bar.n = round(now.shards, 3)

@@ -11,7 +11,6 @@ def summary(result: Result, seconds: float) -> str:
     lines = []
     for dataset, totals in sorted(result.totals.items()):
         now = progress.snapshot()
-        rows = 0 if result.state is State.DONE else now.rows - now.resumed
         lines += [
             f"read      {totals.read:,} rows",
             f"written   {totals.written:,} to {join(result.output, dataset)}",
@@ -30,5 +29,7 @@ def summary(result: Result, seconds: float) -> str:
             lines.append("nothing to do: an earlier run has finished this")
         else:
             before = f"; {now.resumed:,} rows were there from before" if now.resumed else ""
-            lines.append(f"took      {seconds:.1f} s, {rows / seconds:,.0f} rows/s{before}")
+            # What workers in other processes did is not seen from here
+            rate = f", {(now.rows - now.resumed) / seconds:,.0f} rows/s" if now.rows == totals.read else ""
+            lines.append(f"took      {seconds:.1f} s{rate}{before}")
     return "\n".join(lines)

@@ -70,8 +70,7 @@ def _converter(profile: bytes, channels: int, thread: int) -> _Convert | None:
 
     if channels != 3:
         return convert
-    steps = np.linspace(0, 255, 9).astype(np.uint8)
-    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
+    colours = _sample_colours()
     expected = convert(colours).astype(int)
     if np.abs(expected - colours).max() <= _SAME_STEPS:
         return None
@@ -79,6 +78,15 @@ def _converter(profile: bytes, channels: int, thread: int) -> _Convert | None:
     if by_tables and np.abs(by_tables(colours) - expected).max() <= _TABLE_STEPS:
         return by_tables
     return convert
+
+
+def _sample_colours() -> Pixels:
+    """Returns (1, N, 3) colours that tell profiles apart: a grid, and each step of each channel."""
+    steps = np.linspace(0, 255, 9).astype(np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
+    ramp = np.arange(256, dtype=np.uint8)[:, None]
+    ramps = [ramp * np.array(channels, np.uint8) for channels in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    return np.concatenate([grid, *ramps])[None]
 
 
 # Primaries of sRGB, adapted to D50 as profiles hold them (columns R, G, B; IEC 61966-2-1, Bradford)
@@ -91,10 +99,14 @@ def _matrix_converter(profile: bytes) -> _Convert | None:
         tags = _tags(profile)
         if any(name.startswith(b"A2B") for name in tags):
             return None
-        curves = np.stack([_curve(tags[name]) for name in (b"rTRC", b"gTRC", b"bTRC")], axis=-1)  # (256, 3)
+        with np.errstate(all="ignore"):  # curves of nonsense compare badly in `_converter`
+            curves = np.stack(
+                [_curve(tags[name]) for name in (b"rTRC", b"gTRC", b"bTRC")], axis=-1
+            )  # (256, 3)
         columns = [np.array(struct.unpack_from(">3i", tags[name], 8)) for name in (b"rXYZ", b"gXYZ", b"bXYZ")]
-    except (KeyError, ValueError, struct.error):
+    except (LookupError, ValueError, struct.error):
         return None
+    curves = np.nan_to_num(curves)
     matrix = np.linalg.inv(_SRGB_D50) @ np.stack(columns, axis=-1) / 65536
     linear = np.rint(curves * 65535).astype(np.uint16)[None]  # (1, 256, 3)
     light = np.arange(65536) / 65535

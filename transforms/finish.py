@@ -1,6 +1,5 @@
 """The end of a job: counts are added up, checked, and written as `_SUCCESS.json`, the last file of all."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -13,7 +12,7 @@ from apache_beam.pvalue import PCollection
 from transforms.chunk import add_counts
 from transforms.errors import OutputError
 from transforms.sink import Commit
-from transforms.storage import join, locate, write_whole
+from transforms.storage import delete, write_whole
 
 SUCCESS = "_SUCCESS.json"
 # What a run needs only until it is done
@@ -117,14 +116,10 @@ def finish(totals: Totals, root: str, dataset: str, num_shards: int, counters: M
             f"{root} is not complete: {problem}. Run the same command again; if this stays, run "
             "`diptych verify` on it, which names the file at fault."
         )
-    fs, path = locate(root)
-    for name in _WORKING:
-        with contextlib.suppress(FileNotFoundError):
-            fs.rm(join(path, name), recursive=True)
+    delete(root, _WORKING)
     totals = totals.merge(Totals(counters=counters))
     write_whole(root, SUCCESS, success_json({dataset: totals}))
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm(join(path, "_tmp"), recursive=True)
+    delete(root, _WORKING)
     return totals
 
 

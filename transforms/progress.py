@@ -26,12 +26,21 @@ class Progress:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rows = self._resumed = self._rejects = 0
-        self._fractions: dict[str, float] = {}
+        self.start()
 
-    def committed(self, read: int, rejected: int, resumed: bool = False) -> None:
-        """Adds rows that are safe in the output."""
+    def start(self) -> None:
+        """Begins anew, for another run in the same process."""
         with self._lock:
+            self._rows = self._resumed = self._rejects = 0
+            self._fractions: dict[str, float] = {}
+            self._num_chunks: dict[str, int] = {}
+
+    def committed(self, shard: str, index: int, read: int, rejected: int, resumed: bool = False) -> None:
+        """Adds the rows of a chunk that is safe in the output; one that a runner replays is added once."""
+        with self._lock:
+            if index < self._num_chunks.get(shard, 0):
+                return
+            self._num_chunks[shard] = index + 1
             self._rows += read
             self._rejects += rejected
             self._resumed += read if resumed else 0
@@ -48,3 +57,5 @@ class Progress:
 
 
 progress = Progress()
+PROGRESS_THREAD = "progress"
+"""Name of the thread that shows it."""

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.pvalue import DoOutputsTuple, PCollection, TaggedOutput
+from apache_beam.typehints.decorators import no_annotations
 
-from transforms.binary import binary_array
+from transforms.binary import BinaryBuilder
 from transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
 from transforms.progress import progress
 from transforms.schemas import raw_schema
-from transforms.sink import Commit, committed
-from transforms.sources.base import Record, Row, Shard
+from transforms.sink import Commit, Sink, committed
+from transforms.sources.base import Lost, Record, Row, Shard
 
 # A chunk also ends here, so that photos of many megabytes do not add up
 _MAX_CHUNK_BYTES = 64 << 20
@@ -24,7 +25,7 @@ _T = TypeVar("_T")
 
 
 def read_chunks(
-    shard: Shard, chunk_rows: int, schema: pa.Schema, done: Sequence[Commit] = ()
+    shard: Shard, chunk_rows: int, schema: pa.Schema, done: Sequence[Commit] = (), keep_bytes: bool = False
 ) -> Iterator[Chunk]:
     """Yields the chunks of a shard that are not committed yet.
 
@@ -35,32 +36,56 @@ def read_chunks(
         chunk_rows: Most records a chunk.
         schema: `raw_schema` of the rows.
         done: The commits of the shard's first chunks.
+        keep_bytes: Whether a reject keeps the original bytes.
     """
-    index, rows_before = len(done), sum(commit.read for commit in done)
-    records: list[Record] = []
-    num_bytes = 0
-    for record in shard.rows(skip=rows_before):
-        if len(records) >= chunk_rows or num_bytes >= _MAX_CHUNK_BYTES:
-            yield _chunk(ChunkKey(shard.name, index), records, schema, last=False)
-            index, records, num_bytes = index + 1, [], 0
-        records.append(record)
-        num_bytes += len(record.image) if isinstance(record, Row) else 0
-    yield _chunk(ChunkKey(shard.name, index), records, schema, last=True)
+    chunk = _ChunkBuilder(ChunkKey(shard.name, len(done)), schema)
+    for record in shard.rows(skip=sum(commit.read for commit in done)):
+        if chunk.num_records >= chunk_rows or chunk.num_bytes >= _MAX_CHUNK_BYTES:
+            yield chunk.finish(last=False)
+            chunk = _ChunkBuilder(ChunkKey(shard.name, chunk.key.index + 1), schema)
+        if isinstance(record, Lost) and not keep_bytes:
+            record = record._replace(data=None)
+        chunk.append(record)
+    yield chunk.finish(last=True)
 
 
-def _chunk(key: ChunkKey, records: list[Record], schema: pa.Schema, last: bool) -> Chunk:
-    rows = [record for record in records if isinstance(record, Row)]
-    rejects = [Reject(*record) for record in records if not isinstance(record, Row)]
-    batch = pa.RecordBatch.from_arrays([_column(field, rows) for field in schema], schema=schema)
-    return Chunk(key, batch, reject_batch(key.shard, "read", rejects), last)
+class _ChunkBuilder:
+    """A chunk that is filled record by record."""
 
+    def __init__(self, key: ChunkKey, schema: pa.Schema) -> None:
+        self.key, self._schema = key, schema
+        self.images = BinaryBuilder()
+        self._rows: list[Row] = []
+        self._rejects: list[Reject] = []
+        self._num_reject_bytes = 0
 
-def _column(field: pa.Field, rows: list[Row]) -> pa.Array:
-    if field.name == "image":
-        return binary_array([row.image for row in rows])
-    if field.name in Row._fields:
-        return pa.array([getattr(row, field.name) for row in rows], field.type)
-    return pa.array([row.metadata.get(field.name) for row in rows], field.type)
+    @property
+    def num_records(self) -> int:
+        return len(self._rows) + len(self._rejects)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.images.num_bytes + self._num_reject_bytes
+
+    def append(self, record: Record) -> None:
+        if isinstance(record, Row):
+            self.images.append(record.image)
+            self._rows.append(record._replace(image=b""))  # it is in the column now
+        else:
+            self._rejects.append(Reject(*record))
+            self._num_reject_bytes += len(record.data or b"")
+
+    def finish(self, last: bool) -> Chunk:
+        columns = [self._column(field) for field in self._schema]
+        rows = pa.RecordBatch.from_arrays(columns, schema=self._schema)
+        return Chunk(self.key, rows, reject_batch(self.key.shard, "read", self._rejects), last)
+
+    def _column(self, field: pa.Field) -> pa.Array:
+        if field.name == "image":
+            return self.images.finish()
+        if field.name in Row._fields:
+            return pa.array([getattr(row, field.name) for row in self._rows], field.type)
+        return pa.array([row.metadata.get(field.name) for row in self._rows], field.type)
 
 
 def read_ahead(items: Iterator[_T], depth: int = 1) -> Iterator[_T]:
@@ -106,40 +131,43 @@ class ReadShards(beam.PTransform[PCollection[Shard], DoOutputsTuple]):
     """Shards to chunks of raw rows, and to the commits that were found.
 
     Attributes:
-        root: The output folder whose commits are skipped.
-        dataset: The data set in it.
+        sink: Where the chunks are going; what is committed there is skipped.
         chunk_rows: Most rows a chunk.
         metadata_columns: Names of the source's own columns to carry.
+        keep_bytes: Whether a reject keeps the original bytes.
     """
 
-    root: str
-    dataset: str
+    sink: Sink
     chunk_rows: int
     metadata_columns: tuple[str, ...] = ()
+    keep_bytes: bool = False
 
+    # Beam takes no hint for several outputs, and would say so each time; the decorator is not typed
+    @no_annotations  # type: ignore[untyped-decorator]
     def expand(self, shards: PCollection[Shard]) -> DoOutputsTuple:
         """Reads; the outputs are `chunks` and `committed`."""
-        read = _Read(self.root, self.dataset, self.chunk_rows, raw_schema(self.metadata_columns))
+        read = _Read(self.sink, self.chunk_rows, raw_schema(self.metadata_columns), self.keep_bytes)
         return shards | "Read" >> beam.ParDo(read).with_output_types(Chunk).with_outputs(
             "committed", main="chunks"
         )
 
 
 class _Read(beam.DoFn):
-    def __init__(self, root: str, dataset: str, chunk_rows: int, schema: pa.Schema) -> None:
-        self._root, self._dataset, self._chunk_rows, self._schema = root, dataset, chunk_rows, schema
+    def __init__(self, sink: Sink, chunk_rows: int, schema: pa.Schema, keep_bytes: bool) -> None:
+        self._sink, self._chunk_rows, self._schema, self._keep_bytes = sink, chunk_rows, schema, keep_bytes
 
     def process(self, shard: Shard) -> Iterator[Any]:  # a union of outputs would become the type of each
         done = []
-        for commit in committed(self._root, self._dataset, shard.name):
+        for commit in committed(self._sink, shard.name):
             done.append(commit)
-            progress.committed(commit.read, commit.rejects(), resumed=True)
+            progress.committed(commit.shard, commit.index, commit.read, commit.rejects(), resumed=True)
             yield TaggedOutput("committed", commit)
         if done and done[-1].last:
             progress.reading(shard.name, 1.0)
             return
         rows, num_bytes = sum(commit.read for commit in done), 0
-        for chunk in read_ahead(read_chunks(shard, self._chunk_rows, self._schema, done)):
+        chunks = read_chunks(shard, self._chunk_rows, self._schema, done, self._keep_bytes)
+        for chunk in read_ahead(chunks):
             rows += chunk.num_read
             num_bytes += chunk.rows.nbytes
             yield chunk

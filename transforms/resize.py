@@ -86,14 +86,12 @@ def resize_image(data: bytes | memoryview, options: ResizeOptions, full_decode: 
     pixels, size, changes = raster.pixels, options.size_px, []
     if options.mode == "center_crop":
         pixels = _center_crop(pixels, raster.orientation)
+    pixels = _upright(pixels, raster.orientation)  # before any rounding: equal however it was stored
     height, width = size, size
     if options.mode == "pad":
         longer = max(raster.width, raster.height)
         height, width = (max(1, round(size * side / longer)) for side in (raster.height, raster.width))
-        if raster.orientation >= 5:
-            height, width = width, height
-    pixels = _upright(resize_pixels(pixels, width, height), raster.orientation)
-    pixels, converted = to_srgb(pixels, raster.profile)
+    pixels, converted = to_srgb(resize_pixels(pixels, width, height), raster.profile)
     if options.mode == "pad":
         pixels = _pad(pixels, size)
     if raster.orientation != 1:
@@ -138,7 +136,8 @@ def resize_pixels(pixels: Pixels, width: int, height: int) -> Pixels:
     if max(ratios) <= 1:
         return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC), np.uint8)
     if max(ratios) <= _MAX_TWO_STEP_RATIO:
-        double = cv2.resize(pixels, (2 * width, 2 * height), _double_buffer(pixels, width, height))
+        shape = (2 * height, 2 * width, *pixels.shape[2:])
+        double = cv2.resize(pixels, shape[1::-1], _buffer("double", shape))
         return np.asarray(cv2.resize(double, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
     # OpenCV averages areas only where neither side grows: shrink first, then enlarge what is left
     small = (min(columns, width), min(rows, height))
@@ -148,12 +147,13 @@ def resize_pixels(pixels: Pixels, width: int, height: int) -> Pixels:
     return np.asarray(shrunk, np.uint8)
 
 
-def _double_buffer(pixels: Pixels, width: int, height: int) -> Pixels:
-    """Returns this thread's buffer for the step at twice the size."""
-    shape = (2 * height, 2 * width, *pixels.shape[2:])
-    buffer: Pixels | None = getattr(_scratch, "double", None)
+def _buffer(use: str, shape: tuple[int, ...]) -> Pixels:
+    """Returns this thread's buffer for one use: fresh memory costs more than what is done with it."""
+    buffer: Pixels | None = getattr(_scratch, use, None)
     if buffer is None or buffer.shape != shape:
-        buffer = _scratch.double = np.empty(shape, np.uint8)
+        buffer = np.empty(shape, np.uint8)
+        if buffer.nbytes <= 16 << 20:  # a rare giant is not held on to
+            setattr(_scratch, use, buffer)
     return buffer
 
 
@@ -169,14 +169,16 @@ def _center_crop(pixels: Pixels, orientation: int) -> Pixels:
     return pixels[top : top + side, left : left + side]
 
 
+_FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # OpenCV's codes: 0 swaps the rows, 1 the columns, -1 both
+
+
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
     """Undoes an EXIF orientation (EXIF 3.0, tag 0x0112)."""
     if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
+        rows, columns, *channels = pixels.shape
+        pixels = np.asarray(cv2.transpose(pixels, _buffer("turned", (columns, rows, *channels))), np.uint8)
+    if orientation in _FLIPS:
+        pixels = np.asarray(cv2.flip(pixels, _FLIPS[orientation], _buffer("flipped", pixels.shape)), np.uint8)
     return pixels
 
 

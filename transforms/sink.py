@@ -19,10 +19,10 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms.chunk import Chunk, ChunkKey
-from transforms.errors import OutputError
+from transforms.errors import InputError, OutputError
 from transforms.progress import progress
 from transforms.schemas import REJECTS, huggingface_info
-from transforms.storage import join, locate, write_whole
+from transforms.storage import input_errors, is_absence, join, locate, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,10 @@ class Commit:
     rejected: Mapping[str, Mapping[str, int]]
     counters: Mapping[str, int]
     fingerprint: str
+
+    def key(self) -> ChunkKey:
+        """Returns the name of the chunk."""
+        return ChunkKey(self.shard, self.index)
 
     def rejects(self) -> int:
         """Returns the number of rejected rows."""
@@ -117,7 +121,7 @@ def _commit(sink: Sink, chunk: Chunk) -> Commit:
 
 
 def _parquet(rows: pa.RecordBatch, schema: pa.Schema, metadata: Mapping[bytes, bytes]) -> memoryview:
-    """Returns rows as a Parquet file of one row group, with a checksum a page."""
+    """Returns rows as a Parquet file of one row group, or of none where there are none, with a checksum a page."""
     schema = schema.with_metadata(metadata)
     buffer = pa.BufferOutputStream()
     paths = [name for field in schema for name in _leaves(field)]
@@ -130,7 +134,8 @@ def _parquet(rows: pa.RecordBatch, schema: pa.Schema, metadata: Mapping[bytes, b
         write_statistics=[name for name in ("key", "row", "width", "height") if name in schema.names],
         write_page_checksum=True,
     ) as writer:
-        writer.write_batch(rows.cast(schema) if metadata else rows, row_group_size=max(1, len(rows)))
+        if len(rows):  # Hugging Face datasets fail on a row group without rows
+            writer.write_batch(rows.cast(schema) if metadata else rows, row_group_size=len(rows))
     return memoryview(buffer.getvalue())
 
 
@@ -142,24 +147,56 @@ def _leaves(field: pa.Field) -> list[str]:
     return [f"{field.name}.list.element"] if isinstance(field.type, pa.FixedShapeTensorType) else [field.name]
 
 
-def read_commit(root: str, dataset: str, key: ChunkKey) -> Commit | None:
+def read_commit(sink: Sink, key: ChunkKey) -> Commit | None:
     """Returns what a data file says of its chunk, or None where that chunk is not committed.
 
     Raises:
-        OutputError: There is a file under that name which no sink committed.
+        OutputError: There is a file under that name which no sink of this run committed.
     """
-    url = join(root, dataset, key.file_name())
-    fs, path = locate(url)
+    url = join(sink.root, sink.dataset, key.file_name())
     try:
+        commit = _read_footer(url)
+    except InputError as error:
+        if is_absence(error):
+            return None
+        raise
+    except DAMAGE as error:
+        raise _not_ours(url, f"it is damaged ({' '.join(str(error).split())[:300]})") from error
+    if (commit.shard, commit.index) != (key.shard, key.index):
+        raise _not_ours(url, f"its footer says that it is {commit.key().file_name()}")
+    if commit.fingerprint != sink.job["fingerprint"]:
+        raise _not_ours(url, f"it is of run {commit.fingerprint}, and this is run {sink.job['fingerprint']}")
+    return commit
+
+
+def _not_ours(url: str, what: str) -> OutputError:
+    return OutputError(
+        f"{url} is not as this job wrote it: {what}. Delete it to have it made again, or choose another --output."
+    )
+
+
+def has_commit(url: str) -> bool:
+    """Tells whether a file is one that a sink wrote, for whichever run.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        _read_footer(url)
+    except DAMAGE:
+        return False
+    return True
+
+
+def _read_footer(url: str) -> Commit:
+    with input_errors(url):
+        fs, path = locate(url)
         with fs.open(path, "rb") as file:
             return parse_commit(pq.read_metadata(file).metadata or {})
-    except FileNotFoundError:
-        return None
-    except (pa.ArrowInvalid, KeyError, ValueError, TypeError) as error:
-        raise OutputError(
-            f"{url} is not a file that this job wrote, or it has been damaged since ({error}). Delete it to have it "
-            "made again, or choose another --output."
-        ) from error
+
+
+# What a footer that no sink wrote, or that changed since, makes its reader raise
+DAMAGE = (pa.ArrowException, OSError, KeyError, ValueError, TypeError)
 
 
 def parse_commit(metadata: Mapping[bytes, bytes]) -> Commit:
@@ -172,10 +209,10 @@ def parse_commit(metadata: Mapping[bytes, bytes]) -> Commit:
     return Commit(**{field.name: values[field.name] for field in dataclasses.fields(Commit)})
 
 
-def committed(root: str, dataset: str, shard: str) -> Iterator[Commit]:
+def committed(sink: Sink, shard: str) -> Iterator[Commit]:
     """Yields the commits of a shard, from its first chunk on, as far as they follow one another."""
     index = 0
-    while (commit := read_commit(root, dataset, ChunkKey(shard, index))) is not None:
+    while (commit := read_commit(sink, ChunkKey(shard, index))) is not None:
         yield commit
         index += 1
         if commit.last:
@@ -224,7 +261,7 @@ class _Write(beam.DoFn):
 
 
 def _record(commit: Commit) -> Commit:
-    progress.committed(commit.read, commit.rejects())
+    progress.committed(commit.shard, commit.index, commit.read, commit.rejects())
     Metrics.counter("diptych", "rows_written").inc(commit.written)
     Metrics.counter("diptych", "rows_rejected").inc(commit.rejects())
     return commit

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -44,7 +44,7 @@ def input_errors(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{url} is not there. It was expected as an input: put it back, or name another, and run again."
         ) from error
@@ -64,6 +64,11 @@ def input_errors(url: str) -> Iterator[None]:
         raise InputError(
             f"{url} cannot be read: {_one_line(error)}. Check its name and your rights to it, and run again."
         ) from error
+
+
+def is_absence(error: InputError) -> bool:
+    """Tells whether `input_errors` found that the file is not there, rather than out of reach."""
+    return isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
 
 
 @contextlib.contextmanager
@@ -89,6 +94,19 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def delete(root: str, names: Iterable[str]) -> None:
+    """Deletes files and folders below a folder, one after the other; what is not there is passed over.
+
+    Raises:
+        OutputError: The store refused.
+    """
+    for name in names:
+        url = join(root, name)
+        with output_errors(url), contextlib.suppress(FileNotFoundError):
+            fs, path = locate(url)
+            fs.rm(path, recursive=True)
+
+
 def write_whole(root: str, name: str, data: bytes | memoryview) -> None:
     """Writes `root/name` so that it appears whole or not at all, over whatever is there.
 
@@ -104,9 +122,11 @@ def write_whole(root: str, name: str, data: bytes | memoryview) -> None:
             fs.pipe_file(path, bytes(data))
             return
         _, temporary = locate(join(root, "_tmp", uuid.uuid4().hex))
-        make_folder = _make_folder if isinstance(fs, LocalFileSystem) else fs.makedirs
-        make_folder(os.path.dirname(temporary), exist_ok=True)
-        make_folder(os.path.dirname(path), exist_ok=True)
+        for folder in (os.path.dirname(temporary), os.path.dirname(path)):
+            if isinstance(fs, LocalFileSystem):
+                _make_folder(folder)
+            else:
+                fs.makedirs(folder, exist_ok=True)
         try:
             if isinstance(fs, LocalFileSystem):
                 _write_and_rename(temporary, path, data)
@@ -128,20 +148,21 @@ def _write_and_rename(temporary: str, path: str, data: bytes | memoryview) -> No
     _sync_folder(os.path.dirname(path))
 
 
-def _make_folder(path: str, exist_ok: bool) -> None:
+def _make_folder(path: str) -> None:
     """Makes a folder so that it outlives a power cut, as what is renamed into it must."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
-    _make_folder(parent, exist_ok)
+    _make_folder(parent)
     with contextlib.suppress(FileExistsError):  # another thread's
         os.mkdir(path)
     _sync_folder(parent)
 
 
 def _sync_folder(path: str) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with contextlib.suppress(PermissionError):  # to write into a folder is not yet to open it
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,236 @@
+"""What a kill costs `diptych prepare`: SIGKILL at many shares of a run, and the same command again.
+
+    python benchmarks/faults.py
+
+Each killed run is finished by the next, whose output is compared with an undisturbed run's, file by file and byte by
+byte. The bound on the time of that next run is (1 - f) of the undisturbed one's, for the share f of the rows that was
+committed, plus 10 %, plus the start-up (the time of a run of ten rows). Each time is the median of several runs, on
+copies of what the kill left.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipelines.scene_folders import write_data_set
+
+# Undisturbed runs among the kills, so that their median is of the same stretch of time
+_KILLS_A_REFERENCE = 5
+
+
+@dataclasses.dataclass
+class Bench:
+    """What is run, and what an undisturbed run gives.
+
+    Attributes:
+        command: The command without its output.
+        folder: For outputs.
+        seconds: Of the undisturbed runs.
+        files: Digests of an undisturbed output by name.
+        num_rows: Rows read in it.
+    """
+
+    command: list[str]
+    folder: Path
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    num_rows: int = 0
+
+    def time(self, out: Path, *flags: str) -> float:
+        """Runs the command to its end; returns the seconds."""
+        start = time.perf_counter()
+        subprocess.run([*self.command, f"--output={out}", *flags], check=True)
+        return time.perf_counter() - start
+
+    def add_reference(self) -> None:
+        """Makes an undisturbed run."""
+        out = self.folder / "undisturbed"
+        self.seconds.append(self.time(out))
+        files = digests(out)
+        assert self.files in ({}, files), "two undisturbed runs differ"
+        self.files, self.num_rows = files, committed_rows(out)
+        shutil.rmtree(out)
+
+    def kill(self, out: Path, num_files: int, in_write: bool) -> bool:
+        """Starts a run and kills it when so many data files are there; returns whether a write was cut off.
+
+        Args:
+            out: The output folder.
+            num_files: How many data files to wait for.
+            in_write: Then wait until something of the next is written.
+        """
+        images, temporary = out / "images", out / "_tmp"
+        # In a session of its own, so that what it started is killed with it
+        with subprocess.Popen([*self.command, f"--output={out}"], start_new_session=True) as process:
+            while process.poll() is None and count(images) < num_files:
+                time.sleep(0.001)
+            while (
+                in_write and process.poll() is None and not any(has_bytes(path) for path in listed(temporary))
+            ):
+                pass
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return any(has_bytes(path) for path in listed(temporary))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of one kill.
+
+    Attributes:
+        share: Of the rows that were committed, 0 to 1.
+        in_write: Whether a write was cut off.
+        seconds: Of the runs that finished it.
+        is_equal: Whether each of those gave the undisturbed output.
+    """
+
+    share: float
+    in_write: bool
+    seconds: list[float]
+    is_equal: bool
+
+    def line(self, undisturbed_s: float, start_up_s: float) -> tuple[str, bool]:
+        """Returns the table's line, and whether all is as it should be."""
+        ratio = statistics.median(self.seconds) / undisturbed_s
+        bound = 1 - self.share + 0.1 + start_up_s / undisturbed_s
+        passed = self.is_equal and ratio <= bound
+        where = "in a write" if self.in_write else ""
+        bytes_ = "equal" if self.is_equal else "DIFFER"
+        verdict = "PASS" if passed else "FAIL"
+        return f"{self.share:6.2f} {ratio:9.2f} {bound:7.2f}   {bytes_:6}  {verdict}  {where}", passed
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of every file by its path, and an empty one of every folder that is empty."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif not any(path.iterdir()):
+            found[str(path.relative_to(folder))] = ""
+    return found
+
+
+def committed_rows(out: Path) -> int:
+    """Returns how many rows the footers of an output's data files say were read."""
+    footers = (pq.read_metadata(path).metadata[b"diptych"] for path in listed(out / "images"))
+    return sum(json.loads(footer)["read"] for footer in footers)
+
+
+def listed(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def count(folder: Path) -> int:
+    return len(os.listdir(folder)) if folder.is_dir() else 0
+
+
+def has_bytes(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:  # it has been renamed since it was listed
+        return False
+
+
+def kill_and_finish(bench: Bench, num_files: int, in_write: bool, repeats: int) -> Outcome:
+    out = bench.folder / "killed"
+    was_in_write = bench.kill(out, num_files, in_write)
+    share = committed_rows(out) / bench.num_rows
+    seconds, is_equal = [], True
+    for _ in range(repeats):
+        copy = bench.folder / "copy"
+        shutil.copytree(out, copy)
+        seconds.append(bench.time(copy))
+        is_equal = is_equal and digests(copy) == bench.files
+        shutil.rmtree(copy)
+    shutil.rmtree(out)
+    return Outcome(share, was_in_write, seconds, is_equal)
+
+
+def kill_until_done(bench: Bench) -> tuple[int, bool]:
+    """Kills every run of one output after two more files, until one is done before; returns how many it took."""
+    out = bench.folder / "again_and_again"
+    kills = 0
+    while not (out / "_SUCCESS.json").exists():
+        bench.kill(out, count(out / "images") + 2, in_write=kills % 2 == 1)
+        kills += 1
+    bench.time(out)
+    return kills, digests(out) == bench.files
+
+
+def measure_start_up(folder: Path, repeats: int) -> float:
+    """Returns the median seconds of a run of ten rows."""
+    tiny = write_data_set(str(folder / "ten"), 10, seed=0).webdataset / "val-00000.tar"
+    bench = Bench([*COMMAND, f"--input={tiny}"], folder)
+    for _ in range(repeats):
+        bench.add_reference()
+    return statistics.median(bench.seconds)
+
+
+COMMAND = [sys.executable, "-m", "pipelines.cli", "prepare", "--quiet"]
+
+
+def run(bench: Bench, kills: int, repeats: int, start_up_s: float) -> bool:
+    bench.add_reference()
+    num_files = sum(name.startswith("images/") for name in bench.files)
+    outcomes = []
+    for number in range(kills):
+        if number % _KILLS_A_REFERENCE == 0:
+            bench.add_reference()
+        at = max(1, round(num_files * (number + 0.5) / kills))
+        outcomes.append(kill_and_finish(bench, at, in_write=number % 3 == 2, repeats=repeats))
+        print(f"\r{number + 1} of {kills} kills", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    undisturbed_s = statistics.median(bench.seconds)
+    print(
+        f"{bench.num_rows} rows, {num_files} files; undisturbed {undisturbed_s:.2f} s, start-up {start_up_s:.2f} s"
+    )
+    print("killed at  rerun : undisturbed")
+    print("     f     ratio   bound   bytes")
+    lines = [outcome.line(undisturbed_s, start_up_s) for outcome in sorted(outcomes, key=lambda o: o.share)]
+    print("\n".join(line for line, _ in lines))
+    passed = [is_passed for _, is_passed in lines]
+    tries, is_equal = kill_until_done(bench)
+    print(f"killed {tries - 1} times in one output: bytes {'equal' if is_equal else 'DIFFER'}")
+    passed.append(is_equal)
+    out = bench.folder / "repeated"
+    bench.time(out, "--direct_runner_bundle_repeat=2")
+    passed.append(digests(out) == bench.files)
+    print(f"--direct_runner_bundle_repeat=2: bytes {'equal' if passed[-1] else 'DIFFER'}")
+    print(f"{sum(passed)} of {len(passed)} PASS")
+    return all(passed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20, help="how many (default 20)")
+    parser.add_argument("--rows", type=int, default=8000, help="of the input that is drawn (default 8000)")
+    parser.add_argument("--input", help="another input (default: drawn scenes, as WebDataset)")
+    parser.add_argument("--chunk_rows", type=int, default=100, help="rows a file (default 100)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs whose median is taken (default 3)")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="diptych-faults-") as folder:
+        drawn = Path(folder, "data")
+        data = args.input or write_data_set(str(drawn), args.rows, seed=0).webdataset
+        start_up_s = measure_start_up(Path(folder), args.repeats)
+        bench = Bench([*COMMAND, f"--input={data}", f"--chunk_rows={args.chunk_rows}"], Path(folder))
+        return 0 if run(bench, args.kills, args.repeats, start_up_s) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+import argparse
+import dataclasses
+
+import pytest
+
+from pipelines.options import (
+    PrepareOptions,
+    add_prepare_flags,
+    check_beam_args,
+    prepare_options,
+)
+from transforms.clean import CleanOptions
+from transforms.decode import Limits
+from transforms.errors import OptionError
+from transforms.resize import IMAGENET_MEAN, IMAGENET_STD, ResizeOptions
+from transforms.sources import FORMATS, SourceOptions
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    add_prepare_flags(made)
+    return made
+
+
+def parse(*flags: str) -> PrepareOptions:
+    return prepare_options(parser().parse_args(["--input", "a", "--output", "b", *flags]), ())
+
+
+def own_flags() -> list[str]:
+    return [flag for action in parser()._actions for flag in action.option_strings]
+
+
+class TestFlags:
+    def test_defaults_are_those_of_the_classes(self):
+        assert parse() == PrepareOptions(("a",), "b")
+        assert parse().resize == ResizeOptions()
+        assert parse().clean == CleanOptions()
+        assert parse().source == SourceOptions()
+
+    def test_every_flag_has_its_place(self):
+        options = parse(
+            *("--input=c", "--format=parquet", "--images=d", "--split=train,val", "--image_column=e"),
+            *("--caption_column=f", "--key_column=g", "--metadata_columns= h, i,", "--lowercase"),
+            *(
+                "--min_caption_chars=2",
+                "--max_caption_chars=3",
+                "--require_caption",
+                "--size=64",
+                "--resize=pad",
+            ),
+            *("--image_format=png", "--quality=90", "--pixels=float32", "--pixel_mean=0.1,0.2,0.3"),
+            *("--pixel_std=1,2,3", "--max_pixels=1000", "--min_side_px=5", "--max_aspect_ratio=3.5"),
+            *("--keep_rejected_bytes", "--chunk_rows=10", "--overwrite", "--quiet"),
+        )
+        assert options == PrepareOptions(
+            inputs=("a", "c"),
+            output="b",
+            format="parquet",
+            source=SourceOptions("d", "train,val", "e", "f", "g", ("h", "i")),
+            clean=CleanOptions(True, 2, 3, True, True),
+            resize=ResizeOptions(
+                64, "pad", "png", 90, "float32", (0.1, 0.2, 0.3), (1, 2, 3), Limits(1000, 5, 3.5), True
+            ),
+            chunk_rows=10,
+            overwrite=True,
+            quiet=True,
+        )
+
+    def test_every_flag_says_what_it_does(self):
+        assert [action.dest for action in parser()._actions if not action.help] == []
+
+    def test_beam_flags_are_kept(self):
+        args = parser().parse_args(["--input", "a", "--output", "b"])
+        assert prepare_options(args, ["--runner=X"]).beam_args == ("--runner=X",)
+
+    @pytest.mark.parametrize("format", ["auto", *FORMATS])
+    def test_formats(self, format):
+        assert parse(f"--format={format}").format == format
+
+    @pytest.mark.parametrize("text", ["1,2", "1,2,3,4", "a,b,c", "", "1;2;3"])
+    def test_three_numbers_are_three(self, text):
+        with pytest.raises(argparse.ArgumentError, match="is not three numbers"):
+            parse(f"--pixel_mean={text}")
+
+    def test_a_flag_may_not_be_shortened(self):
+        _, unknown = parser().parse_known_args(["--input=a", "--output=b", "--chunk=3"])
+        assert unknown == ["--chunk=3"]
+
+
+class TestBounds:
+    @pytest.mark.parametrize(
+        ("flag", "value", "expected"),
+        [
+            ("--output", "", "a path or URL"),
+            ("--output", "  ", "a path or URL"),
+            ("--input", "", "a path or URL"),
+            ("--chunk_rows", "0", "at least 1"),
+            ("--chunk_rows", "100001", "at most 100000"),
+            ("--size", "0", "between 1 and 4096"),
+            ("--size", "4097", "between 1 and 4096"),
+            ("--quality", "0", "between 1 and 100"),
+            ("--quality", "101", "between 1 and 100"),
+            ("--max_pixels", "0", "at least 1"),
+            ("--min_side_px", "0", "at least 1"),
+            ("--max_aspect_ratio", "0.9", "at least 1"),
+            ("--max_aspect_ratio", "nan", "at least 1"),
+            ("--pixel_mean", "0,nan,0", "finite"),
+            ("--pixel_std", "1,0,1", "above 0"),
+            ("--pixel_std", "1,inf,1", "finite"),
+            ("--min_caption_chars", "0", "at least 1"),
+            ("--max_caption_chars", "0", "at least --min_caption_chars 1"),
+        ],
+    )
+    def test_a_value_out_of_bounds_is_named_with_them(self, flag, value, expected):
+        with pytest.raises(OptionError, match=f"{flag} is .*{expected}"):
+            parse(f"{flag}={value}")
+
+    @pytest.mark.parametrize(
+        "flag",
+        ["--chunk_rows=1", "--chunk_rows=100000", "--size=1", "--size=4096", "--quality=1", "--quality=100"],
+    )
+    def test_the_bounds_themselves_are_allowed(self, flag):
+        parse(flag)
+
+    def test_hold_without_a_command_line_too(self):
+        with pytest.raises(OptionError, match="--size is 0"):
+            dataclasses.replace(PrepareOptions(("a",), "b"), resize=ResizeOptions(size_px=0))
+
+    def test_the_means_are_imagenets(self):
+        assert parse("--pixels=float32").resize.mean == IMAGENET_MEAN
+        assert parse("--pixels=float32").resize.std == IMAGENET_STD
+
+
+FLINK = ("--runner=FlinkRunner", "--flink_master=[local]")
+
+
+class TestCheckBeamArgs:
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            (),
+            ("--direct_num_workers=1",),
+            ("--direct_num_workers", "2", "--direct_running_mode=multi_threading"),
+            ("--runner=DataflowRunner", "--project=p", "--temp_location=gs://b/t", "--region=r"),
+            (*FLINK, "--parallelism=2", "--number_of_execution_retries=3"),
+            (*FLINK, "--a_setting_of_the_job_server", "value"),
+        ],
+    )
+    def test_flags_of_beam_pass(self, flags):
+        check_beam_args(flags, own_flags())
+
+    @pytest.mark.parametrize(
+        ("flags", "wrong", "meant"),
+        [
+            (["--chunk_row=3"], "--chunk_row=3", "--chunk_rows"),
+            (["--ouput=x"], "--ouput=x", "--output"),
+            (["--overwite"], "--overwite", "--overwrite"),
+            (["--runer=FlinkRunner"], "--runer=FlinkRunner", "--runner"),
+            (["--direct_num_worker=2"], "--direct_num_worker=2", "--direct_num_workers"),
+            ([*FLINK, "--chunk_row=3"], "--chunk_row=3", "--chunk_rows"),
+            ([*FLINK, "--paralelism=3"], "--paralelism=3", "--parallelism"),
+        ],
+    )
+    def test_a_misspelt_flag_is_refused_with_what_was_meant(self, flags, wrong, meant):
+        with pytest.raises(OptionError, match=f"{wrong} is no flag of this job.*Did you mean {meant}\\?"):
+            check_beam_args(flags, own_flags())
+
+    @pytest.mark.parametrize("flags", [["--zzzz"], ["word"], ["-q"], ["--"], [*FLINK, "-q"]])
+    def test_what_is_like_nothing_is_refused(self, flags):
+        with pytest.raises(OptionError, match="is no flag of this job, nor one of Apache Beam"):
+            check_beam_args(flags, own_flags())
+
+    @pytest.mark.parametrize("flags", [["--direct_num_workers=many"], ["--direct_num_workers"]])
+    def test_a_value_that_beam_refuses_is_one_line(self, flags, capsys):
+        with pytest.raises(OptionError, match="argument --direct_num_workers"):
+            check_beam_args(flags, own_flags())
+        assert capsys.readouterr() == ("", "")

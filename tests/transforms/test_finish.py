@@ -1,0 +1,127 @@
+import json
+from pathlib import Path
+
+import apache_beam as beam
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transforms import finish as finish_module
+from transforms.errors import OutputError
+from transforms.finish import SUCCESS, FinishJob, Totals, finish, success_json, sum_totals
+from transforms.sink import Commit
+
+
+def commit_of(index: int, last: bool = False, shard: str = "a") -> Commit:
+    rejected = {"read": {"missing_image": 1}, "image": {"corrupt": 2, "empty": index}}
+    return Commit(shard, index, last, 10 + index, 7, rejected, {"captions_read": index}, "f" * 16)
+
+
+COMMITS = [commit_of(0), commit_of(1, True), commit_of(0, True, "b")]
+TOTALS = Totals(
+    shards=2,
+    files=3,
+    read=31,
+    written=21,
+    rejected={"corrupt": 6, "empty": 1, "missing_image": 3},
+    counters={"captions_read": 1},
+)
+
+
+class TestTotals:
+    def test_commits_add_up(self):
+        totals = Totals()
+        for commit in COMMITS:
+            totals = totals.add(commit)
+        assert totals == TOTALS
+
+    @given(st.permutations(COMMITS), st.integers(0, 3))
+    def test_in_any_order_and_grouping(self, commits, split):
+        parts = [
+            sum_totals(Totals().add(commit) for commit in part) for part in (commits[:split], commits[split:])
+        ]
+        assert sum_totals(parts) == TOTALS
+
+    def test_nothing_is_nothing(self):
+        assert sum_totals([]) == Totals()
+
+    @pytest.mark.parametrize(
+        ("totals", "problem"),
+        [
+            (Totals(2, 5, 10, 9, {"corrupt": 1}), None),
+            (Totals(1, 5, 10, 9, {"corrupt": 1}), "1 of 2 shards are complete"),
+            (Totals(2, 5, 10, 9), "10 rows were read, but 9 written and 0 rejected"),
+            (Totals(2, 5, 10, 9, {"corrupt": 2}), "10 rows were read, but 9 written and 2 rejected"),
+        ],
+    )
+    def test_the_sums_are_checked(self, totals, problem):
+        assert totals.problem(2) == problem
+
+
+def names_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+class TestFinish:
+    def test_writes_the_totals_and_clears_up(self, tmp_path):
+        for name in ("_plan/a.arrow", "_tmp/half", "images/a-00000.parquet"):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).touch()
+        totals = finish(TOTALS, str(tmp_path), "images", 2, {"unlisted_images": 4})
+        assert {path.name for path in tmp_path.iterdir()} == {SUCCESS, "images"}
+        assert totals.counters == {"captions_read": 1, "unlisted_images": 4}
+        assert json.loads((tmp_path / SUCCESS).read_text()) == {
+            "images": {
+                "counters": {"captions_read": 1, "unlisted_images": 4},
+                "files": 3,
+                "read": 31,
+                "rejected": {"corrupt": 6, "empty": 1, "missing_image": 3},
+                "shards": 2,
+                "written": 21,
+            }
+        }
+        assert (tmp_path / SUCCESS).read_bytes() == success_json({"images": totals})
+
+    def test_the_plan_is_gone_before_the_job_is_done(self, tmp_path, monkeypatch):
+        (tmp_path / "_plan").mkdir()
+        monkeypatch.setattr(
+            finish_module,
+            "write_whole",
+            lambda *_: pytest.fail("the plan is there") if (tmp_path / "_plan").exists() else None,
+        )
+        finish(TOTALS, str(tmp_path), "images", 2, {})
+
+    @pytest.mark.parametrize("num_shards", [1, 3])
+    def test_what_is_not_complete_is_not_called_so(self, tmp_path, num_shards):
+        (tmp_path / "_plan").mkdir()
+        with pytest.raises(
+            OutputError, match=rf"not complete: 2 of {num_shards} shards .* Run the same command"
+        ):
+            finish(TOTALS, str(tmp_path), "images", num_shards, {})
+        assert {path.name for path in tmp_path.iterdir()} == {"_plan"}
+
+    def test_again_it_is_the_same(self, tmp_path):
+        finish(TOTALS, str(tmp_path), "images", 2, {})
+        first = (tmp_path / SUCCESS).read_bytes()
+        finish(TOTALS, str(tmp_path), "images", 2, {})
+        assert (tmp_path / SUCCESS).read_bytes() == first
+
+
+class TestFinishJob:
+    def run(self, root: Path, commits: list[Commit], num_shards: int, *flags: str) -> None:
+        with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner", *flags])) as pipeline:
+            created = pipeline | beam.Create(commits).with_output_types(Commit)
+            _ = created | FinishJob(str(root), "images", num_shards, {"unlisted_images": 4})
+
+    @pytest.mark.parametrize("flags", [(), ("--direct_num_workers=2",), ("--direct_runner_bundle_repeat=2",)])
+    def test_adds_up_whatever_the_bundles(self, tmp_path, flags):
+        self.run(tmp_path, COMMITS, 2, *flags)
+        assert names_in(tmp_path) == {SUCCESS}
+        found = json.loads((tmp_path / SUCCESS).read_text())["images"]
+        assert Totals(**found) == TOTALS.merge(Totals(counters={"unlisted_images": 4}))
+
+    def test_no_commits_at_all_are_noticed(self, tmp_path):
+        with pytest.raises(OutputError, match="0 of 2 shards are complete"):
+            self.run(tmp_path, [], 2)
+        assert names_in(tmp_path) == set()
