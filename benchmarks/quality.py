@@ -65,9 +65,8 @@ def compare_filters(photos: dict[str, bytes], size_px: int) -> None:
         expected = [np.asarray(Image.fromarray(p).resize((size_px, size_px), reference)) for p in pictures]
         for name, resize in filters.items():
             values = [psnr_db(resize(p), e) for p, e in zip(pictures, expected, strict=True)]
-            print(
-                f"{name:24} against Pillow's {label:9} mean {statistics.mean(values):.1f} dB, worst {min(values):.1f} dB"
-            )
+            mean, worst = statistics.mean(values), min(values)
+            print(f"{name:24} against Pillow's {label:9} mean {mean:.1f} dB, worst {worst:.1f} dB")
 
 
 def main() -> None:
