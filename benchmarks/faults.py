@@ -4,8 +4,8 @@
 
 Each killed run is finished by the next, whose output is compared with an undisturbed run's, file by file and byte by
 byte. The bound on the time of that next run is (1 - f) of the undisturbed one's, for the share f of the rows that was
-committed, plus 10 %, plus the start-up (the time of a run of ten rows). Each time is the median of several runs, on
-copies of what the kill left.
+committed, plus 10 %, plus the start-up (the time of a run of ten rows). What the kill left is finished several times,
+on copies, each in turn with an undisturbed run, so that both have the same machine; the median of the ratios counts.
 """
 
 import argparse
@@ -27,9 +27,6 @@ import pyarrow.parquet as pq
 
 from pipelines.scene_folders import write_data_set
 
-# Undisturbed runs among the kills, so that their median is of the same stretch of time
-_KILLS_A_REFERENCE = 5
-
 
 @dataclasses.dataclass
 class Bench:
@@ -38,14 +35,12 @@ class Bench:
     Attributes:
         command: The command without its output.
         folder: For outputs.
-        seconds: Of the undisturbed runs.
         files: Digests of an undisturbed output by name.
         num_rows: Rows read in it.
     """
 
     command: list[str]
     folder: Path
-    seconds: list[float] = dataclasses.field(default_factory=list)
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     num_rows: int = 0
 
@@ -55,14 +50,16 @@ class Bench:
         subprocess.run([*self.command, f"--output={out}", *flags], check=True)
         return time.perf_counter() - start
 
-    def add_reference(self) -> None:
-        """Makes an undisturbed run."""
+    def time_undisturbed(self) -> float:
+        """Makes an undisturbed run; returns the seconds."""
         out = self.folder / "undisturbed"
-        self.seconds.append(self.time(out))
+        seconds = self.time(out)
         files = digests(out)
-        assert self.files in ({}, files), "two undisturbed runs differ"
+        if self.files not in ({}, files):
+            raise SystemExit("two undisturbed runs differ")
         self.files, self.num_rows = files, committed_rows(out)
         shutil.rmtree(out)
+        return seconds
 
     def kill(self, out: Path, num_files: int, in_write: bool) -> bool:
         """Starts a run and kills it when so many data files are there; returns whether a write was cut off.
@@ -93,24 +90,29 @@ class Outcome:
     Attributes:
         share: Of the rows that were committed, 0 to 1.
         in_write: Whether a write was cut off.
-        seconds: Of the runs that finished it.
-        is_equal: Whether each of those gave the undisturbed output.
+        ratios: Seconds of each run that finished it, to those of the undisturbed run beside it.
+        undisturbed_s: Median of the latter.
+        is_equal: Whether each gave the undisturbed output.
     """
 
     share: float
     in_write: bool
-    seconds: list[float]
+    ratios: list[float]
+    undisturbed_s: float
     is_equal: bool
 
-    def line(self, undisturbed_s: float, start_up_s: float) -> tuple[str, bool]:
+    def line(self, start_up_s: float) -> tuple[str, bool]:
         """Returns the table's line, and whether all is as it should be."""
-        ratio = statistics.median(self.seconds) / undisturbed_s
-        bound = 1 - self.share + 0.1 + start_up_s / undisturbed_s
+        ratio = statistics.median(self.ratios)
+        bound = 1 - self.share + 0.1 + start_up_s / self.undisturbed_s
         passed = self.is_equal and ratio <= bound
         where = "in a write" if self.in_write else ""
         bytes_ = "equal" if self.is_equal else "DIFFER"
         verdict = "PASS" if passed else "FAIL"
-        return f"{self.share:6.2f} {ratio:9.2f} {bound:7.2f}   {bytes_:6}  {verdict}  {where}", passed
+        return (
+            f"{self.share:6.2f} {ratio:9.2f} {bound:7.2f}   {bytes_:6}  {verdict}  {where}".rstrip(),
+            passed,
+        )
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -149,15 +151,16 @@ def kill_and_finish(bench: Bench, num_files: int, in_write: bool, repeats: int) 
     out = bench.folder / "killed"
     was_in_write = bench.kill(out, num_files, in_write)
     share = committed_rows(out) / bench.num_rows
-    seconds, is_equal = [], True
+    undisturbed, ratios, is_equal = [], [], True
     for _ in range(repeats):
         copy = bench.folder / "copy"
         shutil.copytree(out, copy)
-        seconds.append(bench.time(copy))
+        undisturbed.append(bench.time_undisturbed())
+        ratios.append(bench.time(copy) / undisturbed[-1])
         is_equal = is_equal and digests(copy) == bench.files
         shutil.rmtree(copy)
     shutil.rmtree(out)
-    return Outcome(share, was_in_write, seconds, is_equal)
+    return Outcome(share, was_in_write, ratios, statistics.median(undisturbed), is_equal)
 
 
 def kill_until_done(bench: Bench) -> tuple[int, bool]:
@@ -175,32 +178,28 @@ def measure_start_up(folder: Path, repeats: int) -> float:
     """Returns the median seconds of a run of ten rows."""
     tiny = write_data_set(str(folder / "ten"), 10, seed=0).webdataset / "val-00000.tar"
     bench = Bench([*COMMAND, f"--input={tiny}"], folder)
-    for _ in range(repeats):
-        bench.add_reference()
-    return statistics.median(bench.seconds)
+    return statistics.median(bench.time_undisturbed() for _ in range(repeats))
 
 
 COMMAND = [sys.executable, "-m", "pipelines.cli", "prepare", "--quiet"]
 
 
 def run(bench: Bench, kills: int, repeats: int, start_up_s: float) -> bool:
-    bench.add_reference()
+    undisturbed_s = bench.time_undisturbed()
     num_files = sum(name.startswith("images/") for name in bench.files)
     outcomes = []
     for number in range(kills):
-        if number % _KILLS_A_REFERENCE == 0:
-            bench.add_reference()
         at = max(1, round(num_files * (number + 0.5) / kills))
         outcomes.append(kill_and_finish(bench, at, in_write=number % 3 == 2, repeats=repeats))
         print(f"\r{number + 1} of {kills} kills", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    undisturbed_s = statistics.median(bench.seconds)
+    undisturbed_s = statistics.median([undisturbed_s, *(outcome.undisturbed_s for outcome in outcomes)])
     print(
         f"{bench.num_rows} rows, {num_files} files; undisturbed {undisturbed_s:.2f} s, start-up {start_up_s:.2f} s"
     )
     print("killed at  rerun : undisturbed")
     print("     f     ratio   bound   bytes")
-    lines = [outcome.line(undisturbed_s, start_up_s) for outcome in sorted(outcomes, key=lambda o: o.share)]
+    lines = [outcome.line(start_up_s) for outcome in sorted(outcomes, key=lambda o: o.share)]
     print("\n".join(line for line, _ in lines))
     passed = [is_passed for _, is_passed in lines]
     tries, is_equal = kill_until_done(bench)
@@ -219,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20, help="how many (default 20)")
-    parser.add_argument("--rows", type=int, default=8000, help="of the input that is drawn (default 8000)")
+    parser.add_argument("--rows", type=int, default=5000, help="of the input that is drawn (default 5000)")
     parser.add_argument("--input", help="another input (default: drawn scenes, as WebDataset)")
     parser.add_argument("--chunk_rows", type=int, default=100, help="rows a file (default 100)")
     parser.add_argument("--repeats", type=int, default=3, help="runs whose median is taken (default 3)")

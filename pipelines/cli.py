@@ -32,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     with _stoppable() as signals:
         try:
-            return _main(argv)
+            code = _main(argv)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         except BaseException as error:
             if signals:  # whatever became of the interrupt on its way through a runner
                 print("diptych: stopped. The same command goes on from here.", file=sys.stderr)

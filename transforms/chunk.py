@@ -140,7 +140,9 @@ class ChunkCoder(beam.coders.Coder):
 
     def encode(self, value: Chunk) -> bytes:
         """Returns the chunk as bytes."""
-        header = json.dumps([value.key.shard, value.key.index, value.last, dict(value.counters)]).encode()
+        header = json.dumps(
+            [value.key.shard, value.key.index, value.last, dict(value.counters)], sort_keys=True
+        ).encode()
         rows = _to_ipc(value.rows)
         lengths = self._LENGTHS.pack(len(header), len(rows))
         return b"".join([lengths, header, rows, _to_ipc(value.rejects)])

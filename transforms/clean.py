@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import html
-import html.parser
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -40,9 +39,25 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SPACES = re.compile(r"\s+")
 # Zero-width and direction marks that only disturb text. The joiners (200C, 200D) belong to words and emoji.
 _INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]")
-_BLOCKS = re.compile("br|hr|p|div|[uo]l|li|t[dhr]|table|h[1-6]|blockquote|section|article")
-_HIDDEN = frozenset({"script", "style"})
+# Comments, hidden elements, tags (an attribute's quotes may hold a ">"), declarations. No alternative passes the
+# beginning of another of its kind, so the time is linear; that of html.parser is quadratic in unclosed tags.
+_MARKUP = re.compile(
+    r"""
+    <!--(?:[^<-]|-(?!->)|<(?!!--))*-->
+    |<(?:script|style)\b[^<>]*>(?:[^<]|<(?!/?(?:script|style)\b))*</(?:script|style)\b[^<>]*>
+    |</?(?P<quoted>[a-z][a-z0-9:-]*)(?=[\s/>])[^<>"']*(?:"[^"]*"[^<>"']*|'[^']*'[^<>"']*)*>
+    |</?(?P<plain>[a-z][a-z0-9:-]*)(?=[\s/>])[^<>]*>
+    |<[!?][^<>]*>
+    """,
+    re.I | re.X,
+)
+_BLOCK = re.compile("br|hr|p|div|[uo]l|li|t[dhr]|table|h[1-6]|blockquote|section|article", re.I)
+_AMPERSANDS = re.compile("&(?:amp;)+")
+_NUMBERS = re.compile(r"&#0*(\d+)")
 _MAX_ROUNDS = 5
+# Unicode normalisation sorts the marks on a letter, in quadratic time; UAX #15, 13 has no more than these on one
+_MAX_MARKS = 30
+_LONG_CHARS = 4096
 
 
 def clean_caption(text: str, lowercase: bool = False) -> str:
@@ -51,53 +66,48 @@ def clean_caption(text: str, lowercase: bool = False) -> str:
     HTML tags go, entities become their characters (also where a page escaped them twice), control characters and
     white space become single spaces, and what is left is in Unicode normal form C (UAX #15).
     """
-    if not _CLEAN.fullmatch(text):
-        for _ in range(_MAX_ROUNDS):
-            before, text = text, _clean_once(text)
-            if text == before:
-                break
-    return unicodedata.normalize("NFC", text.lower()) if lowercase else text
+    if _CLEAN.fullmatch(text):
+        return text.lower() if lowercase else text
+    for _ in range(_MAX_ROUNDS):
+        before, text = text, _clean_once(text, lowercase)
+        if text == before:
+            return text
+    return _clean_once(
+        text.replace("<", " ").replace("&", " "), lowercase
+    )  # markup that hides markup, without end
 
 
-def _clean_once(text: str) -> str:
+def _clean_once(text: str, lowercase: bool) -> str:
     if "<" in text or "&" in text:
         text = _strip_markup(text)
     text = _CONTROLS.sub(" ", _INVISIBLE.sub("", text))
     text = text.encode("utf-8", "replace").decode()  # a lone surrogate is not text
+    if len(text) > _LONG_CHARS:
+        text = _drop_surplus_marks(text)
+    if lowercase:
+        text = text.lower()
     return _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip()
 
 
-class _TextOnly(html.parser.HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self._hidden = 0
-
-    def handle_starttag(self, tag: str, attrs: Sequence[object]) -> None:
-        self._hidden += tag in _HIDDEN
-        if _BLOCKS.fullmatch(tag):
-            self.parts.append(" ")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden -= tag in _HIDDEN and self._hidden > 0
-        if _BLOCKS.fullmatch(tag):
-            self.parts.append(" ")
-
-    def handle_data(self, data: str) -> None:
-        if not self._hidden:
-            self.parts.append(data)
-
-
 def _strip_markup(text: str) -> str:
-    parser = _TextOnly()
-    try:
-        parser.feed(text)
-        parser.close()
-    except (
-        AssertionError
-    ):  # the parser gives up on some marked sections: entities are all that can be done then
-        return html.unescape(text)
-    return "".join(parser.parts)
+    """Returns text without tags, its entities as characters."""
+    text = _MARKUP.sub(_replacement, _AMPERSANDS.sub("&", text))
+    # no character has a number of more than 7 digits, and Python converts none of more than 4300
+    return html.unescape(_NUMBERS.sub(lambda match: "&#" + match[1][:8], text))
+
+
+def _replacement(match: re.Match[str]) -> str:
+    tag = match["quoted"] or match["plain"]
+    return " " if tag and _BLOCK.fullmatch(tag) else ""
+
+
+def _drop_surplus_marks(text: str) -> str:
+    kept, num_marks = [], 0
+    for char in text:
+        num_marks = num_marks + 1 if unicodedata.combining(char) else 0
+        if num_marks <= _MAX_MARKS:
+            kept.append(char)
+    return "".join(kept)
 
 
 def clean_captions(

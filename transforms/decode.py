@@ -338,8 +338,16 @@ def _orientation(exif: bytes | None) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-# What Pillow may open: others have no signature (TGA), run programs (EPS) or hide another size inside (ICO)
-_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+# What Pillow may open, by signature: others have none (TGA), run programs (EPS) or hide another size inside (ICO)
+_SIGNATURES = {
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "BMP": re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL),
+    "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
+    "AVIF": re.compile(rb"....ftypavi[fs]", re.DOTALL),
+    "JPEG2000": re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n"),
+}
 Image.MAX_IMAGE_PIXELS = None  # `Limits` decides
 PngImagePlugin.MAX_TEXT_CHUNK = (
     16 << 20
@@ -348,9 +356,14 @@ TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader mixes up the bytes of
 
 
 def _decode_pillow(data: bytes, limits: Limits) -> Raster:
+    name = next((name for name, signature in _SIGNATURES.items() if signature.match(data)), None)
+    if name is None:
+        raise _not_an_image(data)
     Image.init()
+    if name not in Image.OPEN:
+        raise BadImage("unsupported", f"this Pillow does not read {name}")
     try:
-        with Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+        with Image.open(io.BytesIO(data), formats=[name]) as image:
             limits.check(*image.size)
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 _check_tiff(image.tag_v2, len(data), limits)
@@ -363,11 +376,13 @@ def _decode_pillow(data: bytes, limits: Limits) -> Raster:
             pixels = _to_8_bit(image)
     except BadImage:
         raise
-    except UnidentifiedImageError as error:
-        raise _unidentified(data) from error
     except Exception as error:  # decoders of damaged files raise nearly anything
-        reason = "truncated" if "truncated" in str(error).lower() or _is_cut(data) else "corrupt"
-        raise BadImage(reason, f"{type(error).__name__}: {error}") from error
+        if "truncated" in str(error).lower() or _is_cut(data):
+            reason = "truncated"
+        else:
+            is_odd = name == "TIFF" and isinstance(error, UnidentifiedImageError)
+            reason = "unsupported" if is_odd else "corrupt"
+        raise BadImage(reason, f"a {name} of {len(data)} bytes: {type(error).__name__}: {error}") from error
     height, width = pixels.shape[:2]
     if orientation >= 5:
         width, height = height, width
@@ -447,26 +462,8 @@ def _grey_16_to_8_bit(image: Image.Image) -> Pixels:
     return pixels if transparent is None else np.where(samples == transparent, np.uint8(255), pixels)
 
 
-_SIGNATURES = {
-    rb"\xff\xd8\xff": "JPEG",
-    rb"\x89PNG\r\n\x1a\n": "PNG",
-    rb"GIF8[79]a": "GIF",
-    rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0": "BMP",
-    rb"RIFF....WEBP": "WebP",
-    rb"II[*+]\0|MM\0[*+]": "TIFF",
-    rb"....ftypavi[fs]": "AVIF",
-    rb"\0\0\0\x0cjP  \r\n\x87\n": "JPEG 2000",
-}
-
-
-def _unidentified(data: bytes) -> BadImage:
-    """Returns why no decoder knows these bytes."""
-    for signature, name in _SIGNATURES.items():
-        if re.match(signature, data, re.DOTALL):
-            if name == "TIFF" and not _is_cut(data):
-                return BadImage("unsupported", "a TIFF of a kind that is not read here")
-            reason = "truncated" if _is_cut(data) else "corrupt"
-            return BadImage(reason, f"a {name} of {len(data)} bytes with an unreadable header")
+def _not_an_image(data: bytes) -> BadImage:
+    """Returns what bytes are that have no image's signature."""
     head = data[:512].lstrip(b"\xef\xbb\xbf\r\n\t ").lower()
     if head.startswith(b"version https://git-lfs"):
         what = "a Git LFS pointer: fetch the file itself (git lfs pull)"
@@ -524,4 +521,4 @@ def _is_cut_avif(data: bytes) -> bool:
     position = 0
     while len(data) - position >= 8 and (size := int.from_bytes(data[position : position + 4], "big")) >= 8:
         position += size
-    return position != len(data)
+    return position != len(data) or b"mdat" not in data

@@ -278,6 +278,15 @@ class TestSignals:
         assert prepare(data, tmp_path / "out", CHUNK_ROWS, "--quiet") == 0
         assert files_in(tmp_path / "out") == undisturbed
 
+    def test_a_reader_that_has_seen_enough_is_no_error(self, data, tmp_path):
+        assert prepare(data / "val-00000.tar", tmp_path, "--quiet") == 0
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [*COMMAND, "verify", str(tmp_path)]
+        with open(writer, "wb") as stdout:
+            done = subprocess.run(command, cwd=REPOSITORY, stdout=stdout, stderr=subprocess.PIPE, check=False)
+        assert (done.returncode, done.stderr) == (141, b"")
+
     def test_handlers_are_put_back(self, data, tmp_path):
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         assert main(["verify", str(tmp_path)]) == 1

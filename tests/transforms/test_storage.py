@@ -165,11 +165,11 @@ class TestWriteWhole:
         uploads = []
         upload = fs.pipe_file
         monkeypatch.setattr(fs, "pipe_file", lambda path, data: (uploads.append(path), upload(path, data)))
-        write_whole("memory://bucket/out", "images/file", memoryview(b"data"))
-        assert uploads == ["/bucket/out/images/file"]
-        assert fs.cat("memory://bucket/out/images/file") == b"data"
-        assert fs.find("/bucket") == ["/bucket/out/images/file"]
-        delete("memory://bucket", ["out"])
+        write_whole("memory://upload/out", "images/file", memoryview(b"data"))
+        assert uploads == ["/upload/out/images/file"]
+        assert fs.cat("memory://upload/out/images/file") == b"data"
+        assert fs.find("/upload") == ["/upload/out/images/file"]
+        delete("memory://upload", ["out"])
 
     def test_another_store_gets_a_temporary_file_and_a_rename(self, monkeypatch):
         class PlainFileSystem(MemoryFileSystem):

@@ -1,0 +1,305 @@
+import io
+import struct
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from transforms import colour
+from transforms.colour import to_srgb
+
+Array = np.ndarray[Any, Any]
+
+# Colorants as profiles hold them, adapted to D50 (rows R, G, B of X, Y, Z)
+SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
+ADOBE_RGB = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
+DISPLAY_P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
+PROPHOTO = ((0.79767, 0.28804, 0.0), (0.13519, 0.71188, 0.0), (0.03134, 0.00009, 0.82491))
+SPACES = {"sRGB": SRGB, "Adobe RGB": ADOBE_RGB, "Display P3": DISPLAY_P3, "ProPhoto": PROPHOTO}
+
+SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def fixed(*values: float) -> bytes:
+    return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+
+def xyz(*values: float) -> bytes:
+    return b"XYZ \0\0\0\0" + fixed(*values)
+
+
+def gamma_curve(gamma: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+
+
+def table_curve(steps: Sequence[float]) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(
+        f">I{len(steps)}H", len(steps), *(round(65535 * step) for step in steps)
+    )
+
+
+def parametric_curve(kind: int, *values: float) -> bytes:
+    return b"para\0\0\0\0" + struct.pack(">HH", kind, 0) + fixed(*values)
+
+
+SRGB_CURVE = parametric_curve(3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+CURVES = {
+    "linear": b"curv\0\0\0\0" + bytes(4),
+    "gamma 1.8": gamma_curve(1.8),
+    "gamma 2.2": gamma_curve(2.19921875),
+    "table of sRGB": table_curve(
+        [((i / 1023 + 0.055) / 1.055) ** 2.4 if i > 41 else i / 1023 / 12.92 for i in range(1024)]
+    ),
+    "table of 3": table_curve([0, 0.2, 1]),
+    "parametric 0": parametric_curve(0, 2.2),
+    "parametric 1": parametric_curve(1, 2.2, 1.1, -0.1),
+    "parametric 2": parametric_curve(2, 2.2, 0.9, 0.05, 0.02),
+    "parametric 3": SRGB_CURVE,
+    "parametric 4": parametric_curve(4, 2.4, 0.94, 0.05, 0.08, 0.04, 0.004, 0.002),
+}
+
+
+def profile_of(space: bytes, pcs: bytes, kind: bytes, tags: dict[bytes, bytes], version: int = 2) -> bytes:
+    """An ICC profile (ICC.1:2022, 7): a header, a table of tags, and the tags."""
+    tags = {b"wtpt": xyz(0.9642, 1.0, 0.8249), b"desc": b"desc\0\0\0\0\0\0\0\x02x\0" + bytes(78), **tags}
+    offset = 132 + 12 * len(tags)
+    table, content = struct.pack(">I", len(tags)), b""
+    for name, tag in tags.items():
+        padded = tag + bytes(-len(tag) % 4)
+        table += struct.pack(">4sII", name, offset + len(content), len(tag))
+        content += padded
+    header = bytearray(128)
+    struct.pack_into(">I4xI", header, 0, 128 + len(table) + len(content), version << 24)
+    header[12:24] = kind + space + pcs
+    header[36:40] = b"acsp"
+    header[68:80] = fixed(0.9642, 1.0, 0.8249)
+    return bytes(header) + table + content
+
+
+def rgb_profile(colorants: Sequence[Sequence[float]], curve: bytes, version: int = 2) -> bytes:
+    tags = {bytes([letter]) + b"XYZ": xyz(*values) for letter, values in zip(b"rgb", colorants, strict=True)}
+    tags |= {bytes([letter]) + b"TRC": curve for letter in b"rgb"}
+    return profile_of(b"RGB ", b"XYZ ", b"mntr", tags, version)
+
+
+def grey_profile(curve: bytes) -> bytes:
+    return profile_of(b"GRAY", b"XYZ ", b"mntr", {b"kTRC": curve})
+
+
+def cmyk_profile() -> bytes:
+    """A press whose only visible ink is black: Lab is a table of two steps an ink (ICC.1:2022, 10.11)."""
+    ramp = bytes(range(256))
+    corners = b"".join(bytes([0 if corner & 1 else 255, 128, 128]) for corner in range(16))
+    identity = fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + ramp * 4 + corners + ramp * 3
+    return profile_of(b"CMYK", b"Lab ", b"prtr", {b"A2B0": table})
+
+
+def by_little_cms(pixels: Array, profile: bytes, mode: str) -> Array:
+    converted = ImageCms.profileToProfile(
+        Image.fromarray(pixels, mode),
+        ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+        ImageCms.createProfile("sRGB"),
+        outputMode="RGB",
+    )
+    return np.asarray(converted).astype(int)
+
+
+def colours(channels: int = 3) -> Array:
+    return np.random.default_rng(0).integers(0, 256, (60, 70, channels), np.uint8).squeeze()
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("version", [2, 4])
+def test_a_matrix_profile_is_applied_as_little_cms_does(space: str, curve: str, version: int) -> None:
+    profile = rgb_profile(SPACES[space], CURVES[curve], version)
+    converted, changed = to_srgb(colours(), profile)
+    expected = by_little_cms(colours(), profile, "RGB")
+    assert converted.dtype == np.uint8
+    # the tables are exact where Little CMS interpolates; one profile in 40 is so near to sRGB that it is taken for it
+    assert np.abs(converted - expected).max() <= 3
+    is_srgb = space == "sRGB" and curve in ("table of sRGB", "parametric 3")
+    assert changed is not is_srgb
+    assert (converted is colours() or np.array_equal(converted, colours())) is is_srgb
+
+
+def test_the_tables_are_used_for_common_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are a tenth of the cost."""
+    profiles = [rgb_profile(ADOBE_RGB, gamma_curve(2.19921875)), rgb_profile(DISPLAY_P3, SRGB_CURVE, 4)]
+    expected = [by_little_cms(colours(), profile, "RGB") for profile in profiles]
+    for profile in profiles:
+        to_srgb(colours(), profile)
+    monkeypatch.setattr(ImageCms, "applyTransform", None)
+    for profile, known in zip(profiles, expected, strict=True):
+        converted, changed = to_srgb(colours(), profile)
+        assert changed
+        assert np.abs(converted - known).max() <= 2
+
+
+def test_known_colours() -> None:
+    """The greens of Display P3 and Adobe RGB are out of sRGB; their greys, and what sRGB has too, are not."""
+    display_p3 = rgb_profile(DISPLAY_P3, SRGB_CURVE, 4)
+    pixels = np.array([[[0, 255, 0], [128, 128, 128], [234, 51, 35], [255, 255, 255]]], np.uint8)
+    converted, _ = to_srgb(pixels, display_p3)
+    assert np.abs(converted - [[[0, 255, 0], [128, 128, 128], [255, 0, 0], [255, 255, 255]]]).max() <= 3
+    adobe_rgb = rgb_profile(ADOBE_RGB, gamma_curve(2.19921875))
+    converted, _ = to_srgb(np.array([[[219, 0, 0], [144, 255, 60]]], np.uint8), adobe_rgb)
+    assert np.abs(converted - [[[255, 0, 0], [0, 255, 0]]]).max() <= 3
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        SRGB_PROFILE,
+        rgb_profile(SRGB, SRGB_CURVE),
+        rgb_profile(SRGB, SRGB_CURVE, 4),
+        rgb_profile(SRGB, CURVES["table of sRGB"]),
+        rgb_profile(SRGB, SRGB_CURVE) + bytes(100),
+    ],
+)
+def test_profiles_of_srgb_change_nothing(profile: bytes) -> None:
+    pixels = colours()
+    converted, changed = to_srgb(pixels, profile)
+    assert converted is pixels
+    assert not changed
+
+
+def broken_profiles() -> list[bytes]:
+    good = rgb_profile(ADOBE_RGB, gamma_curve(2.2))
+    return [
+        b"",
+        b"profile",
+        bytes(128),
+        good[:100],
+        good[:140],
+        good[:300],
+        good[:36] + b"nope" + good[40:],
+        good[:128] + b"\xff\xff\xff\xff" + good[132:],
+        good.replace(b"rTRC", b"none"),
+        good.replace(b"rXYZ", b"none"),
+        rgb_profile(ADOBE_RGB, b"nope\0\0\0\0" + bytes(20)),
+        rgb_profile(ADOBE_RGB, b"curv\0\0\0\0\x7f\xff\xff\xff\0\0"),
+        rgb_profile(ADOBE_RGB, parametric_curve(9, 2.2)),
+        rgb_profile(ADOBE_RGB, parametric_curve(4, 2.2)),
+    ]
+
+
+@pytest.mark.parametrize("profile", broken_profiles())
+def test_a_broken_profile_is_ignored(profile: bytes) -> None:
+    pixels = colours()
+    converted, changed = to_srgb(pixels, profile)
+    assert converted is pixels
+    assert not changed
+
+
+@pytest.mark.parametrize(
+    ("channels", "profile"),
+    [
+        (3, grey_profile(gamma_curve(1.0))),
+        (3, cmyk_profile()),
+        (1, rgb_profile(ADOBE_RGB, gamma_curve(2.2))),
+        (1, cmyk_profile()),
+        (4, rgb_profile(ADOBE_RGB, gamma_curve(2.2))),
+        (4, grey_profile(gamma_curve(1.0))),
+        (3, profile_of(b"Lab ", b"XYZ ", b"spac", {})),
+        (3, profile_of(b"RGB ", b"Lab ", b"link", {})),
+    ],
+)
+def test_a_profile_of_another_space_is_ignored(channels: int, profile: bytes) -> None:
+    pixels = colours(channels)
+    converted, changed = to_srgb(pixels, profile)
+    assert not changed
+    assert np.array_equal(converted, to_srgb(pixels, None)[0])
+
+
+def test_without_profile() -> None:
+    pixels = colours()
+    assert to_srgb(pixels, None) == (pixels, False)
+    grey, changed = to_srgb(colours(1), None)
+    assert not changed
+    assert np.array_equal(grey, colours(1)[..., None] * np.ones(3, np.uint8))
+    inks = np.array(
+        [[[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 255, 0], [0, 0, 0, 255], [0, 0, 0, 128]]], np.uint8
+    )
+    rgb, changed = to_srgb(inks, None)
+    assert not changed
+    assert np.abs(rgb - [[[255] * 3, [0, 255, 255], [255, 0, 0], [0] * 3, [127] * 3]]).max() <= 1
+
+
+@pytest.mark.parametrize("curve", ["linear", "gamma 1.8", "table of 3", "parametric 1"])
+def test_grey_profiles(curve: str) -> None:
+    profile = grey_profile(CURVES[curve])
+    converted, changed = to_srgb(colours(1), profile)
+    assert changed
+    assert converted.shape == (60, 70, 3)
+    assert np.array_equal(converted, by_little_cms(colours(1), profile, "L"))
+    assert np.ptp(converted.astype(int), axis=2).max() <= 1
+    assert np.abs(converted[..., 0].astype(int) - colours(1)).max() > 5
+
+
+def test_cmyk_profiles() -> None:
+    inks = np.array([[[0, 0, 0, 0], [255, 255, 255, 0], [9, 99, 199, 255], [0, 0, 0, 128]]], np.uint8)
+    converted, changed = to_srgb(inks, cmyk_profile())
+    assert changed
+    assert np.abs(converted - np.array([[[255] * 3, [255] * 3, [0] * 3, [118] * 3]])).max() <= 3
+    assert np.array_equal(
+        to_srgb(colours(4), cmyk_profile())[0], by_little_cms(colours(4), cmyk_profile(), "CMYK")
+    )
+
+
+def test_pixels_in_any_order_of_memory() -> None:
+    profile = rgb_profile(ADOBE_RGB, gamma_curve(2.2))
+    expected = to_srgb(colours(), profile)[0]
+    for view in (np.s_[::-1], np.s_[:, ::-1], np.s_[5:50, 3:40]):
+        assert np.array_equal(to_srgb(colours()[view], profile)[0], expected[view])
+    assert np.array_equal(to_srgb(colours().swapaxes(0, 1), profile)[0], expected.swapaxes(0, 1))
+    read_only = colours()
+    read_only.flags.writeable = False
+    assert np.array_equal(to_srgb(read_only, profile)[0], expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutated_profiles_raise_nothing(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    good = [
+        rgb_profile(DISPLAY_P3, SRGB_CURVE, 4),
+        rgb_profile(ADOBE_RGB, CURVES["table of 3"]),
+        SRGB_PROFILE,
+        grey_profile(gamma_curve(1.8)),
+        cmyk_profile(),
+    ]
+    for _ in range(150):
+        number = int(generator.integers(len(good)))
+        mutated = bytearray(good[number])
+        for _ in range(int(generator.integers(1, 6))):
+            at = int(
+                generator.integers(min(len(mutated), (132, 600, len(mutated))[int(generator.integers(3))]))
+            )
+            mutated[at] = int(generator.integers(256))
+        pixels = colours((3, 3, 3, 1, 4)[number])
+        converted, changed = to_srgb(pixels, bytes(mutated))
+        assert (converted.shape, converted.dtype) == ((60, 70, 3), np.uint8)
+        if not changed:
+            assert np.array_equal(converted, to_srgb(pixels, None)[0])
+
+
+def test_threads_do_not_share_a_transform() -> None:
+    """A transform of Little CMS keeps its last colour; and what a dead thread left behind does no harm."""
+    profile = grey_profile(gamma_curve(1.8))
+    expected = to_srgb(colours(1), profile)[0]
+    barrier = threading.Barrier(4)
+
+    def convert_often(_: int) -> bool:
+        barrier.wait()
+        return all(np.array_equal(to_srgb(colours(1), profile)[0], expected) for _ in range(50))
+
+    for _ in range(2):
+        colour._converter.cache_clear()
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(convert_often, range(4)))
+        assert colour._converter.cache_info().currsize == 4

@@ -1,0 +1,1089 @@
+import base64
+import functools
+import io
+import itertools
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+import tifffile
+from PIL import Image, ImageCms
+
+from transforms.decode import BadImage, Limits, Raster, decode
+from transforms.schemas import REASONS
+
+# Pillow warns of broken files while it finds out what they are
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
+
+Array = np.ndarray[Any, Any]
+ANY = Limits(max_pixels=2_000_000, min_side_px=1, max_aspect_ratio=1e6)
+HEIGHT, WIDTH = 49, 66
+
+# How a picture is stored so that an EXIF orientation shows it upright
+STORED: dict[int, Callable[[Array], Array]] = {
+    1: lambda picture: picture,
+    2: lambda picture: picture[:, ::-1],
+    3: lambda picture: picture[::-1, ::-1],
+    4: lambda picture: picture[::-1],
+    5: lambda picture: picture.swapaxes(0, 1),
+    6: lambda picture: picture.swapaxes(0, 1)[::-1],
+    7: lambda picture: picture.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda picture: picture.swapaxes(0, 1)[:, ::-1],
+}
+
+# By cjpeg of libjpeg-turbo, which Pillow cannot be made to write: pictures of 40x32
+ARITHMETIC_JPEG = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxO"
+    "UlNSMj5aYVpQYEpRUk//2wBDAQ4ODhMREyYVFSZPNS01T09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09P"
+    "T09PT09PT0//yQARCAAgACgDASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwDRvzpnUOCnu3A2VtzDWg66hAp0BxSJ"
+    "1LlqS/N0d12tHzdmNyuT+NKRKOIJJXdLxf3ChS3F6zocBlnwM/2VxugP4LDFzPRfqOhD4vVyF0OS422AI2J++/O/CRzKKzSUSgBH"
+    "4y+RlxLt3Miuax2B4k/qwsD/2Q=="
+)
+SAMPLED_1X4_JPEG = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19i"
+    "Z2hnPk1xeXBkeFxlZ2P/2wBDARESEhgVGC8aGi9jQjhCY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2Nj"
+    "Y2NjY2NjY2P/wAARCAAgACgDARQAAhEBAxEB/8QAFwABAAMAAAAAAAAAAAAAAAAABAIDBf/EABwQAAMBAAMBAQAAAAAAAAAAAAAB"
+    "AgMREyExUf/EABYBAQEBAAAAAAAAAAAAAAAAAAMEBf/EABkRAAMBAQEAAAAAAAAAAAAAAAABAgMxQf/aAAwDAQACEQMRAD8A0IfD"
+    "KuxJAnryHbNVpALRm7VpT9A67gNLZC14HUopz0o0t7TbC1pywnZ6H0ppk9Q3w08rsbqTaTITogE6sCsqLZqvS6pEvNfhYrQDuYbz"
+    "soTP/9k="
+)
+SAMPLED_4X2_JPEG = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6j"
+    "q62rZ4C8ybqmx5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+    "pKSkpKSkpKT/wAARCAAgACgDAUIAAhEBAxEB/8QAGAABAQEBAQAAAAAAAAAAAAAAAAMEAgH/xAAaEAEBAQEBAQEAAAAAAAAAAAAA"
+    "AQIREgMh/8QAFgEBAQEAAAAAAAAAAAAAAAAABAUD/8QAHBEAAgEFAQAAAAAAAAAAAAAAAAERAgMEEiFB/9oADAMBAAIRAxEAPwDT"
+    "m8dXX4z/AE1KzbbPXHG/ojd9rmzra7wVjV+ELAFfIAuzKJa7S1pP1+qTUOudI6vK8m6bWp4SsVSa5qAM3sAbRFST/9k="
+)
+THREE_SCANS_JPEG = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19i"
+    "Z2hnPk1xeXBkeFxlZ2P/2wBDARESEhgVGC8aGi9jQjhCY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2Nj"
+    "Y2NjY2NjY2P/wAARCAAgACgDASIAAhEBAxEB/8QAFwAAAwEAAAAAAAAAAAAAAAAAAgMEBf/EABwQAAMBAAMBAQAAAAAAAAAAAAAB"
+    "AgMREyExUf/aAAgBAQAAPwDQh8MOrSn6Q72m2Z+pNUm/2JITruS1pywGkwHmvwpevJPpbE9no2dEMVoBsC14SaU0wZ1YzuZ//8QA"
+    "FgEBAQEAAAAAAAAAAAAAAAAABQQD/8QAGREAAwEBAQAAAAAAAAAAAAAAAAECAxET/9oACAECEQA/AEbkP1fGYejGqJbhUTPJH//E"
+    "ABcBAQADAAAAAAAAAAAAAAAAAAUBBAb/xAAZEQADAQEBAAAAAAAAAAAAAAAAAQMRIQL/2gAIAQMRAD8AmVMY7CurC6lwx0esfh45"
+    "oinw/9k="
+)
+
+
+@functools.cache
+def picture(height: int = HEIGHT, width: int = WIDTH, channels: int = 3, seed: int = 0) -> Array:
+    """A picture of soft blobs and some grain, as photos have."""
+    noise = np.random.default_rng(seed).normal(size=(height, width, channels)).astype(np.float32)
+    blurred = [sigma * cv2.GaussianBlur(noise, (0, 0), sigma) for sigma in (1, 6, 24)]
+    mixed = (0.1 * blurred[0] + blurred[1] + 3 * blurred[2]).reshape(height, width, channels)
+    mixed = (mixed - mixed.min()) / (mixed.max() - mixed.min()) * 255
+    return mixed.astype(np.uint8).squeeze()
+
+
+def grey() -> Array:
+    return picture(channels=1)
+
+
+def alpha() -> Array:
+    mask = picture(channels=1, seed=1).copy()
+    mask[:10], mask[-10:] = 0, 255
+    return mask
+
+
+def over_white(pixels: Array, mask: Array) -> Array:
+    share = (mask / 255.0).reshape(mask.shape + (1,) * (pixels.ndim - 2))
+    return pixels * share + 255 * (1 - share)
+
+
+def wide(pixels: Array) -> Array:
+    """8-bit samples as the 16-bit samples that are the same shades."""
+    return pixels.astype(np.uint16) * 257
+
+
+def save(pixels: Array | Image.Image, file_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def save_tiff(pixels: Array, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, np.ascontiguousarray(pixels), **options)
+    return buffer.getvalue()
+
+
+def exif(orientation: Any) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def palette_image(num_colours: int = 16) -> Image.Image:
+    return Image.fromarray(picture()).quantize(num_colours)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, *chunks: bytes) -> bytes:
+    """A PNG of a kind that Pillow does not write."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(rows))
+    return b"".join([b"\x89PNG\r\n\x1a\n", header, *chunks, pixels, png_chunk(b"IEND", b"")])
+
+
+def png_rows(pixels: Array) -> bytes:
+    return b"".join(b"\0" + row.tobytes() for row in pixels.astype(pixels.dtype.newbyteorder(">")))
+
+
+def decoded(data: bytes, limits: Limits = ANY) -> Array:
+    """The pixels as RGB, or CMYK, of a type that holds differences."""
+    pixels = decode(data, limits).pixels
+    assert pixels.dtype == np.uint8
+    return (np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels).astype(int)
+
+
+def rejected(data: bytes, limits: Limits = ANY) -> BadImage | None:
+    try:
+        decode(data, limits)
+    except BadImage as error:
+        return error
+    return None
+
+
+def reason_of(data: bytes, limits: Limits = ANY) -> str | None:
+    error = rejected(data, limits)
+    if error is None:
+        return None
+    assert error.reason in REASONS["image"]
+    assert str(error)
+    return error.reason
+
+
+def tiff_tag(data: bytes, tag: int) -> tuple[int, int]:
+    """Position and type of the entry of a tag in a little-endian TIFF."""
+    (start,) = struct.unpack_from("<I", data, 4)
+    for entry in range(start + 2, start + 2 + 12 * struct.unpack_from("<H", data, start)[0], 12):
+        found, kind = struct.unpack_from("<HH", data, entry)
+        if found == tag:
+            return entry, kind
+    raise KeyError(tag)
+
+
+def with_tiff_tag(data: bytes, tag: int, value: int) -> bytes:
+    entry, kind = tiff_tag(data, tag)
+    return (
+        data[: entry + 8]
+        + struct.pack("<I" if kind == 4 else "<HH", *([value] if kind == 4 else [value, 0]))
+        + (data[entry + 12 :])
+    )
+
+
+def jpeg_frame(data: bytes) -> int:
+    """Position of the frame's marker."""
+    found = re.search(rb"\xff[\xc0\xc1\xc2\xc9]\0", data)
+    assert found
+    return found.start()
+
+
+def with_jpeg_size(data: bytes, width: int, height: int) -> bytes:
+    at = jpeg_frame(data) + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+# ---- what is decoded, and to what
+
+
+def lossless_files() -> Iterator[tuple[str, bytes, Array]]:
+    colour, mask = picture(), alpha()
+    cyan = np.dstack([255 - colour, np.zeros_like(mask)])
+    yield "png", save(colour, "PNG"), colour
+    yield "bmp", save(colour, "BMP"), colour
+    yield "webp", save(colour, "WEBP", lossless=True), colour
+    yield "tiff", save(colour, "TIFF"), colour
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
+        yield f"tiff {compression}", save(colour, "TIFF", compression=compression), colour
+    yield "tiff tiles", save_tiff(colour, tile=(32, 32), photometric="rgb"), colour
+    yield "tiff big", save_tiff(colour, bigtiff=True, photometric="rgb"), colour
+    planes = colour.transpose(2, 0, 1)
+    yield "tiff planar", save_tiff(planes, photometric="rgb", planarconfig="separate"), colour
+    yield "grey png", save(grey(), "PNG"), grey()
+    yield "grey bmp", save(grey(), "BMP"), grey()
+    yield "grey tiff", save(grey(), "TIFF"), grey()
+    yield "grey gif", save(grey(), "GIF"), grey()
+    yield "grey tiff, white is zero", save_tiff(255 - grey(), photometric="miniswhite"), grey()
+    yield "1-bit png", save(Image.fromarray(grey() > 127), "PNG"), (grey() > 127) * 255
+    yield "1-bit bmp", save(Image.fromarray(grey() > 127), "BMP"), (grey() > 127) * 255
+    yield (
+        "1-bit tiff",
+        save(Image.fromarray(grey() > 127), "TIFF", compression="group4"),
+        (grey() > 127) * 255,
+    )
+    looked_up = np.asarray(palette_image().convert("RGB"))
+    for file_format in ("PNG", "GIF", "BMP", "TIFF"):
+        yield f"palette {file_format}", save(palette_image(), file_format), looked_up
+    yield "interlaced gif", save(palette_image(), "GIF", interlace=1), looked_up
+    yield "16-bit grey png", save(wide(grey()), "PNG"), grey()
+    yield "16-bit png by opencv", cv2.imencode(".png", wide(colour[..., ::-1]))[1].tobytes(), colour
+    yield "16-bit tiff by opencv", cv2.imencode(".tiff", wide(colour[..., ::-1]))[1].tobytes(), colour
+    for order in "<>":
+        yield f"16-bit grey tiff {order}", save_tiff(wide(grey()), byteorder=order), grey()
+        yield f"16-bit tiff {order}", save_tiff(wide(colour), byteorder=order, photometric="rgb"), colour
+    inverted = wide(255 - grey())
+    yield "16-bit grey tiff, white is zero", save_tiff(inverted, photometric="miniswhite"), grey()
+    yield "16-bit planar tiff", save_tiff(wide(planes), photometric="rgb", planarconfig="separate"), colour
+    yield (
+        "16-bit planar tiff, deflated",
+        save_tiff(wide(planes), photometric="rgb", planarconfig="separate", compression="zlib"),
+        colour,
+    )
+    yield (
+        "16-bit planar tiff, tiles",
+        save_tiff(wide(planes), photometric="rgb", planarconfig="separate", tile=(32, 32)),
+        colour,
+    )
+    yield "cmyk tiff", save(Image.fromarray(cyan, "CMYK"), "TIFF"), cyan
+    yield "cmyk tiff by tifffile", save_tiff(cyan, photometric="separated"), cyan
+    yield "16-bit cmyk tiff", save_tiff(wide(cyan), photometric="separated"), cyan
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"), [pytest.param(data, pixels, id=name) for name, data, pixels in lossless_files()]
+)
+def test_lossless_files_are_decoded_to_their_very_pixels(data: bytes, expected: Array) -> None:
+    raster = decode(data, ANY)
+    assert (raster.height, raster.width, raster.orientation, raster.profile) == (HEIGHT, WIDTH, 1, None)
+    found = decoded(data)
+    assert np.array_equal(found, expected[..., None] * [1, 1, 1] if expected.ndim == 2 else expected)
+    assert np.array_equal(decoded(data), decoded(bytes(memoryview(data))))
+
+
+def transparent_files() -> Iterator[tuple[str, bytes, Array]]:
+    colour, mask, shade = picture(), alpha(), grey()
+    rgba, la = np.dstack([colour, mask]), np.dstack([shade, mask])
+    yield "rgba png", save(rgba, "PNG"), over_white(colour, mask)
+    yield "rgba webp", save(rgba, "WEBP", lossless=True, exact=True), over_white(colour, mask)
+    yield "rgba tiff", save(rgba, "TIFF"), over_white(colour, mask)
+    yield "la png", save(Image.fromarray(la, "LA"), "PNG"), over_white(shade, mask)
+    yield "la tiff", save(Image.fromarray(la, "LA"), "TIFF"), over_white(shade, mask)
+    yield (
+        "16-bit rgba tiff",
+        save_tiff(wide(rgba), photometric="rgb", extrasamples=["unassalpha"]),
+        over_white(colour, mask),
+    )
+    premultiplied = np.dstack([np.rint(colour * (mask / 255.0)[..., None]).astype(np.uint8), mask])
+    yield (
+        "premultiplied tiff",
+        save_tiff(premultiplied, photometric="rgb", extrasamples=["assocalpha"]),
+        over_white(colour, mask),
+    )
+    size = (WIDTH, HEIGHT)
+    yield "16-bit rgba png", png(size, 16, 6, png_rows(wide(rgba))), over_white(colour, mask)
+    yield "16-bit la png", png(size, 16, 4, png_rows(wide(la))), over_white(shade, mask)
+    image = palette_image()
+    looked_up, index = np.asarray(image.convert("RGB")), np.asarray(image)
+    yield (
+        "palette png, one transparent",
+        save(image, "PNG", transparency=3),
+        over_white(looked_up, np.where(index == 3, 0, 255)),
+    )
+    yield (
+        "palette gif, one transparent",
+        save(image, "GIF", transparency=3),
+        over_white(looked_up, np.where(index == 3, 0, 255)),
+    )
+    steps = bytes(range(0, 160, 10))
+    yield (
+        "palette png, each its own",
+        save(image, "PNG", transparency=steps),
+        over_white(looked_up, np.frombuffer(steps, np.uint8)[index]),
+    )
+    key = int(shade[5, 5])
+    hole = np.where(shade == key, 255, shade)
+    yield "grey png, one transparent", save(shade, "PNG", transparency=key), hole
+    trns = png_chunk(b"tRNS", struct.pack(">H", key * 257))
+    yield "16-bit grey png, one transparent", png(size, 16, 0, png_rows(wide(shade)), trns), hole
+    red = colour[5, 5]
+    trns = png_chunk(b"tRNS", struct.pack(">3H", *red))
+    hole = np.where((colour == red).all(axis=2, keepdims=True), 255, colour)
+    yield "rgb png, one transparent", png(size, 8, 2, png_rows(colour), trns), hole
+    bits = grey() > 127
+    packed = np.packbits(bits, axis=1)
+    trns = png_chunk(b"tRNS", struct.pack(">H", 0))
+    yield "1-bit png, black transparent", png(size, 1, 0, png_rows(packed), trns), np.full(bits.shape, 255)
+    nibbles = np.arange(16, dtype=np.uint8)[None].repeat(4, axis=0)
+    packed = nibbles[:, ::2] << 4 | nibbles[:, 1::2]
+    trns = png_chunk(b"tRNS", struct.pack(">H", 7))
+    yield (
+        "4-bit png, one transparent",
+        png((16, 4), 4, 0, png_rows(packed), trns),
+        np.where(nibbles == 7, 255, nibbles.astype(int) * 17),
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"), [pytest.param(data, pixels, id=name) for name, data, pixels in transparent_files()]
+)
+def test_transparency_is_laid_over_white(data: bytes, expected: Array) -> None:
+    raster = decode(data, ANY)
+    assert raster.pixels.ndim in (2, 3)
+    assert raster.pixels.shape[2:] in ((), (3,))
+    expected = expected[..., None] * [1, 1, 1] if expected.ndim == 2 else expected
+    # a premultiplied colour that is nearly transparent is known by a few steps only, as little as it shows
+    assert np.abs(decoded(data) - expected).max() <= 2
+
+
+def test_a_lab_tiff_is_decoded_to_colours() -> None:
+    lab = ImageCms.profileToProfile(
+        Image.fromarray(picture()),
+        ImageCms.createProfile("sRGB"),
+        ImageCms.createProfile("LAB"),
+        outputMode="LAB",
+    )
+    assert lab is not None
+    difference = np.abs(decoded(save(lab, "TIFF")) - picture())
+    assert difference.mean() < 3
+    assert np.percentile(difference, 99) < 15
+
+
+def jpegs() -> dict[str, bytes]:
+    """JPEGs of many kinds, all of one size."""
+    cmyk = Image.fromarray(picture(channels=4), "CMYK")
+    kinds: dict[str, tuple[Array | Image.Image, dict[str, Any]]] = {
+        "4:2:0": (picture(), {}),
+        "4:4:4": (picture(), {"subsampling": 0}),
+        "4:2:2": (picture(), {"subsampling": 1}),
+        "rgb": (picture(), {"keep_rgb": True}),
+        "grey": (grey(), {}),
+        "cmyk": (cmyk, {}),
+    }
+    forms: dict[str, dict[str, Any]] = {
+        "baseline": {},
+        "optimized": {"optimize": True},
+        "progressive": {"progressive": True},
+        "restarts": {"restart_marker_blocks": 3},
+        "progressive restarts": {"progressive": True, "restart_marker_blocks": 3},
+    }
+    return {
+        f"{kind} {form}": save(pixels, "JPEG", quality=90, **options, **form_options)
+        for (kind, (pixels, options)), (form, form_options) in itertools.product(kinds.items(), forms.items())
+    }
+
+
+JPEGS = jpegs()
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_jpegs_are_decoded_as_pillow_decodes_them(name: str) -> None:
+    with Image.open(io.BytesIO(JPEGS[name])) as image:
+        expected = np.asarray(image).astype(int)
+    raster = decode(JPEGS[name], ANY)
+    assert (raster.height, raster.width, raster.orientation, raster.profile) == (HEIGHT, WIDTH, 1, None)
+    assert raster.pixels.shape == expected.shape
+    assert np.abs(raster.pixels - expected).max() <= 2
+
+
+def with_adobe_transform(data: bytes, transform: int) -> bytes:
+    at = data.index(b"Adobe\0") + 11
+    assert data[at - 15 : at - 13] == b"\xff\xee"
+    return data[:at] + bytes([transform]) + data[at + 1 :]
+
+
+def test_ycck_is_decoded_as_pillow_decodes_it() -> None:
+    data = with_adobe_transform(JPEGS["cmyk baseline"], 2)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image).astype(int)
+    assert np.abs(decode(data, ANY).pixels - expected).max() <= 2
+    assert np.abs(decode(JPEGS["cmyk baseline"], ANY).pixels - expected).max() > 50
+
+
+def test_inks_are_inverted_only_where_adobe_wrote_them() -> None:
+    data = JPEGS["cmyk baseline"]
+    at = data.index(b"\xff\xee")
+    plain = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+    assert np.array_equal(255 - decoded(plain), decoded(data))
+    assert np.abs(decoded(data) - picture(channels=4)).mean() < 6
+
+
+@pytest.mark.parametrize("text", [ARITHMETIC_JPEG, SAMPLED_1X4_JPEG, THREE_SCANS_JPEG])
+def test_rare_jpegs_are_decoded_as_pillow_decodes_them(text: str) -> None:
+    data = base64.b64decode(text)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image.convert("RGB")).astype(int)
+    assert expected.std() > 20
+    assert np.abs(decoded(data) - expected).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("shorter_px", "longer_px", "scale"),
+    [
+        *[(0, 0, 8), (400, 0, 8), (201, 0, 8), (200, 0, 4), (101, 0, 4), (100, 0, 2), (51, 0, 2), (50, 0, 1)],
+        *[(1, 0, 1), (0, 600, 8), (0, 301, 8), (0, 300, 4), (0, 75, 1), (100, 301, 8), (101, 75, 4)],
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_is_large_enough(
+    shorter_px: int, longer_px: int, scale: int, mode: str, turned: bool
+) -> None:
+    size = (600, 400) if turned else (400, 600)
+    data = save(Image.new(mode, size), "JPEG")
+    raster = decode(data, ANY, shorter_px, longer_px)
+    assert (raster.width, raster.height) == size
+    assert raster.pixels.shape[:2] == (size[1] * scale // 8, size[0] * scale // 8)
+
+
+@pytest.mark.parametrize("height", range(33, 50, 3))
+@pytest.mark.parametrize("width", range(120, 129))
+def test_sizes_that_no_scale_divides(height: int, width: int) -> None:
+    data = save(picture(height, width), "JPEG", quality=95)
+    for shorter_px, eighths in ((0, 8), (16, 4), (8, 2), (4, 1)):
+        raster = decode(data, ANY, shorter_px)
+        assert (raster.height, raster.width) == (height, width)
+        assert raster.pixels.shape == (-(-height * eighths // 8), -(-width * eighths // 8), 3)
+        block = 8 // eighths
+        padded = np.pad(picture(height, width), ((0, -height % block), (0, -width % block), (0, 0)), "edge")
+        rows, columns = raster.pixels.shape[:2]
+        means = padded.reshape(rows, block, columns, block, 3).mean(axis=(1, 3))
+        assert np.abs(raster.pixels - means).mean() < 4
+
+
+def test_only_the_first_frame_is_decoded() -> None:
+    frames = [Image.fromarray(np.roll(picture(), shift)) for shift in (0, 999, 1999)]
+    palettes = [frame.quantize(64) for frame in frames]
+    files = {
+        "gif": (
+            save(palettes[0], "GIF", save_all=True, append_images=palettes[1:]),
+            palettes[0].convert("RGB"),
+        ),
+        "webp": (save(frames[0], "WEBP", lossless=True, save_all=True, append_images=frames[1:]), frames[0]),
+        "apng": (save(frames[0], "PNG", save_all=True, append_images=frames[1:]), frames[0]),
+        "tiff": (save(frames[0], "TIFF", save_all=True, append_images=frames[1:]), frames[0]),
+    }
+    for name, (data, first) in files.items():
+        assert np.array_equal(decoded(data), np.asarray(first)), name
+
+
+def test_only_the_first_picture_of_an_mpo_is_decoded() -> None:
+    one, two = (Image.fromarray(picture(seed=seed)) for seed in (0, 1))
+    data = save(one, "MPO", save_all=True, append_images=[two], quality=90)
+    assert data.count(b"\xff\xd8\xff") == 2
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "MPO"
+        expected = np.asarray(image).astype(int)
+    assert np.abs(decoded(data) - expected).max() <= 2
+    # the second is of no concern
+    assert np.array_equal(decoded(data[:-500]), decoded(data))
+
+
+def test_lossy_files_come_near() -> None:
+    rgba = np.dstack([picture(), alpha()])
+    for name, data, expected in (
+        ("webp", save(picture(), "WEBP", quality=90), picture()),
+        ("webp with alpha", save(rgba, "WEBP", quality=90, exact=True), over_white(picture(), alpha())),
+        ("jpeg in tiff", save(picture(), "TIFF", compression="jpeg", quality=90), picture()),
+        ("avif", save(picture(), "AVIF", quality=90), picture()),
+        ("jpeg 2000", save(picture(), "JPEG2000"), picture()),
+    ):
+        assert np.abs(decoded(data) - expected).mean() < 6, name
+
+
+# ---- orientation and profiles
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF", "JPEG"])
+def test_orientation(file_format: str, orientation: int) -> None:
+    upright = picture()
+    stored = STORED[orientation](upright)
+    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}.get(file_format, {})
+    raster = decode(save(stored, file_format, exif=exif(orientation), **lossless), ANY)
+    assert (raster.height, raster.width) == upright.shape[:2]
+    if file_format == "TIFF":  # Pillow turns these itself
+        assert raster.orientation == 1
+        assert np.array_equal(raster.pixels, upright)
+    else:
+        assert raster.orientation == orientation
+        assert np.abs(raster.pixels.astype(int) - stored).max() <= (20 if file_format == "JPEG" else 0)
+
+
+def test_orientation_of_the_tiffs_of_others() -> None:
+    for dtype, turned in itertools.product((picture(), wide(picture())), (3, 6)):
+        tag = [(0x0112, "H", 1, turned, True)]
+        data = save_tiff(STORED[turned](dtype), photometric="rgb", extratags=tag)
+        assert np.array_equal(decoded(data), picture())
+
+
+EXIF = exif(6).tobytes()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0garbage",
+        b"Exif\0\0II*\0\xff\xff\xff\xff\x12\x01",
+        EXIF[:-6],
+        EXIF[:16] + b"\xff\xff" + EXIF[18:],
+        EXIF.replace(b"II*\0", b"XX*\0").replace(b"MM\0*", b"XX\0*"),
+        *(exif(value).tobytes() for value in (0, 9, 65_535)),
+        EXIF.replace(b"\x01\x12\0\x03", b"\x01\x12\0\x07").replace(b"\x12\x01\x03\0", b"\x12\x01\x07\0"),
+        EXIF.replace(b"\x01\x12\0\x03", b"\x01\x12\0\x63").replace(b"\x12\x01\x03\0", b"\x12\x01\x63\0"),
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x02up\0\0\0\0\0\0",
+    ],
+)
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_costs_nothing(file_format: str, payload: bytes) -> None:
+    options = {"WEBP": {"lossless": True}}.get(file_format, {})
+    data = save(picture(), file_format, exif=payload, **options)
+    raster = decode(data, ANY)
+    assert (raster.orientation, raster.height, raster.width) == (1, HEIGHT, WIDTH)
+    assert np.array_equal(raster.pixels, decode(save(picture(), file_format, **options), ANY).pixels)
+
+
+def test_orientation_survives_other_segments() -> None:
+    data = save(picture(), "JPEG", exif=EXIF, comment=b"\xff\xda", icc_profile=b"x" * 200_000)
+    assert decode(data, ANY).orientation == 6
+    second = data.replace(EXIF, EXIF + b"padding").replace(b"\xff\xe1", b"\xff\xff\xff\xe1", 1)
+    assert decode(second, ANY).orientation == 6
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_profiles_are_found(file_format: str) -> None:
+    assert decode(save(picture(), file_format, icc_profile=SRGB), ANY).profile == SRGB
+    assert decode(save(picture(), file_format), ANY).profile is None
+
+
+@pytest.mark.parametrize("num_bytes", [60_000, 70_000, 140_000, 700_000])
+def test_a_profile_in_several_segments_of_a_jpeg_is_put_together(num_bytes: int) -> None:
+    profile = np.random.default_rng(0).bytes(num_bytes)
+    data = save(picture(), "JPEG", icc_profile=profile)
+    segments = [found.start() for found in re.finditer(rb"\xff\xe2..ICC_PROFILE\0", data, re.DOTALL)]
+    assert len(segments) == -(-num_bytes // 65_519)
+    assert decode(data, ANY).profile == profile
+    # their order is in them
+    bounds = [*segments, segments[-1] + 2 + int.from_bytes(data[segments[-1] + 2 : segments[-1] + 4], "big")]
+    parts = [data[start:end] for start, end in itertools.pairwise(bounds)]
+    assert decode(data[: bounds[0]] + b"".join(parts[::-1]) + data[bounds[-1] :], ANY).profile == profile
+
+
+def test_a_profile_of_a_png_may_be_large() -> None:
+    profile = np.random.default_rng(0).bytes(2_000_000)
+    assert decode(save(picture(), "PNG", icc_profile=profile), ANY).profile == profile
+
+
+def test_much_metadata_costs_nothing() -> None:
+    text = png_chunk(b"zTXt", b"history\0\0" + zlib.compress(bytes(5_000_000)))
+    data = png((WIDTH, HEIGHT), 8, 2, png_rows(picture()), text)
+    assert np.array_equal(decoded(data), picture())
+
+
+# ---- what is not an image
+
+
+def test_empty() -> None:
+    assert reason_of(b"") == "empty"
+    assert reason_of(memoryview(b"")) == "empty"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS pointer"),
+        (b"# xet version 0\nfilesize = 349915\nhash = '59d0'\n", "Xet pointer"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "HTML"),
+        (b"\xef\xbb\xbf\r\n <HTML><head>", "HTML"),
+        (b'<?xml version="1.0"?><svg width="9" height="9"/>', "SVG"),
+        (b"Not found", "begins with b'Not found'"),
+        (b"BMW, a car maker from Munich, " * 20, "no known image signature"),
+        (b"II and MM are fine words to begin with", "no known image signature"),
+        (b"RIFF\x24\0\0\0WAVEfmt ", "no known image signature"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "no known image signature"),
+        (b"%PDF-1.7\n", "no known image signature"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\n99 99 moveto\n",
+            "no known image",
+        ),
+        (b"P6\n9 9\n255\n" + bytes(243), "no known image signature"),
+        (b"\xff\xd8", "no known image signature"),
+        (b"\0", "no known image signature"),
+        (bytes(10_000), "no known image signature"),
+    ],
+)
+def test_not_an_image(data: bytes, message: str) -> None:
+    error = rejected(data)
+    assert error is not None
+    assert error.reason == "not_an_image"
+    assert message in str(error)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_random_bytes_are_not_an_image(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    assert reason_of(generator.bytes(int(generator.integers(1, 5_000)))) == "not_an_image"
+
+
+def test_what_pillow_could_open_and_nobody_should_is_not_an_image() -> None:
+    for file_format in ("ICO", "TGA", "PCX", "PPM", "EPS", "SGI", "IM"):
+        assert reason_of(save(picture(), file_format)) == "not_an_image", file_format
+
+
+# ---- what is cut
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_cut_jpeg_is_truncated_wherever_it_is_cut(name: str) -> None:
+    data = JPEGS[name]
+    cuts = {*range(3, 40), *range(41, len(data) - 40, 31), *range(len(data) - 40, len(data))}
+    assert {reason_of(data[:cut]) for cut in cuts} == {"truncated"}
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_cut_jpeg_that_was_given_an_end_is_no_half_picture(name: str) -> None:
+    data = JPEGS[name]
+    # the begin of each scan too: what is there is a whole file then, with scans that are not
+    scans = {found.start() + shift for found in re.finditer(rb"\xff\xda", data) for shift in range(-2, 20)}
+    cuts = {*range(3, len(data) - 3, 31), *range(len(data) - 40, len(data) - 3), *scans}
+    for cut in sorted(cuts):
+        assert reason_of(data[:cut] + b"\xff\xd9") in ("truncated", "corrupt"), cut
+    assert reason_of(data[:-2] + b"\xff\xd9") is None
+
+
+@pytest.mark.parametrize("name", ["4:2:0 baseline", "grey progressive", "cmyk baseline"])
+def test_a_cut_jpeg_is_found_at_a_reduced_scale_too(name: str) -> None:
+    data = JPEGS[name]
+    for shorter_px, cut in itertools.product((24, 12, 6), range(len(data) // 2, len(data) - 1, 97)):
+        with pytest.raises(BadImage) as found:
+            decode(data[:cut], ANY, shorter_px)
+        assert found.value.reason == "truncated"
+
+
+def test_missing_scans_are_missed() -> None:
+    data = base64.b64decode(THREE_SCANS_JPEG)
+    starts = [found.start() for found in re.finditer(rb"\xff\xda", data)]
+    assert len(starts) == 3
+    assert [reason_of(data[:start] + b"\xff\xd9") for start in starts] == [
+        "corrupt",
+        "truncated",
+        "truncated",
+    ]
+
+
+def files() -> dict[str, bytes]:
+    """Files of every format but JPEG."""
+    colour, rgba = picture(), np.dstack([picture(), alpha()])
+    frames = [palette_image(), palette_image(8)]
+    made = {
+        "png": save(colour, "PNG"),
+        "rgba png": save(rgba, "PNG"),
+        "palette png": save(palette_image(), "PNG"),
+        "16-bit png": save(wide(grey()), "PNG"),
+        "png in chunks": cv2.imencode(".png", picture(200, 100))[1].tobytes(),
+        "apng": save(colour, "PNG", save_all=True, append_images=[Image.fromarray(colour[::-1])]),
+        "gif": save(palette_image(), "GIF"),
+        "animated gif": save(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "webp": save(colour, "WEBP"),
+        "lossless webp": save(colour, "WEBP", lossless=True),
+        "rgba webp": save(rgba, "WEBP"),
+        "animated webp": save(colour, "WEBP", save_all=True, append_images=[Image.fromarray(colour[::-1])]),
+        "bmp": save(colour, "BMP"),
+        "palette bmp": save(palette_image(), "BMP"),
+        "16-bit tiff": save_tiff(wide(colour), photometric="rgb"),
+        "big tiff": save_tiff(colour, photometric="rgb", bigtiff=True),
+        "tiff tiles": save_tiff(colour, photometric="rgb", tile=(32, 32)),
+        "avif": save(colour, "AVIF"),
+        "jpeg 2000": save(colour, "JPEG2000"),
+    }
+    for compression in ("raw", "tiff_lzw", "jpeg", "tiff_adobe_deflate", "packbits"):
+        made[f"tiff {compression}"] = save(colour, "TIFF", compression=compression)
+    return made
+
+
+FILES = files()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_cut_file_is_truncated_or_whole(name: str) -> None:
+    data, expected = FILES[name], decoded(FILES[name])
+    signature_bytes = 18 if name.endswith("bmp") else 12
+    cuts = {*range(signature_bytes, 60), *range(60, len(data), 61), *range(len(data) - 20, len(data))}
+    whole = 0
+    for cut in sorted(cuts):
+        reason = reason_of(data[:cut])
+        if reason is None:
+            assert np.array_equal(decoded(data[:cut]), expected), cut
+            whole += 1
+        else:
+            assert reason == "truncated", cut
+    later_frames = name in ("apng", "animated gif")
+    assert whole < len(cuts) * (0.7 if later_frames else 0.3)
+    assert {reason_of(data[:cut]) for cut in range(1, signature_bytes)} <= {"not_an_image", "truncated"}
+
+
+# ---- what is damaged
+
+
+def damage(data: bytes, start: int, generator: np.random.Generator) -> bytes:
+    """One run of bytes behind a position, flipped, zeroed or filled with anything."""
+    damaged = bytearray(data)
+    at, length = int(generator.integers(start, len(data) - 2)), int(generator.integers(1, 100))
+    kind = generator.integers(3)
+    length = len(damaged[at : at + length])
+    if kind == 0:
+        damaged[at] ^= 1 << int(generator.integers(8))
+    else:
+        damaged[at : at + length] = bytes(length) if kind == 1 else generator.bytes(length)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_damaged_jpeg_is_rejected_wherever_libjpeg_sees_it(name: str) -> None:
+    data = JPEGS[name]
+    start = data.index(b"\xff\xda") + 20
+    generator = np.random.default_rng(1)
+    channels = {"grey": "GRAY", "cmyk": "CMYK"}.get(name.split()[0], "RGB")
+    num_rejected = 0
+    for _ in range(60):
+        damaged = damage(data, start, generator)
+        reason = reason_of(damaged)
+        assert reason in (None, "corrupt", "truncated")
+        num_rejected += reason is not None
+        try:
+            simplejpeg.decode_jpeg(damaged, channels)
+        except ValueError:
+            assert reason is not None
+    assert num_rejected > 15
+
+
+def between_segments(data: bytes) -> bytes:
+    return data[:2] + b"\xff\xe9\0\x04ok\0\1\2\3" + data[2:]
+
+
+def of_a_future_jfif(data: bytes) -> bytes:
+    return data.replace(b"JFIF\0\1", b"JFIF\0\7")
+
+
+def of_an_unknown_adobe_transform(data: bytes) -> bytes:
+    assert data[2:4] == b"\xff\xe0"  # where there is JFIF, Adobe is not asked
+    return data[:2] + b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\x09" + data[20:]
+
+
+def of_meaningless_parameters(data: bytes) -> bytes:
+    at = data.index(b"\0\x3f\0", data.index(b"\xff\xda"))
+    return data[:at] + b"\1\0\0" + data[at + 3 :]
+
+
+@pytest.mark.parametrize(
+    ("name", "oddity"),
+    [
+        *itertools.product(
+            ["4:2:0 baseline", "4:2:2 progressive", "grey restarts", "cmyk baseline"], [between_segments]
+        ),
+        *itertools.product(["4:2:0 baseline", "4:4:4 progressive", "grey restarts"], [of_a_future_jfif]),
+        *itertools.product(
+            ["4:2:0 baseline", "4:4:4 progressive", "4:2:2 restarts"], [of_an_unknown_adobe_transform]
+        ),
+        *itertools.product(["4:2:0 baseline", "grey restarts", "cmyk baseline"], [of_meaningless_parameters]),
+    ],
+)
+def test_what_libjpeg_warns_of_without_harm_hides_no_damage(
+    name: str, oddity: Callable[[bytes], bytes]
+) -> None:
+    data = JPEGS[name]
+    odd = oddity(data)
+    assert odd != data
+    with pytest.raises(ValueError, match=r"extraneous|JFIF|Adobe|SOS"):
+        simplejpeg.decode_jpeg(odd, {"grey": "GRAY", "cmyk": "CMYK"}.get(name.split()[0], "RGB"))
+    assert np.array_equal(decoded(odd), decoded(data))
+    generator = np.random.default_rng(2)
+    start = data.index(b"\xff\xda") + 20
+    for _ in range(40):
+        damaged = damage(data, start, generator)
+        assert reason_of(oddity(damaged)) == reason_of(damaged)
+    assert reason_of(odd[:-2]) == "truncated"
+    assert reason_of(odd[:-200]) == "truncated"
+
+
+def test_zeros_before_the_end_are_harmless_and_other_bytes_are_not() -> None:
+    for name in ("4:2:0 baseline", "grey baseline", "cmyk baseline", "grey restarts"):
+        data = JPEGS[name]
+        for num_bytes in (1, 8, 63):
+            assert np.array_equal(decoded(data[:-2] + bytes(num_bytes) + b"\xff\xd9"), decoded(data))
+        assert reason_of(data[:-2] + bytes(500) + b"\xff\xd9") == "corrupt"
+        assert reason_of(data[:-2] + b"surplus" + b"\xff\xd9") == "corrupt"
+
+
+def test_what_follows_the_end_is_of_no_concern() -> None:
+    for name in ("4:2:0 baseline", "4:2:0 progressive"):
+        for tail in (bytes(5_000), b"\xff\xd9", b"anything", JPEGS["grey baseline"]):
+            assert np.array_equal(decoded(JPEGS[name] + tail), decoded(JPEGS[name]))
+
+
+def test_a_damaged_header_of_a_jpeg_is_corrupt() -> None:
+    data = JPEGS["4:2:0 baseline"]
+    tables, frame, scan = data.index(b"\xff\xdb"), jpeg_frame(data), data.index(b"\xff\xda")
+    assert reason_of(data[:tables] + data[frame:]) == "corrupt"
+    assert reason_of(data[:frame] + data[frame + 19 :]) == "corrupt"
+    assert reason_of(data[:scan] + b"\xff\xd9") == "corrupt"
+    assert reason_of(data[: frame + 2] + b"\0\x0b" + data[frame + 4 :]) == "corrupt"
+    assert reason_of(data[: frame + 2] + b"\xff\xff" + data[frame + 4 :]) == "corrupt"
+    assert reason_of(b"\xff\xd8\xff\xd9") == "corrupt"
+    assert reason_of(b"\xff\xd8\xff" + b"\xff" * 3_000) == "truncated"
+
+
+@pytest.mark.parametrize("chunk", [b"IHDR", b"PLTE", b"IDAT"])
+def test_a_wrong_checksum_in_a_png_is_corrupt(chunk: bytes) -> None:
+    data = FILES["palette png"]
+    at = data.index(chunk)
+    end = at + 4 + int.from_bytes(data[at - 4 : at], "big")
+    assert reason_of(data[:end] + bytes(4) + data[end + 4 :]) == "corrupt"
+    assert reason_of(data[: end - 1] + bytes([data[end - 1] ^ 1]) + data[end:]) == "corrupt"
+
+
+@pytest.mark.parametrize("name", ["png", "png in chunks", "palette png", "16-bit png"])
+def test_a_damaged_png_never_passes(name: str) -> None:
+    generator, data = np.random.default_rng(3), FILES[name]
+    for _ in range(150):
+        damaged = damage(data, 8, generator)
+        assert damaged == data or reason_of(damaged) in ("corrupt", "truncated", "unsupported")
+
+
+def test_damage_of_other_formats_is_corrupt() -> None:
+    for name in ("gif", "webp", "tiff tiff_adobe_deflate", "avif"):
+        generator, data = np.random.default_rng(4), FILES[name]
+        found = [reason_of(damage(data, len(data) // 2, generator)) for _ in range(100)]
+        assert found.count("corrupt") >= 10, name
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        save(wide(grey()).astype(np.int32), "TIFF"),
+        save(grey().astype(np.float32), "TIFF"),
+        save_tiff(picture() / np.float32(255), photometric="rgb"),
+        save_tiff(
+            (picture() / np.float32(255)).transpose(2, 0, 1), photometric="rgb", planarconfig="separate"
+        ),
+        save_tiff((picture() / 255).astype(np.float16), photometric="rgb"),
+        save_tiff(grey() / 255.0),
+        save_tiff(grey().astype(np.int8)),
+        save_tiff(wide(grey()).astype(np.int16)),
+        save_tiff(wide(picture()).astype(np.int16), photometric="rgb"),
+        save_tiff(grey().astype(np.uint32)),
+        save_tiff(picture().astype(np.uint32), photometric="rgb"),
+        save_tiff(
+            wide(np.dstack([grey(), alpha()])),
+            photometric="minisblack",
+            planarconfig="contig",
+            extrasamples=[2],
+        ),
+        save_tiff(wide(picture()), photometric="cielab"),
+        with_tiff_tag(save_tiff(wide(grey())), 258, 12),
+        base64.b64decode(SAMPLED_4X2_JPEG),
+        JPEGS["4:2:0 baseline"].replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"),
+        JPEGS["4:2:0 baseline"].replace(b"\xff\xc0\0\x11\x08", b"\xff\xc3\0\x11\x08"),
+        JPEGS["grey baseline"].replace(b"\xff\xc0\0\x0b\x08", b"\xff\xc5\0\x0b\x08"),
+    ],
+)
+def test_unsupported(data: bytes) -> None:
+    assert reason_of(data) == "unsupported"
+
+
+# ---- limits
+
+
+def test_limits_include_themselves() -> None:
+    limits = Limits(max_pixels=1000, min_side_px=10, max_aspect_ratio=4.0)
+    for size in ((10, 10), (10, 40), (40, 10), (25, 40)):
+        limits.check(*size)
+    for size, reason in (
+        ((25, 41), "too_many_pixels"),
+        ((9, 10), "too_small"),
+        ((10, 9), "too_small"),
+        ((10, 41), "aspect_ratio"),
+        ((41, 10), "aspect_ratio"),
+        ((1, 2_000), "too_many_pixels"),
+        ((0, 10), "too_small"),
+    ):
+        with pytest.raises(BadImage, match=rf"^{size[0]}x{size[1]}") as found:
+            limits.check(*size)
+        assert found.value.reason == reason
+
+
+def test_no_picture_has_no_pixels() -> None:
+    for size in ((0, 0), (0, 5), (5, 0)):
+        with pytest.raises(BadImage, match="a side"):
+            Limits(min_side_px=0, max_aspect_ratio=1e9).check(*size)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"])
+def test_every_format_is_held_to_the_limits(file_format: str) -> None:
+    data = save(Image.new("RGB", (200, 40)), file_format)
+    assert reason_of(data, Limits()) is None
+    assert reason_of(data, Limits(max_pixels=7_999)) == "too_many_pixels"
+    assert reason_of(data, Limits(max_pixels=8_000)) is None
+    assert reason_of(data, Limits(min_side_px=41)) == "too_small"
+    assert reason_of(data, Limits(min_side_px=40)) is None
+    assert reason_of(data, Limits(max_aspect_ratio=4.9)) == "aspect_ratio"
+    assert reason_of(data, Limits(max_aspect_ratio=5)) is None
+
+
+def test_the_limit_is_the_users_and_not_pillows() -> None:
+    data = png((20_000, 10_000), 1, 0, b"")
+    assert reason_of(data) == "too_many_pixels"
+    assert reason_of(data, Limits(max_pixels=200_000_000)) == "truncated"
+
+
+@functools.cache
+def bombs() -> dict[str, bytes]:
+    """Small files that say in their headers that they are huge."""
+    packer = zlib.compressobj(1)
+    rows = b"".join([*(packer.compress(bytes(7_501 * 600)) for _ in range(100)), packer.flush()])
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0))
+    gif, bmp = bytearray(FILES["gif"]), bytearray(FILES["bmp"])
+    frame = bytearray(gif)
+    gif[6:10] = struct.pack("<HH", 60_000, 60_000)
+    at = frame.index(b"\x2c\0\0\0\0" + struct.pack("<HH", WIDTH, HEIGHT))
+    frame[at + 5 : at + 9] = struct.pack("<HH", 60_000, 60_000)
+    bmp[18:26] = struct.pack("<ii", 60_000, 60_000)
+    webp, animated = bytearray(FILES["webp"]), bytearray(FILES["animated webp"])
+    at = webp.index(b"\x9d\x01\x2a") + 3
+    webp[at : at + 4] = struct.pack("<HH", 16_383, 16_383)
+    at = animated.index(b"VP8X") + 12
+    animated[at : at + 6] = (16_382).to_bytes(3, "little") * 2
+    tiff = FILES["tiff tiff_adobe_deflate"]
+    tiles = FILES["tiff tiles"]
+    scans = JPEGS["grey progressive"]
+    last = scans.rindex(b"\xff\xc4")
+    return {
+        "png": b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b""),
+        "jpeg": with_jpeg_size(JPEGS["4:2:0 baseline"], 65_000, 65_000),
+        "progressive jpeg": with_jpeg_size(JPEGS["4:2:0 progressive"], 65_000, 65_000),
+        "gif": bytes(gif),
+        "gif frame": bytes(frame),
+        "bmp": bytes(bmp),
+        "webp": bytes(webp),
+        "animated webp": bytes(animated),
+        "tiff": with_tiff_tag(with_tiff_tag(tiff, 256, 60_000), 257, 60_000),
+        "tiff tile": with_tiff_tag(with_tiff_tag(tiles, 322, 60_000), 323, 60_000),
+        "scans": with_jpeg_size(scans[:last] + scans[last:-2] * 5_000 + b"\xff\xd9", 7_000, 7_000),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "png",
+        "jpeg",
+        "progressive jpeg",
+        "gif",
+        "gif frame",
+        "bmp",
+        "webp",
+        "animated webp",
+        "tiff",
+        "tiff tile",
+    ],
+)
+def test_too_many_pixels(name: str) -> None:
+    assert reason_of(bombs()[name], Limits(min_side_px=1)) == "too_many_pixels"
+
+
+@pytest.mark.timeout(60)
+def test_a_jpeg_of_thousands_of_scans_is_not_decoded() -> None:
+    assert reason_of(bombs()["scans"], Limits()) == "corrupt"
+
+
+def test_bombs_cost_no_memory(tmp_path: Any) -> None:
+    paths = []
+    for name in bombs():
+        (tmp_path / name).write_bytes(bombs()[name])
+        paths.append(str(tmp_path / name))
+    code = """
+import resource, sys
+from pathlib import Path
+from transforms.decode import BadImage, Limits, decode
+
+def try_all(names):
+    for name in names:
+        try:
+            decode(Path(name).read_bytes(), Limits())
+        except BadImage as error:
+            print(Path(name).name, error.reason)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+try_all(sys.argv[1:2])
+before = peak()
+try_all(sys.argv[2:])
+print("grown by", peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "gif"), *paths], capture_output=True, check=True
+    )
+    *lines, grown = done.stdout.decode().splitlines()
+    assert len(lines) == len(paths) + 1
+    unit = 1024**2 if sys.platform == "darwin" else 1024
+    assert int(grown.rpartition(" ")[2]) / unit < 50
+
+
+# ---- anything at all
+
+
+@pytest.mark.parametrize("name", [*JPEGS, *FILES])
+def test_mutated_files_raise_nothing_else(name: str) -> None:
+    data = {**JPEGS, **FILES}[name]
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    reasons = set()
+    for _ in range(200):
+        mutated = bytearray(data)
+        for _ in range(int(generator.integers(1, 5))):
+            header_bytes = min(len(mutated), 700)
+            at = int(generator.integers(header_bytes if generator.integers(2) else len(mutated)))
+            length = int(generator.integers(1, 64))
+            kind = generator.integers(5)
+            if kind == 0:
+                mutated[at] = int(generator.integers(256))
+            elif kind == 1:
+                mutated[at] = (0x00, 0xFF, 0xD8, 0xD9, 0xDA, 0xC4)[int(generator.integers(6))]
+            elif kind == 2:
+                del mutated[at : at + length]
+            elif kind == 3:
+                mutated[at:at] = mutated[at : at + length]
+            else:
+                mutated[at:at] = generator.bytes(length)
+            mutated = mutated or bytearray(1)
+        view = memoryview(bytes(mutated))
+        try:
+            raster = decode(view, ANY, int(generator.choice([0, 10, 30])))
+        except BadImage as error:
+            reasons.add(error.reason)
+        else:
+            check_raster(raster)
+    assert reasons <= REASONS["image"].keys()
+
+
+def check_raster(raster: Raster) -> None:
+    assert raster.pixels.dtype == np.uint8
+    assert raster.pixels.shape[2:] in ((), (3,), (4,))
+    assert min(raster.width, raster.height, *raster.pixels.shape[:2]) >= 1
+    assert 1 <= raster.orientation <= 8
+
+
+def test_rows_of_other_threads_are_left_alone() -> None:
+    """The buffer of decoded pixels is reused, by the thread that filled it."""
+    first = decode(JPEGS["4:2:0 baseline"], ANY)
+    kept = first.pixels.copy()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(decode, JPEGS["rgb baseline"], ANY).result()
+    assert np.array_equal(first.pixels, kept)
