@@ -91,7 +91,9 @@ def images_schema(
 def huggingface_info(schema: pa.Schema) -> str:
     """Returns the value of the schema metadata key `huggingface`, by which `datasets` knows pictures from structs."""
     known = {
-        field.name: _feature(field.type) for field in schema if not isinstance(field.type, pa.ExtensionType)
+        field.name: _feature(field.type)
+        for field in schema
+        if not isinstance(field.type, pa.BaseExtensionType)
     }
     return json.dumps({"info": {"features": known}})
 

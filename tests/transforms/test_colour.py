@@ -121,11 +121,11 @@ def test_a_matrix_profile_is_applied_as_little_cms_does(space: str, curve: str, 
     converted, changed = to_srgb(colours(), profile)
     expected = by_little_cms(colours(), profile, "RGB")
     assert converted.dtype == np.uint8
-    # the tables are exact where Little CMS interpolates; one profile in 40 is so near to sRGB that it is taken for it
+    # the tables are exact where Little CMS interpolates
     assert np.abs(converted - expected).max() <= 3
     is_srgb = space == "sRGB" and curve in ("table of sRGB", "parametric 3")
     assert changed is not is_srgb
-    assert (converted is colours() or np.array_equal(converted, colours())) is is_srgb
+    assert np.array_equal(converted, colours()) is is_srgb
 
 
 def test_the_tables_are_used_for_common_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +273,7 @@ def test_mutated_profiles_raise_nothing(seed: int) -> None:
         grey_profile(gamma_curve(1.8)),
         cmyk_profile(),
     ]
-    for _ in range(150):
+    for _ in range(80):
         number = int(generator.integers(len(good)))
         mutated = bytearray(good[number])
         for _ in range(int(generator.integers(1, 6))):
