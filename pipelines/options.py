@@ -75,7 +75,12 @@ def _check(holds: bool, flag: str, value: object, expected: str) -> None:
 def add_prepare_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `diptych prepare`."""
     add_shared_flags(parser)
-    source = parser.add_argument_group("input")
+    _add_source_flags(parser.add_argument_group("input"))
+    _add_caption_flags(parser.add_argument_group("captions"))
+    _add_image_flags(parser.add_argument_group("images"))
+
+
+def _add_source_flags(source: argparse._ArgumentGroup) -> None:
     source.add_argument(
         "--input", action="append", required=True, metavar="SRC", help="path, URL, glob or folder; may repeat"
     )
@@ -88,7 +93,9 @@ def add_prepare_flags(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--metadata_columns", type=_names, default=(), metavar="A,B", help="the source's own columns to carry"
     )
-    text = parser.add_argument_group("captions")
+
+
+def _add_caption_flags(text: argparse._ArgumentGroup) -> None:
     text.add_argument("--lowercase", action="store_true", help="lower-case them")
     text.add_argument(
         "--min_caption_chars", type=int, default=1, metavar="N", help="drop shorter ones (default 1)"
@@ -97,7 +104,9 @@ def add_prepare_flags(parser: argparse.ArgumentParser) -> None:
         "--max_caption_chars", type=int, default=10_000, metavar="N", help="drop longer ones (default 10000)"
     )
     text.add_argument("--require_caption", action="store_true", help="reject images without a caption")
-    image = parser.add_argument_group("images")
+
+
+def _add_image_flags(image: argparse._ArgumentGroup) -> None:
     image.add_argument("--size", type=int, default=224, metavar="PX", help="side of the square (default 224)")
     image.add_argument(
         "--resize", default="squash", choices=("squash", "center_crop", "pad"), help="default squash"
