@@ -1,6 +1,7 @@
 """The life of an output folder: whose it is, what is in it already, and when it is done."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import enum
 import hashlib
@@ -115,8 +116,11 @@ def open_output(
             _refuse_foreign(root, dataset, _written_by_diptych(root, dataset))
         delete(root, (SUCCESS, *DATASETS, *_BESIDE, JOB))  # what says whose it is goes last
     elif found == json.loads(json.dumps(fingerprint)):
-        delete(root, ("_tmp",))
-        return _state(root, datasets)
+        state = _state(root, datasets)
+        # what is done may lie where nothing can be written any more
+        with contextlib.suppress(*[OutputError] if state is State.DONE else []):
+            delete(root, ("_tmp",))
+        return state
     elif any(data_files(root, folder) for folder in (*DATASETS, "rejects")):
         differences = "; ".join(_differences(found, fingerprint))
         raise OutputError(

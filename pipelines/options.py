@@ -11,7 +11,11 @@ from transforms.clean import CleanOptions
 from transforms.decode import Limits
 from transforms.errors import OptionError
 from transforms.resize import IMAGENET_MEAN, IMAGENET_STD, ResizeOptions
+from transforms.schemas import RAW_COLUMNS, images_schema
 from transforms.sources import FORMATS, SourceOptions
+
+# Samples of pictures and tensors that a chunk may hold; writing a tensor takes some ten times its memory
+_IMAGE_SAMPLES, _TENSOR_SAMPLES = 400_000_000, 40_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,12 @@ class PrepareOptions:
     quiet: bool = False
     beam_args: tuple[str, ...] = ()
 
+    @property
+    def rows_per_chunk(self) -> int:
+        """Most rows a chunk in fact: `chunk_rows`, or fewer where so many large pictures would not fit in memory."""
+        samples = _TENSOR_SAMPLES if self.resize.pixels else _IMAGE_SAMPLES
+        return min(self.chunk_rows, max(1, samples // (3 * self.resize.size_px**2)))
+
     def __post_init__(self) -> None:
         for flag, place in (("--output", self.output), *(("--input", url) for url in self.inputs)):
             _check(bool(place.strip()), flag, repr(place), "a path or URL")
@@ -53,6 +63,16 @@ class PrepareOptions:
             "at most 100000, a chunk is held in memory",
         )
         resize, clean = self.resize, self.clean
+        columns = self.source.metadata_columns
+        taken = sorted({*columns} & {*images_schema(pixels="uint8").names, *RAW_COLUMNS})
+        what = f"other names than the columns that are written anyway ({', '.join(taken)})"
+        _check(not taken, "--metadata_columns", ",".join(columns), what)
+        _check(
+            len({*columns}) == len(columns),
+            "--metadata_columns",
+            ",".join(columns),
+            "names that are all different",
+        )
         _check(1 <= resize.size_px <= 4096, "--size", resize.size_px, "between 1 and 4096 pixels")
         _check(1 <= resize.quality <= 100, "--quality", resize.quality, "between 1 and 100")
         _check(resize.limits.max_pixels >= 1, "--max_pixels", resize.limits.max_pixels, "at least 1")

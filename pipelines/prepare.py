@@ -3,6 +3,9 @@
 diptych prepare --input data/coco --output out
 """
 
+import posixpath
+import tempfile
+
 import apache_beam as beam
 
 from pipelines.job import (
@@ -41,10 +44,14 @@ def prepare(options: PrepareOptions) -> Result:
     refuse_overlap([*options.inputs, *filter(None, [options.source.images])], options.output)
     source = open_source(options.inputs, options.format, options.source)
     print_of_run = fingerprint("prepare", source.inputs(), _bytes_options(options))
+    rows_per_shard = options.rows_per_chunk * _CHUNKS_A_SHARD
+    if options.overwrite:
+        with tempfile.TemporaryDirectory() as scratch:  # what cannot be planned must not cost the old output
+            source.shards(scratch, rows_per_shard)
     state = open_output(options.output, ("images",), print_of_run, options.overwrite)
     if state is State.DONE:
         return Result.of(options.output, state)
-    shards = source.shards(join(options.output, "_plan"), options.chunk_rows * _CHUNKS_A_SHARD)
+    shards = source.shards(join(options.output, "_plan"), rows_per_shard)
     start_writing(options.output, "images", (shard.name for shard in shards))
     job = {
         "job": "prepare",
@@ -67,7 +74,10 @@ def prepare_graph(pipeline: beam.Pipeline, shards: list[Shard], options: Prepare
         | "Spread" >> beam.Reshuffle()
         | "ReadShards"
         >> ReadShards(
-            sink, options.chunk_rows, options.source.metadata_columns, keep_bytes=options.resize.keep_bytes
+            sink,
+            options.rows_per_chunk,
+            options.source.metadata_columns,
+            keep_bytes=options.resize.keep_bytes,
         )
     )
     written = (
@@ -86,4 +96,6 @@ def prepare_graph(pipeline: beam.Pipeline, shards: list[Shard], options: Prepare
 def _bytes_options(options: PrepareOptions) -> dict[str, object]:
     """Returns the options that decide the output's bytes."""
     values = options_to_json(options)
+    if options.source.images:  # where the folder is decides no byte, here or on a store
+        values["source"]["images"] = posixpath.basename(options.source.images.rstrip("/"))
     return {name: values[name] for name in ("chunk_rows", "clean", "resize", "source")}

@@ -111,11 +111,12 @@ def _matrix_converter(profile: bytes) -> _Convert | None:
     linear = np.rint(curves * 65535).astype(np.uint16)[None]  # (1, 256, 3)
     light = np.arange(65536) / 65535
     encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    gamma = np.rint(encoded * 255).astype(np.uint8)[None]  # (1, 65536)
+    gamma = np.rint(encoded * 255).astype(np.uint8)  # (65536,)
     weights = matrix.astype(np.float32)
 
     def convert(pixels: Pixels) -> Pixels:
-        return np.asarray(cv2.LUT(cv2.transform(cv2.LUT(pixels, linear), weights), gamma), np.uint8)
+        # OpenCV before 4.13 has no tables of 16 bits
+        return gamma.take(cv2.transform(cv2.LUT(pixels, linear), weights))
 
     return convert
 

@@ -57,7 +57,7 @@ class _ChunkBuilder:
         self.images = BinaryBuilder()
         self._rows: list[Row] = []
         self._rejects: list[Reject] = []
-        self._num_reject_bytes = 0
+        self._num_other_bytes = 0
 
     @property
     def num_records(self) -> int:
@@ -65,15 +65,16 @@ class _ChunkBuilder:
 
     @property
     def num_bytes(self) -> int:
-        return self.images.num_bytes + self._num_reject_bytes
+        return self.images.num_bytes + self._num_other_bytes
 
     def append(self, record: Record) -> None:
         if isinstance(record, Row):
             self.images.append(record.image)
+            self._num_other_bytes += sum(map(len, record.captions))
             self._rows.append(record._replace(image=b""))  # it is in the column now
         else:
             self._rejects.append(Reject(*record))
-            self._num_reject_bytes += len(record.data or b"")
+            self._num_other_bytes += len(record.data or b"")
 
     def finish(self, last: bool) -> Chunk:
         columns = [self._column(field) for field in self._schema]

@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -175,3 +176,18 @@ class TestCheckBeamArgs:
         with pytest.raises(OptionError, match="argument --direct_num_workers"):
             check_beam_args(flags, own_flags())
         assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("columns", [("width", "url"), ("image",), ("path",), ("pixels",), ("url", "url")])
+def test_metadata_columns_have_names_of_their_own(columns: tuple[str, ...]) -> None:
+    with pytest.raises(OptionError, match="--metadata_columns is"):
+        PrepareOptions(("in",), "out", source=SourceOptions(metadata_columns=columns))
+
+
+@pytest.mark.parametrize(
+    ("size_px", "pixels", "expected"),
+    [(224, None, 250), (224, "float32", 250), (512, "uint8", 50), (4096, None, 7)],
+)
+def test_large_pictures_make_small_chunks(size_px: int, pixels: Any, expected: int) -> None:
+    options = PrepareOptions(("in",), "out", resize=ResizeOptions(size_px=size_px, pixels=pixels))
+    assert options.rows_per_chunk == expected

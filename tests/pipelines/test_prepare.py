@@ -169,7 +169,7 @@ class TestKilled:
             assert visible.items() <= expected.items(), f"half a file after {at} events"
             run(out=out, **options)
             assert files_in(out) == expected, f"killed after {at} events"
-            shutil.rmtree(out)
+            shutil.rmfiles_in(out)
         pytest.fail(f"the run has more than {most} events")
 
     def test_at_every_change_of_the_file_system(self, scenes, tmp_path):
@@ -607,3 +607,14 @@ class TestLaws:
         run(scenes.webdataset, tmp_path / "out", chunk_rows=2)
         assert threading.active_count() == threads
         assert len(os.listdir("/proc/self/fd")) == handles
+
+
+def test_overwrite_keeps_the_old_output_where_the_new_cannot_be_planned(scenes, tmp_path):
+    out = tmp_path / "out"
+    run(scenes.webdataset, out)
+    before = files_in(out)
+    annotation = str(scenes.coco / "annotations/captions_val2017.json")
+    wrong = SourceOptions(images=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError):
+        prepare(PrepareOptions((annotation,), str(out), source=wrong, overwrite=True, quiet=True))
+    assert files_in(out) == before

@@ -74,9 +74,15 @@ class TestReadChunks:
 
     def test_cuts_before_images_add_up(self, monkeypatch):
         monkeypatch.setattr(read_module, "_MAX_CHUNK_BYTES", 100)
-        sizes = [10, 95, 10, 200, 99, 1, 1]
+        sizes = [10, 95, 10, 200, 97, 1, 1]  # and two bytes of captions each
         chunks = read(shard_of(*(row_of(number, size) for number, size in enumerate(sizes))), chunk_rows=100)
         assert [chunk.rows["row"].to_pylist() for chunk in chunks] == [[0, 1], [2, 3], [4, 5], [6]]
+
+    def test_cuts_before_captions_add_up(self, monkeypatch):
+        monkeypatch.setattr(read_module, "_MAX_CHUNK_BYTES", 100)
+        rows = [row_of(number)._replace(captions=["x" * 60]) for number in range(4)]
+        chunks = read(shard_of(*rows), chunk_rows=100)
+        assert [chunk.rows["row"].to_pylist() for chunk in chunks] == [[0, 1], [2, 3]]
 
     def test_rows_and_rejects_are_what_was_read(self):
         lost = Lost("k1", 1, "missing_image", "it is not there", b"data")

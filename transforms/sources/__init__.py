@@ -165,7 +165,7 @@ def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> tu
         ]
     by_kind = _sort_by_kind(files)
     if not any(by_kind.values()):
-        by_kind = _sort_by_kind(fs.find(path))
+        by_kind = _sort_by_kind(_without_outputs(fs.find(path)))
     if format != "auto":
         chosen = [format] if by_kind.get(format) else []
     else:
@@ -183,6 +183,12 @@ def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> tu
     if chosen == ["files"]:
         return "files", [root], root
     return chosen[0], [fs.unstrip_protocol(file) for file in by_kind[chosen[0]]], root
+
+
+def _without_outputs(files: Sequence[str]) -> list[str]:
+    """Returns files but those of Diptych outputs in between: an output may lie below its own input."""
+    outputs = tuple(f"{os.path.dirname(file)}/" for file in files if os.path.basename(file) == "_job.json")
+    return [file for file in files if not file.startswith(outputs)]
 
 
 def _sort_by_kind(files: Sequence[str]) -> dict[str, list[str]]:

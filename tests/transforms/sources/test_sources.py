@@ -171,3 +171,12 @@ def test_what_is_not_there_is_said(tmp_path: Path, name: str) -> None:
     (tmp_path / "unknown.bin").write_bytes(b"?")
     with pytest.raises((InputError, OptionError), match=name.split("/")[0]):
         open_source([str(tmp_path / name)], "auto", SourceOptions())
+
+
+def test_an_output_below_its_input_is_not_read(home: Path, tmp_path: Path) -> None:
+    for folder in ("in/part", "in/out/images"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(home / "shard.parquet", tmp_path / folder / "a.parquet")
+    (tmp_path / "in/out/_job.json").write_text("{}")
+    source = open_source([str(tmp_path / "in")], "auto", SourceOptions())
+    assert [shard.name for shard in source.shards("", 10)] == ["part__a"]
