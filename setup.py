@@ -39,7 +39,7 @@ setup(
         "ijson>=3.3",
         "numpy>=1.26",
         "opencv-python-headless>=4.10",
-        "pillow>=11.0",
+        "pillow>=12.0",
         "protobuf>=4.25",
         "pyarrow>=18.0",
         "simplejpeg>=1.8",
