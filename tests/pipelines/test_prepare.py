@@ -169,7 +169,7 @@ class TestKilled:
             assert visible.items() <= expected.items(), f"half a file after {at} events"
             run(out=out, **options)
             assert files_in(out) == expected, f"killed after {at} events"
-            shutil.rmfiles_in(out)
+            shutil.rmtree(out)
         pytest.fail(f"the run has more than {most} events")
 
     def test_at_every_change_of_the_file_system(self, scenes, tmp_path):
