@@ -80,6 +80,8 @@ class Bench:
                 pass
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode not in (0, -signal.SIGKILL):
+            raise SystemExit(f"a run ended with {process.returncode} before it was killed")
         return any(has_bytes(path) for path in listed(temporary))
 
 
