@@ -19,14 +19,21 @@ _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _MAX_BUFFERS = 8
 _buffers: list[_Bytes] = []
 _buffers_lock = threading.Lock()
-_UNUSED = 3  # references: the list, the loop variable, the argument of getrefcount
+
+
+def _count_references(buffers: list[_Bytes]) -> list[int]:
+    return [sys.getrefcount(buffer) for buffer in buffers]
+
+
+# Measured, because it differs between versions of Python: what a buffer has that only its list refers to
+[_UNUSED] = _count_references([np.empty(0, np.uint8)])
 
 
 def _take_buffer() -> _Bytes:
     with _buffers_lock:
-        for buffer in _buffers:
-            if sys.getrefcount(buffer) == _UNUSED:
-                return buffer
+        for i, count in enumerate(_count_references(_buffers)):
+            if count == _UNUSED:
+                return _buffers[i]
         buffer = np.empty(_INITIAL_BYTES, np.uint8)
         if len(_buffers) < _MAX_BUFFERS:
             _buffers.append(buffer)
