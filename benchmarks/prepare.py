@@ -3,9 +3,11 @@
     python benchmarks/prepare.py --photos PHOTOS
 
 The limit is a process for each core that does nothing but read, decode, resize, encode and write, with the same
-settings (`limit` below). Both run in turn as whole processes on the same WebDataset shards, made from the JPEGs
-below PHOTOS by repeating them. Printed are whole-process rates, the marginal rate (the slope between the smaller and
-the larger number of images: what a long run has), the start-up (the intercept), and the peak memory at several sizes.
+settings (`limit` below). It comes twice: `plain`, the libraries as anyone would call them, and `tuned`, which also
+reuses its buffers and shrinks in two steps, as Diptych does. All run in turn as whole processes on the same
+WebDataset shards, made from the JPEGs below PHOTOS by repeating them. Printed are whole-process rates, the marginal
+rate (the slope between the smaller and the larger number of images: what a long run has), the start-up (the
+intercept), and the peak memory at several sizes.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from typing import NamedTuple
 
 SHARD_ROWS = 500
 SIZE_PX, QUALITY = 224, 95
+COMMANDS = ("diptych", "plain", "tuned")
 
 
 class Run(NamedTuple):
@@ -53,7 +56,7 @@ def make_shards(photos: Path, folder: Path, num_rows: int) -> None:
                     tar.addfile(member, io.BytesIO(data))
 
 
-def limit(job: tuple[str, str]) -> int:
+def limit(job: tuple[str, str, bool]) -> int:
     """Decodes, resizes, encodes and writes one shard, and nothing else: no hashes, no checks, no rejects, no sync."""
     import cv2
     import numpy as np
@@ -62,8 +65,8 @@ def limit(job: tuple[str, str]) -> int:
     import simplejpeg
 
     cv2.setNumThreads(0)
-    shard, output = job
-    buffer = np.empty(64 << 20, np.uint8)
+    shard, output, tuned = job
+    buffer = np.empty(64 << 20, np.uint8) if tuned else None
     double = np.empty((2 * SIZE_PX, 2 * SIZE_PX, 3), np.uint8)
     keys, captions, images = [], [], []
     with tarfile.open(shard) as tar:
@@ -84,7 +87,7 @@ def limit(job: tuple[str, str]) -> int:
                 min_factor=1,
                 buffer=buffer,
             )
-            if max(pixels.shape) <= 3 * SIZE_PX:
+            if tuned and max(pixels.shape) <= 3 * SIZE_PX:
                 pixels = cv2.resize(pixels, (2 * SIZE_PX, 2 * SIZE_PX), double)
             pixels = cv2.resize(pixels, (SIZE_PX, SIZE_PX), interpolation=cv2.INTER_AREA)
             images.append(simplejpeg.encode_jpeg(pixels, QUALITY, "RGB", "420", False))
@@ -94,10 +97,10 @@ def limit(job: tuple[str, str]) -> int:
     return len(keys)
 
 
-def run_limit(shards: str, output: str) -> None:
+def run_limit(shards: str, output: str, tuned: bool) -> None:
     """Runs `limit` over a folder of shards in a process for each core."""
     os.makedirs(output, exist_ok=True)
-    jobs = [(os.path.join(shards, name), output) for name in sorted(os.listdir(shards))]
+    jobs = [(os.path.join(shards, name), output, tuned) for name in sorted(os.listdir(shards))]
     with multiprocessing.Pool(len(os.sched_getaffinity(0))) as pool:
         print(sum(pool.imap_unordered(limit, jobs)))
 
@@ -128,7 +131,8 @@ def measure(
                         *(sys.executable, "-m", "pipelines.cli", "prepare", "--quiet"),
                         *("--input", shards, "--output", output),
                     ],
-                    "limit": [sys.executable, __file__, "--limit", shards, output],
+                    "plain": [sys.executable, __file__, "--limit", "plain", shards, output],
+                    "tuned": [sys.executable, __file__, "--limit", "tuned", shards, output],
                 }
                 runs.setdefault((name, num_rows), []).append(run(commands[name]))
                 shutil.rmtree(output)
@@ -147,30 +151,36 @@ def _first_shards(scratch: Path, num_rows: int) -> Path:
 def report(runs: dict[tuple[str, int], list[Run]], small: int, large: int) -> None:
     """Prints rates, their ratio, and start-up."""
     wall = {key: statistics.median(r.wall_s for r in value) for key, value in runs.items()}
-    slope = {name: (large - small) / (wall[name, large] - wall[name, small]) for name in ("diptych", "limit")}
-    print(f"medians of {len(runs['limit', large])} runs in turn, {len(os.sched_getaffinity(0))} cores\n")
+    slope = {name: (large - small) / (wall[name, large] - wall[name, small]) for name in COMMANDS}
+    print(f"medians of {len(runs['diptych', large])} runs in turn, {len(os.sched_getaffinity(0))} cores\n")
     print(
-        "          marginal images/s   start-up s   whole run images/s at "
+        "               marginal images/s   start-up s   whole run images/s at "
         + f"{small}, {large}   CPU ms/image"
     )
-    for name in ("diptych", "limit"):
+    for name in COMMANDS:
+        label = name if name == "diptych" else f"limit, {name}"
         startup_s = wall[name, small] - small / slope[name]
         cpu_ms = [statistics.median(r.cpu_s for r in runs[name, n]) * 1e3 for n in (small, large)]
         print(
-            f"{name:8}  {slope[name]:17.0f}   {startup_s:10.2f}   {small / wall[name, small]:10.0f}, "
+            f"{label:13}  {slope[name]:17.0f}   {startup_s:10.2f}   {small / wall[name, small]:10.0f}, "
             f"{large / wall[name, large]:6.0f}  {(cpu_ms[1] - cpu_ms[0]) / (large - small):20.2f}"
         )
-    pairs = zip(
-        runs["diptych", large],
-        runs["diptych", small],
-        runs["limit", large],
-        runs["limit", small],
-        strict=True,
-    )
-    ratios = [(c.wall_s - d.wall_s) / (a.wall_s - b.wall_s) for a, b, c, d in pairs]
-    print(f"\ndiptych : limit, marginal: {slope['diptych'] / slope['limit']:.3f}", end="")
-    print(f" (by repetition: {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
-    print(f"diptych : limit, whole run of {large}: {wall['limit', large] / wall['diptych', large]:.3f}")
+    for name in COMMANDS[1:]:
+        ratios = [
+            (limit_large.wall_s - limit_small.wall_s) / (own_large.wall_s - own_small.wall_s)
+            for limit_large, limit_small, own_large, own_small in zip(
+                runs[name, large],
+                runs[name, small],
+                runs["diptych", large],
+                runs["diptych", small],
+                strict=True,
+            )
+        ]
+        print(f"\ndiptych : limit, {name}, marginal: {slope['diptych'] / slope[name]:.3f}", end="")
+        print(f" (by repetition: {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+        print(
+            f"diptych : limit, {name}, whole run of {large}: {wall[name, large] / wall['diptych', large]:.3f}"
+        )
 
 
 def main() -> None:
@@ -182,10 +192,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", default="2000,8000", help="the two sizes of the slope (default 2000,8000)")
     parser.add_argument("--memory_rows", default="1000,16000", help="sizes for peak memory; empty for none")
-    parser.add_argument("--limit", nargs=2, metavar=("SHARDS", "OUT"), help="only run the limit")
+    parser.add_argument("--limit", nargs=3, metavar=("plain|tuned", "SHARDS", "OUT"), help="only run a limit")
     args = parser.parse_args()
     if args.limit:
-        run_limit(*args.limit)
+        kind, shards, output = args.limit
+        run_limit(shards, output, kind == "tuned")
         return
     if args.photos is None:
         parser.error("--photos is required")
@@ -194,7 +205,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as temporary:
         scratch = Path(temporary)
         make_shards(args.photos, scratch / "shards", max(large, *memory_rows, 0) if memory_rows else large)
-        report(measure(scratch, (small, large), args.repeats, ("diptych", "limit")), small, large)
+        report(measure(scratch, (small, large), args.repeats, COMMANDS), small, large)
         memory = measure(scratch, memory_rows, 1, ("diptych",))
         for num_rows in memory_rows:
             print(f"peak memory at {num_rows:6}: {memory['diptych', num_rows][0].peak_mb:.0f} MB")
