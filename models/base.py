@@ -1,0 +1,128 @@
+"""What every model is to the pipeline: two steps that it overlaps, and results one a row."""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+
+class Model(abc.ABC, Generic[Input, Output]):
+    """A model that is loaded and ready.
+
+    Both steps may be called from any thread; the pipeline never calls `predict` of one model twice at a time. Neither
+    may keep anything between calls, and the result of a row does not depend on the rows beside it (up to rounding).
+
+    Attributes:
+        digest: Stands for everything that decides the results: weights, configuration, options.
+        batch_size: Rows of a micro-batch, unless the user says otherwise.
+    """
+
+    digest: str
+    batch_size: int
+
+    @abc.abstractmethod
+    def prepare(self, inputs: Sequence[Input]) -> Any:
+        """Does what the CPU can do ahead (decode, tokenise, stack) for one micro-batch.
+
+        Raises:
+            Exception: An input cannot be prepared; the pipeline finds out which.
+        """
+
+    @abc.abstractmethod
+    def predict(self, prepared: Any) -> Sequence[Output]:
+        """Runs the model on what `prepare` returned; gives one result an input, in order, on the host.
+
+        Raises:
+            torch.OutOfMemoryError: The device is too small for the micro-batch; the pipeline halves it.
+        """
+
+    def cost(self, item: Input) -> int:
+        """Returns what an input costs relative to others: micro-batches are made of inputs of about one cost."""
+        return 0
+
+
+class TextVector(NamedTuple):
+    """A caption's vector.
+
+    Attributes:
+        values: (d,) float32.
+        known: False where the model knows no word of the caption: `values` is zero then.
+    """
+
+    values: np.ndarray[Any, np.dtype[np.float32]]
+    known: bool = True
+
+
+class TextModel(Model[str, TextVector]):
+    """Text to vectors.
+
+    Attributes:
+        dim: Length of the vectors.
+    """
+
+    dim: int
+
+
+class Captions(NamedTuple):
+    """What a captioner says of an image.
+
+    Attributes:
+        candidates: Captions, the best first.
+        scores: Log-probability of each candidate, the sum over its tokens, natural logarithm.
+        features: (d,) float32, the encoder's pooled vector; None where not asked for.
+    """
+
+    candidates: tuple[str, ...]
+    scores: tuple[float, ...]
+    features: np.ndarray[Any, np.dtype[np.float32]] | None = None
+
+
+class CaptionModel(Model[bytes, Captions]):
+    """Encoded images (JPEG, PNG, …) to captions.
+
+    Attributes:
+        feature_dim: Length of `Captions.features`; None where features were not asked for.
+    """
+
+    feature_dim: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """What the user asks of a text model.
+
+    Attributes:
+        pooling: `mean` or `cls`; None takes the model's own, `mean` where it says nothing.
+        normalize: Scale vectors to length 1.
+    """
+
+    pooling: str | None = None
+    normalize: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionOptions:
+    """What the user asks of a captioner.
+
+    Attributes:
+        beam_width: Hypotheses kept at each step; 1 is greedy.
+        num_captions: Candidates an image, at most `beam_width`.
+        max_words: Longest caption, in words (`hf`: new tokens).
+        length_penalty: Hypotheses compare by log-probability / length ** length_penalty.
+        no_repeat_ngram: No n-gram of this size occurs twice; 0 allows any.
+        features: Also return the encoder's pooled vectors.
+        generation: More flags for `generate` of a Hugging Face model, as (name, value).
+    """
+
+    beam_width: int = 3
+    num_captions: int = 1
+    max_words: int = 20
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    features: bool = False
+    generation: tuple[tuple[str, Any], ...] = ()
