@@ -2,4 +2,4 @@
 
 
 class ModelError(Exception):
-    """A model, or a file of one, that cannot be used: one paragraph with the value, what is expected, and what to do."""
+    """A model, or a file of one, that cannot be used: one paragraph with the value, what is expected, the remedy."""
