@@ -1,0 +1,47 @@
+"""The device that a model runs on, chosen where it is loaded: a launcher may have another than its workers."""
+
+import contextlib
+import re
+from contextlib import AbstractContextManager
+
+import torch
+
+from models.errors import ModelError
+
+_NAME = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the device of a name: `auto` is CUDA where there is a GPU, else the CPU.
+
+    Args:
+        name: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ModelError: The name says nothing, or this machine has no such device.
+    """
+    if not _NAME.fullmatch(name):
+        raise ModelError(f"--device {name!r} is no device. Expected auto, cpu, cuda or cuda:N.")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device("cuda" if name == "auto" else name)
+    if (device.index or 0) >= count:
+        there = f"CUDA devices 0 to {count - 1}" if count else "no CUDA device that PyTorch can use"
+        raise ModelError(
+            f"--device {name} is not there: this machine has {there}. Use another, or --device auto."
+        )
+    return device
+
+
+def half_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Returns the context to run a model in: autocast on CUDA (bfloat16 where the GPU has it, else float16).
+
+    On the CPU it does nothing: half precision is slower there, and results would depend on the processor.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    with torch.cuda.device(device):
+        # emulated bfloat16 is slower than float32
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.autocast("cuda", dtype=dtype)
