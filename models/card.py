@@ -24,8 +24,9 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
 
     Args:
         folder: Local folder of the model.
-        card: JSON values; numbers that are not finite become null. `kind` must be there; of the others, those that are there are shown: `summary` (a
-            sentence), `data`, `options`, `scores` and `versions` (mappings), `digest`. More are kept in the JSON.
+        card: JSON values; numbers that are not finite become null. `kind` must be there; of the others, those that
+            are there are shown: `summary` (a sentence), `data`, `options`, `scores` and `versions` (mappings),
+            `digest`. More are kept in the JSON.
 
     Raises:
         ModelError: A file cannot be written.
@@ -167,7 +168,7 @@ def draw_curves(history: Sequence[Mapping[str, float]], path: Path, title: str) 
     axes = figure.add_subplot()
     axes.set_title(title, parse_math=False)
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.25)
     names = list(dict.fromkeys(name for entry in history for name in entry))
     losses = [name for name in names if name.endswith("loss")]

@@ -136,5 +136,5 @@ class TestCurves:
         assert dict(matplotlib.rcParams) == before
 
     def test_unwritable(self, tmp_path):
-        with pytest.raises(ModelError, match="loss.png cannot be written"):
+        with pytest.raises(ModelError, match=r"loss.png cannot be written"):
             draw_curves(HISTORY, tmp_path / "nowhere" / "loss.png", "title")
