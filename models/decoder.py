@@ -1,0 +1,170 @@
+"""The language half of a captioner: a recurrent network over words that looks at the picture.
+
+With attention it is the soft model of "Show, Attend and Tell" (Xu et al. 2015, 3.1.2 and 4.2.1: additive attention, the
+gate beta, the deep output layer); without, "Show and Tell" (Vinyals et al. 2015, 3.1: the pooled picture is the first
+input). The annotation vectors are projected once a picture, and the output layer shares its weights with the
+word embedding (Press and Wolf 2017).
+
+B captions, N pictures, T words, L regions, D encoder channels, E embedding, H hidden, A attention, V vocabulary.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.vocabulary import PAD
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a decoder.
+
+    Attributes:
+        cell: `lstm` (Hochreiter and Schmidhuber 1997), `gru` (Cho et al. 2014) or `rnn` (Elman 1990, tanh).
+        attention: Attend to the regions at each word; else the pooled picture is the first input.
+        vocab_size: V, with the special words.
+        feature_dim: D.
+        embedding_dim: E.
+        hidden_dim: H.
+        attention_dim: A.
+        dropout: Share of units dropped in training, of words, pictures and outputs.
+    """
+
+    cell: Literal["lstm", "gru", "rnn"]
+    attention: bool
+    vocab_size: int
+    feature_dim: int
+    embedding_dim: int = 512
+    hidden_dim: int = 512
+    attention_dim: int = 256
+    dropout: float = 0.5
+
+
+class Picture(NamedTuple):
+    """What the decoder keeps of each picture.
+
+    Attributes:
+        values: (N, L, E) projected regions; (N, 1, E), their mean, without attention.
+        keys: (N, L, A) for the attention; empty without.
+    """
+
+    values: Tensor
+    keys: Tensor
+
+    def select(self, index: Tensor) -> "Picture":
+        """Returns the pictures at (B,) ordinals."""
+        return Picture(self.values.index_select(0, index), self.keys.index_select(0, index))
+
+
+class State(NamedTuple):
+    """The recurrent state: (B, H) each; `cell` is that of an LSTM, else it is not used."""
+
+    hidden: Tensor
+    cell: Tensor
+
+    def select(self, index: Tensor) -> "State":
+        """Returns the states at (B,) ordinals."""
+        return State(self.hidden.index_select(0, index), self.cell.index_select(0, index))
+
+
+class Decoder(nn.Module):
+    """Words from pictures."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        embedding, hidden, attention = config.embedding_dim, config.hidden_dim, config.attention_dim
+        self.words = nn.Embedding(config.vocab_size, embedding, padding_idx=PAD)
+        self.picture = nn.Linear(config.feature_dim, embedding)
+        self.start = nn.Linear(embedding, 2 * hidden)
+        inputs = embedding
+        if config.attention:
+            self.keys = nn.Linear(embedding, attention)
+            self.query = nn.Linear(hidden, attention, bias=False)
+            self.score = nn.Linear(attention, 1, bias=False)
+            self.gate = nn.Linear(hidden, embedding)
+            inputs += embedding
+        cells = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
+        self.cell = cells[config.cell](inputs, hidden)
+        self.from_hidden = nn.Linear(hidden, embedding)
+        if config.attention:
+            self.from_context = nn.Linear(embedding, embedding, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.normal_(self.words.weight, std=embedding**-0.5)
+
+    def look(self, regions: Tensor) -> Picture:
+        """Returns what is kept of (N, L, D) regions."""
+        if not self.config.attention:
+            regions = regions.mean(dim=1, keepdim=True)
+        values = torch.relu(self.picture(self.dropout(regions)))  # (N, L, E)
+        keys = self.keys(values) if self.config.attention else values.new_empty(len(values), 0, 0)
+        return Picture(values, keys)
+
+    def begin(self, picture: Picture) -> State:
+        """Returns the state before the first word."""
+        pooled = picture.values.mean(dim=1)  # (B, E)
+        hidden, cell = torch.tanh(self.start(pooled)).chunk(2, dim=1)
+        if self.config.attention:
+            return State(hidden, cell)
+        nothing = torch.zeros_like(hidden)
+        return self._advance(pooled, State(nothing, nothing))
+
+    def step(self, words: Tensor, state: State, picture: Picture) -> tuple[Tensor, State]:
+        """Reads a word.
+
+        Args:
+            words: (B,) numbers.
+            state: Before the word.
+            picture: Of each caption.
+
+        Returns:
+            (B, E) outputs, for `logits`, and the state after the word.
+        """
+        return self._step(self.words(words), state, picture)
+
+    def _step(self, embedded: Tensor, state: State, picture: Picture) -> tuple[Tensor, State]:
+        if not self.config.attention:
+            state = self._advance(embedded, state)
+            return embedded + self.from_hidden(self.dropout(state.hidden)), state
+        context = self._attend(state.hidden, picture)
+        state = self._advance(torch.cat([embedded, context], dim=1), state)
+        output = embedded + self.from_hidden(self.dropout(state.hidden)) + self.from_context(context)
+        return output, state
+
+    def _attend(self, hidden: Tensor, picture: Picture) -> Tensor:
+        query = self.query(hidden)[:, None]  # (B, 1, A)
+        weights = torch.softmax(self.score(torch.tanh(picture.keys + query)), dim=1)  # (B, L, 1)
+        context = torch.bmm(weights.transpose(1, 2), picture.values)[:, 0]  # (B, E)
+        return torch.sigmoid(self.gate(hidden)) * context
+
+    def _advance(self, inputs: Tensor, state: State) -> State:
+        if self.config.cell == "lstm":
+            return State(*self.cell(inputs, (state.hidden, state.cell)))
+        return State(self.cell(inputs, state.hidden), state.cell)
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Returns (…, V) logits of the next word for (…, E) outputs."""
+        return nn.functional.linear(self.dropout(torch.tanh(outputs)), self.words.weight, self.bias)
+
+    def forward(self, regions: Tensor, owners: Tensor, words: Tensor) -> Tensor:
+        """Returns the logits of every next word, the words before it given.
+
+        Args:
+            regions: (N, L, D).
+            owners: (B,) ordinal of each caption's picture.
+            words: (B, T) numbers, from `START` on.
+
+        Returns:
+            (B, T, V).
+        """
+        picture = self.look(regions).select(owners)
+        state = self.begin(picture)
+        embedded = self.dropout(self.words(words))  # (B, T, E)
+        outputs = []
+        for at in range(words.shape[1]):
+            output, state = self._step(embedded[:, at], state, picture)
+            outputs.append(output)
+        return self.logits(torch.stack(outputs, dim=1))

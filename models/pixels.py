@@ -1,0 +1,30 @@
+"""Encoded images to the pixels that a network reads."""
+
+import io
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def decode_pixels(data: bytes | memoryview, size_px: int) -> Pixels:
+    """Decodes an image, as `diptych prepare` writes them, to (S, S, 3) RGB; another size is squashed to it.
+
+    Raises:
+        ValueError: It cannot be decoded.
+        OSError: The same, said by Pillow.
+    """
+    if bytes(data[:3]) == b"\xff\xd8\xff":
+        pixels = simplejpeg.decode_jpeg(data, "RGB")
+    else:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    if pixels.shape[:2] == (size_px, size_px):
+        return np.asarray(pixels, np.uint8)
+    smaller = min(pixels.shape[:2]) < size_px
+    interpolation = cv2.INTER_CUBIC if smaller else cv2.INTER_AREA
+    return np.asarray(cv2.resize(pixels, (size_px, size_px), interpolation=interpolation), np.uint8)
