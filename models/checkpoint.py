@@ -45,8 +45,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._path = folder / "checkpoint.safetensors"
-        self._temporary = folder / ".checkpoint.safetensors.tmp"
+        self._path = folder / "_checkpoint.safetensors"
+        self._temporary = folder / "._checkpoint.safetensors.tmp"
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Writes a checkpoint in place of the one before, which stays until the new one is whole on the disk.

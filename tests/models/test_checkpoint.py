@@ -39,7 +39,7 @@ class TestCheckpoints:
         checkpoints = Checkpoints(tmp_path)
         for step in range(3):
             checkpoints.save(step, TENSORS, {})
-        assert files(tmp_path) == ["checkpoint.safetensors"]
+        assert files(tmp_path) == ["_checkpoint.safetensors"]
         assert checkpoints.latest().step == 2
 
     def test_clear(self, tmp_path):
@@ -70,20 +70,20 @@ class TestCheckpoints:
     @pytest.mark.parametrize("kept", [0, 4, 50, -1])
     def test_a_file_cut_short_is_no_checkpoint(self, tmp_path, kept):
         Checkpoints(tmp_path).save(1, TENSORS, {})
-        path = tmp_path / "checkpoint.safetensors"
+        path = tmp_path / "_checkpoint.safetensors"
         path.write_bytes(path.read_bytes()[:kept])
         assert Checkpoints(tmp_path).latest() is None
 
     def test_a_half_written_file_is_ignored_and_goes_away(self, tmp_path):
         checkpoints = Checkpoints(tmp_path)
         checkpoints.save(1, TENSORS, {})
-        (tmp_path / ".checkpoint.safetensors.tmp").write_bytes(b"half")
+        (tmp_path / "._checkpoint.safetensors.tmp").write_bytes(b"half")
         assert checkpoints.latest().step == 1
         checkpoints.save(2, TENSORS, {})
-        assert files(tmp_path) == ["checkpoint.safetensors"]
+        assert files(tmp_path) == ["_checkpoint.safetensors"]
 
     def test_a_file_of_something_else_is_no_checkpoint(self, tmp_path):
-        safetensors.torch.save_file(TENSORS, tmp_path / "checkpoint.safetensors")
+        safetensors.torch.save_file(TENSORS, tmp_path / "_checkpoint.safetensors")
         assert Checkpoints(tmp_path).latest() is None
 
     def test_a_failing_write_leaves_the_one_before(self, tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ class TestCheckpoints:
                     ModelError, match=r"checkpoint.safetensors cannot be written: No space left"
                 ):
                     checkpoints.save(2, TENSORS, {})
-            assert files(tmp_path) == ["checkpoint.safetensors"]
+            assert files(tmp_path) == ["_checkpoint.safetensors"]
             assert checkpoints.latest().step == 1
 
     def test_full_disk_as_the_writer_meets_it(self, tmp_path):
@@ -116,7 +116,7 @@ class TestCheckpoints:
         run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
         assert "models.errors.ModelError" in run.stderr
         assert "checkpoint.safetensors cannot be written: " in run.stderr
-        assert files(tmp_path) == ["checkpoint.safetensors"]
+        assert files(tmp_path) == ["_checkpoint.safetensors"]
         assert Checkpoints(tmp_path).latest().step == 1
 
     def test_folder_is_a_file(self, tmp_path):
