@@ -183,11 +183,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if head == b"PK\x03\x04" or head[:1] == b"\x80":
         raise _is_pickle(path, path.with_suffix(".safetensors"))
     try:
-        return safetensors.torch.load_file(path)
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise ModelError(
             f"{path} is no whole safetensors file: {error}. Fetch, convert or train it again."
         ) from error
+    return tensors
 
 
 def _is_pickle(pickle: Path, path: Path) -> ModelError:

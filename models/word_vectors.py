@@ -1,0 +1,243 @@
+"""Files of word vectors that others wrote: gensim's own saves, and word2vec's text and binary formats.
+
+gensim saves are pickles. They are read by an unpickler that knows a fixed list of names and makes of each a plain
+container of our own: nothing of gensim's, NumPy's or anyone's code runs, whatever the file says.
+"""
+
+import gzip
+import io
+import os
+import pickle
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.errors import ModelError
+
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_PICKLE_MAGIC = b"\x80"
+_LONGEST_LINE_BYTES = 1 << 20
+_FORMATS = "a gensim save (KeyedVectors or Word2Vec), or word2vec's text or binary format, plain or .gz"
+
+
+class WordVectors(NamedTuple):
+    """Words and their vectors.
+
+    Attributes:
+        words: V words, no two the same.
+        vectors: (V, D) float32.
+    """
+
+    words: list[str]
+    vectors: Vectors
+
+
+def read_word_vectors(path: Path) -> WordVectors:
+    """Returns the word vectors of a file, whose format is told by its content.
+
+    A gensim save may have `.npy` files beside it, as gensim names them. Text may lack the header line, as GloVe's.
+
+    Raises:
+        ModelError: It is none of these formats, damaged, or a pickle of anything but word vectors.
+    """
+    try:
+        with _open(path) as file:
+            magic = file.peek(1)[:1]
+            first = file.readline(_LONGEST_LINE_BYTES)
+            second = file.readline(_LONGEST_LINE_BYTES)
+        found = _read_gensim(path) if magic == _PICKLE_MAGIC else _read_word2vec(path, first, second)
+    except ModelError:
+        raise
+    except (MemoryError, EOFError, ValueError, OSError, zlib.error) as error:
+        raise ModelError(
+            f"{path} cannot be read: {_one_line(error)}. Expected {_FORMATS}: fetch it again."
+        ) from error
+    return _checked(path, found)
+
+
+def _checked(path: Path, found: WordVectors) -> WordVectors:
+    words, vectors = found
+    if vectors.ndim != 2 or not vectors.size or len(words) != len(vectors):
+        raise ModelError(
+            f"{path} is damaged: {len(words)} words, but vectors of shape {vectors.shape}. Fetch it again."
+        )
+    whole = np.isfinite(vectors).all(axis=1)
+    if not whole.all():
+        word = words[int(np.argmin(whole))]
+        raise ModelError(f"{path}: the vector of {word!r} is not finite. Train again, or leave the word out.")
+    return found
+
+
+def _open(path: Path) -> Any:
+    with open(path, "rb") as file:
+        packed = file.read(2) == _GZIP_MAGIC
+    return io.BufferedReader(gzip.open(path)) if packed else open(path, "rb")
+
+
+def _read_word2vec(path: Path, first: bytes, second: bytes) -> WordVectors:
+    from gensim.models import KeyedVectors
+
+    header = first.split()
+    has_header = len(header) == 2 and all(part.isdigit() for part in header)
+    is_text = _is_text_row(second if has_header else first, int(header[1]) if has_header else None)
+    if not has_header and not is_text:
+        raise ModelError(f"{path} holds no word vectors. Expected {_FORMATS}.")
+    try:
+        found = KeyedVectors.load_word2vec_format(
+            str(path), binary=not is_text, no_header=not has_header, unicode_errors="replace"
+        )
+    except (AssertionError, IndexError) as error:
+        raise ModelError(f"{path} is damaged: {_one_line(error)}. Fetch it again.") from error
+    return WordVectors(list(found.index_to_key), np.ascontiguousarray(found.vectors, np.float32))
+
+
+def _is_text_row(line: bytes, dim: int | None) -> bool:
+    """Tells a line of a word and its numbers from the start of binary vectors."""
+    try:
+        numbers = [float(part) for part in line.decode("utf-8", "strict").rstrip().split(" ")[1:]]
+    except ValueError:
+        return False
+    return len(numbers) == dim if dim is not None else len(numbers) > 1
+
+
+def _read_gensim(path: Path) -> WordVectors:
+    with _open(path) as file:
+        packed = not isinstance(file.raw, io.FileIO)
+        try:
+            state = _Unpickler(file).load()
+        except ModelError as error:
+            raise ModelError(
+                f"{path} is a pickle that is not a plain save of gensim's word vectors: {error}. It was not loaded. "
+                "Where you trust it, save its vectors from gensim: model.wv.save_word2vec_format('vectors.bin', "
+                "binary=True)."
+            ) from error
+        except Exception as error:  # a damaged pickle may raise anything that its containers can
+            raise ModelError(f"{path} is damaged: {_one_line(error)}. Expected {_FORMATS}.") from error
+    prefix = str(path)
+    fields = _fields(state)
+    if "wv" in fields:
+        fields, prefix = _fields(fields["wv"]), f"{prefix}.wv"
+    words = next(
+        (fields[name] for name in ("index_to_key", "index2word", "index2entity") if name in fields), None
+    )
+    vectors = None
+    for name in ("vectors", "syn0"):
+        if name in (fields.get("__numpys") or ()):
+            vectors = _read_numpy(f"{prefix}.{name}", packed)
+        elif isinstance(fields.get(name), _Array):
+            vectors = fields[name].values
+    if not isinstance(words, list) or vectors is None:
+        raise ModelError(f"{path} is a save of gensim's, but holds no word vectors. Expected {_FORMATS}.")
+    return WordVectors([str(word) for word in words], np.ascontiguousarray(vectors, np.float32))
+
+
+def _read_numpy(path: str, packed: bool) -> Any:
+    """Reads an array that gensim keeps in a file of its own."""
+    name = path + (".npz" if packed else ".npy")
+    if not os.path.exists(name):
+        raise ModelError(
+            f"{name} is not there. gensim saved the vectors in it: keep it beside the other file."
+        )
+    found = np.load(name, allow_pickle=False)
+    if not packed:
+        return found
+    with found:
+        return found["val"]
+
+
+def _fields(state: Any) -> dict[Any, Any]:
+    return state.fields if isinstance(state, _Object) else {}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+class _Object(dict):  # type: ignore[type-arg]
+    """Stands for any object or class of a save: takes every state and call, and does nothing with it."""
+
+    fields: dict[Any, Any]
+
+    def __new__(cls, *args: Any) -> "_Object":
+        made = super().__new__(cls)
+        made.fields = {}
+        return made
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.fields = state
+
+
+class _Dtype:
+    """Stands for `numpy.dtype`."""
+
+    def __init__(self, code: Any = "", *args: Any) -> None:
+        self.code, self.order = str(code), "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1] if isinstance(state, tuple) and state[1:2] in {("<",), (">",)} else "="
+
+
+class _Array:
+    """Stands for `numpy.ndarray`: arrays of numbers are built from their bytes, others are left empty."""
+
+    values: Any = None
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        if isinstance(dtype, _Dtype) and dtype.code in {"f2", "f4", "f8"} and isinstance(data, bytes):
+            flat = np.frombuffer(data, dtype.order + dtype.code)
+            self.values = flat.reshape(shape, order="F" if fortran else "C")
+
+
+class _Latin1:
+    """Stands for `_codecs.encode`, in which old protocols wrap bytes."""
+
+    def __new__(cls, text: str, encoding: str = "latin1") -> bytes:  # type: ignore[misc]
+        return text.encode("latin1")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads gensim saves; raises `ModelError` at the first name that does not belong in one."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns the container that stands for a class or function."""
+        found = _NAMES.get((module.replace("numpy.core.", "numpy._core."), name))
+        if found is None and (module == "numpy.random" or module.startswith("numpy.random.")):
+            found = _Object
+        if found is None:
+            raise ModelError(f"it names {module}.{name}")
+        return found
+
+
+_GENSIM = {
+    "gensim.models.keyedvectors": (
+        "KeyedVectors", "Word2VecKeyedVectors", "EuclideanKeyedVectors", "BaseKeyedVectors",
+        "WordEmbeddingsKeyedVectors", "Vocab", "CompatVocab", "SimpleVocab",
+    ),
+    "gensim.models.word2vec": ("Word2Vec", "Word2VecVocab", "Word2VecTrainables", "Vocab"),
+    "gensim.utils": ("call_on_class_only",),
+    "builtins": ("int", "hash", "object", "set"),
+    "__builtin__": ("int", "hash", "object", "set"),
+    "collections": ("defaultdict", "OrderedDict", "Counter"),
+    "copyreg": ("_reconstructor",),
+    "copy_reg": ("_reconstructor",),
+    "numpy._core.multiarray": ("scalar",),
+}  # fmt: skip
+_NAMES: dict[tuple[str, str], type] = {
+    **{(module, name): _Object for module, names in _GENSIM.items() for name in names},
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("_codecs", "encode"): _Latin1,
+}
