@@ -1,17 +1,19 @@
-"""What the training of a captioner is given: rows, from wherever they come, and options."""
+"""What the training of a captioner is given, and what it is asked for."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
+
+SCORES = ("BLEU-1", "BLEU-4", "CIDEr")
 
 
 class Batch(NamedTuple):
-    """Some rows, in the order of the data; how many is up to whoever gives them.
+    """Some rows of a data set.
 
     Attributes:
-        keys: Of the rows.
-        images: Encoded (JPEG, PNG, …).
-        captions: Of each image, at least one.
+        keys: Identities of the images.
+        images: Encoded.
+        captions: Of each image, any number.
     """
 
     keys: list[str]
@@ -21,14 +23,14 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionData:
-    """Rows to train on, streamed: neither set is ever in memory as a whole.
+    """Images with captions, to train on and to choose by.
 
     Attributes:
-        train: Starts over with each call, and gives the same rows in the same order each time.
-        validation: The same of the rows that are held out.
-        num_train: Rows in `train`.
-        num_validation: Rows in `validation`.
-        fingerprint: Stands for both sets, their order and their split; a cache made of them is kept under it.
+        train: Yields the rows to train on, in an order that is the same each time.
+        validation: The same, of the rows to choose by.
+        num_train: Rows that `train` yields.
+        num_validation: Rows that `validation` yields.
+        fingerprint: Stands for all of it.
     """
 
     train: Callable[[], Iterator[Batch]]
@@ -40,36 +42,40 @@ class CaptionData:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionerTraining:
-    """Options of the training of a captioner.
+    """Options of `diptych train captioner`.
 
     Attributes:
-        encoder: A name of torchvision, or `timm:NAME`.
-        encoder_weights: Path or URL of a safetensors file, `imagenet` for the library's own, or `none`.
-        encoder_size_px: Side of the images that the encoder sees.
-        fine_tune: Train the encoder as well.
-        decoder: The recurrent cell.
-        attention: Soft attention over the regions of the image, else their mean.
-        embedding_dim: Of a word.
+        encoder: Name of torchvision, or `timm:NAME`.
+        encoder_weights: `imagenet` (the library's own), `none` (random), or a safetensors file of the library's names.
+        encoder_size_px: Side of the pictures that the encoder reads.
+        fine_tune: Train the encoder too. If not, its features are made once, and cached.
+        decoder: `lstm`, `gru` or `rnn`.
+        attention: Attend to regions; else the pooled picture is the first input.
+        embedding_dim: Of words and projected regions.
         hidden_dim: Of the recurrent state.
-        attention_dim: Of the attention's hidden layer.
-        dropout: Share of values dropped, 0 to 1.
-        label_smoothing: Share of probability that other words than the right one get.
-        min_word_count: Rarer words are not in the vocabulary.
-        max_words: Longest caption: longer ones are cut in training, and in generation for the scores.
-        epochs: At most so many.
+        attention_dim: Of the attention's keys.
+        dropout: Share of units.
+        label_smoothing: Share of probability spread over all words.
+        min_word_count: Rarer words are unknown.
+        max_words: Captions are cut after this many words.
+        epochs: At most.
         batch_size: Images a step, with all their captions.
-        learning_rate: The highest.
-        patience: Epochs without a better score until training stops.
+        learning_rate: Highest; warmed up, then lowered to zero by a cosine.
+        encoder_learning_rate: The same, of the encoder where it is trained.
+        weight_decay: AdamW's.
+        ema: Decay of the average of the weights that is validated and saved.
+        patience: Epochs without a better CIDEr after which training stops.
         beam_width: Of the captions that are scored.
-        flips: Show mirrored images as well.
-        seed: Of weights, order, and dropout.
+        max_scored: Images whose captions are scored at each validation; the loss is of all.
+        seed: Of everything drawn.
+        flips: Half of the pictures are mirrored; not where captions say left and right.
     """
 
     encoder: str = "resnet18"
     encoder_weights: str = "imagenet"
     encoder_size_px: int = 224
     fine_tune: bool = False
-    decoder: Literal["lstm", "gru", "rnn"] = "lstm"
+    decoder: str = "lstm"
     attention: bool = True
     embedding_dim: int = 512
     hidden_dim: int = 512
@@ -80,8 +86,34 @@ class CaptionerTraining:
     max_words: int = 20
     epochs: int = 15
     batch_size: int = 32
-    learning_rate: float = 4e-4
+    learning_rate: float = 1e-3
+    encoder_learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    ema: float = 0.999
     patience: int = 4
     beam_width: int = 3
-    flips: bool = False
+    max_scored: int = 1000
     seed: int = 0
+    flips: bool = False
+
+
+class Progress(NamedTuple):
+    """How far a training is.
+
+    Attributes:
+        phase: `reading` (pictures to the cache), `training`, `validating`.
+        epoch: From 0.
+        done: Rows done in this phase and epoch.
+        total: Rows of it.
+        loss: Mean training loss of the epoch so far; None before the first step.
+    """
+
+    phase: str
+    epoch: int
+    done: int
+    total: int
+    loss: float | None = None
+
+
+History = list[dict[str, float]]
+"""By epoch: `epoch` (from 1), `train_loss`, `validation_loss` (no smoothing), `seconds`, and each of `SCORES`."""
