@@ -58,7 +58,9 @@ class PreparedImages:
             raise InputError(
                 f"{url} is not an output of Diptych: it has no {_JOB}. Expected the --output of a job."
             )
-        job = _read_json(root, _JOB) or {}
+        job = _read_json(root, _JOB)
+        if not isinstance(job, dict):
+            raise _damaged(join(root, _JOB), TypeError("no JSON object"))
         totals = _read_json(root, SUCCESS)
         if totals is None:
             raise InputError(

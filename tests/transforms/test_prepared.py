@@ -103,8 +103,9 @@ class TestOpen:
         with pytest.raises(InputError, match=r"_SUCCESS.json is damaged"):
             PreparedImages.open(output)
 
-    def test_damaged_job(self, output):
-        Path(output, "_job.json").write_text("[1")
+    @pytest.mark.parametrize("text", ["[1", "[]", "null"])
+    def test_damaged_job(self, output, text):
+        Path(output, "_job.json").write_text(text)
         with pytest.raises(InputError, match=r"_job.json is damaged"):
             PreparedImages.open(output)
 
