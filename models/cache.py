@@ -107,11 +107,17 @@ def _list_folder(fs: fsspec.AbstractFileSystem, path: str) -> list[_RemoteFile]:
     files = []
     for found, info in sorted(fs.find(path, detail=True).items()):
         name = found[found.index(root.lstrip("/")) + len(root.lstrip("/")) :]
-        *folders, last = name.split("/")
-        hidden = any(part.startswith((".", "_")) for part in (*folders, last))
-        if not hidden and last.lower().endswith(MODEL_SUFFIXES) and not {*folders} & {*OTHER_FOLDERS}:
+        if is_model_file(name):
             files.append(_remote_file(info, name))
     return files
+
+
+def is_model_file(name: str) -> bool:
+    """Tells by its name below the model's folder whether a file is part of a model, not hidden, a pickle or a state."""
+    *folders, last = name.split("/")
+    hidden = any(part.startswith((".", "_")) for part in (*folders, last))
+    aside = not {*folders}.isdisjoint(OTHER_FOLDERS) or last.startswith("checkpoint.")
+    return last.lower().endswith(MODEL_SUFFIXES) and not hidden and not aside
 
 
 def _remote_file(info: dict[str, Any], name: str) -> _RemoteFile:

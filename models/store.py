@@ -15,11 +15,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.cache import MODEL_SUFFIXES, OTHER_FOLDERS, PICKLE_SUFFIXES, fetch
+from models.cache import MODEL_SUFFIXES, OTHER_FOLDERS, PICKLE_SUFFIXES, fetch, is_model_file
 from models.errors import ModelError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_CARD = re.compile(r"(^|[_-])card\.json$|\.(md|png|jpe?g|gif|svg|webp|html)$|^license", re.I)
+_CARD = re.compile(r"(^|[/_-])card\.json$|(^|/)license", re.I)
 _NUM_NAMED = 3
 _READ_BYTES = 1 << 20
 
@@ -100,7 +100,8 @@ def digest(path: Path, names: Sequence[str] | None = None) -> str:
 
     Args:
         path: A file, or a folder.
-        names: Files below the folder that decide the results. None takes all but hidden files, cards and pictures.
+        names: Files below the folder that decide the results. None takes those that a model is made
+            of (`models.cache.is_model_file`): no cards, pictures, hidden files or checkpoints.
 
     Raises:
         ModelError: A file is missing or may not be read.
@@ -109,7 +110,7 @@ def digest(path: Path, names: Sequence[str] | None = None) -> str:
         path, names = path.parent, [path.name]
     elif names is None:
         names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-        names = [name for name in names if not _is_aside(name)]
+        names = [name for name in names if is_model_file(name) and not _CARD.search(name)]
     total = hashlib.sha256()
     for name in sorted(names):
         try:
@@ -123,11 +124,6 @@ def digest(path: Path, names: Sequence[str] | None = None) -> str:
             ) from error
         total.update(f"{name}\0{content.hexdigest()}\n".encode())
     return total.hexdigest()[:16]
-
-
-def _is_aside(name: str) -> bool:
-    *folders, last = name.split("/")
-    return any(part.startswith((".", "__")) for part in (*folders, last)) or bool(_CARD.search(last))
 
 
 def read_config(folder: Path, kinds: Sequence[str]) -> dict[str, Any]:
