@@ -5,7 +5,7 @@ gate beta, the deep output layer); without, "Show and Tell" (Vinyals et al. 2015
 input). The annotation vectors are projected once a picture, and the output layer shares its weights with the
 word embedding (Press and Wolf 2017).
 
-B captions, N pictures, T words, L regions, D encoder channels, E embedding, H hidden, A attention, V vocabulary.
+B captions, N pictures, T words, M words of all captions, L regions, D encoder channels, E embedding, H hidden, A attention, V vocabulary.
 """
 
 import dataclasses
@@ -57,6 +57,10 @@ class Picture(NamedTuple):
         """Returns the pictures at (B,) ordinals."""
         return Picture(self.values.index_select(0, index), self.keys.index_select(0, index))
 
+    def first(self, count: int) -> "Picture":
+        """Returns the first so many pictures."""
+        return Picture(self.values[:count], self.keys[:count])
+
 
 class State(NamedTuple):
     """The recurrent state: (B, H) each; `cell` is that of an LSTM, else it is not used."""
@@ -67,6 +71,10 @@ class State(NamedTuple):
     def select(self, index: Tensor) -> "State":
         """Returns the states at (B,) ordinals."""
         return State(self.hidden.index_select(0, index), self.cell.index_select(0, index))
+
+    def first(self, count: int) -> "State":
+        """Returns the first so many states."""
+        return State(self.hidden[:count], self.cell[:count])
 
 
 class Decoder(nn.Module):
@@ -149,22 +157,32 @@ class Decoder(nn.Module):
         """Returns (…, V) logits of the next word for (…, E) outputs."""
         return nn.functional.linear(self.dropout(torch.tanh(outputs)), self.words.weight, self.bias)
 
-    def forward(self, regions: Tensor, owners: Tensor, words: Tensor) -> Tensor:
-        """Returns the logits of every next word, the words before it given.
+    def forward(self, regions: Tensor, owners: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits of every next word, the words before it given, and which word it is.
+
+        Captions that have ended are left out of the steps that others still take: M is the number of words and ends.
 
         Args:
             regions: (N, L, D).
             owners: (B,) ordinal of each caption's picture.
-            words: (B, T) numbers, from `START` on.
+            words: (B, T + 1) numbers, from `START` to `END`, then `PAD`.
 
         Returns:
-            (B, T, V).
+            (M, V) logits, and (M,) numbers.
         """
-        picture = self.look(regions).select(owners)
+        lengths = (words[:, 1:] != PAD).sum(dim=1)
+        order = lengths.argsort(descending=True, stable=True)
+        words = words[order]
+        alive = (words[:, 1:] != PAD).sum(dim=0).tolist()  # captions that have a word there: the first so many
+        picture = self.look(regions).select(owners[order])
         state = self.begin(picture)
-        embedded = self.dropout(self.words(words))  # (B, T, E)
-        outputs = []
-        for at in range(words.shape[1]):
-            output, state = self._step(embedded[:, at], state, picture)
+        embedded = self.dropout(self.words(words[:, :-1]))  # (B, T, E)
+        outputs, targets = [], []
+        for at, count in enumerate(alive):
+            if not count:
+                break
+            picture, state = picture.first(count), state.first(count)
+            output, state = self._step(embedded[:count, at], state, picture)
             outputs.append(output)
-        return self.logits(torch.stack(outputs, dim=1))
+            targets.append(words[:count, at + 1])
+        return self.logits(torch.cat(outputs)), torch.cat(targets)
