@@ -1,0 +1,276 @@
+"""Prompts: text without images, a row a prompt, for `generate` and `embed`.
+
+A file is told by its extension: `.txt` (a prompt a line), `.jsonl` (an object or a string a line), `.csv` and `.tsv`
+(with a header, or with prompts alone), `.parquet`; the text formats also as `.gz`.
+"""
+
+import csv
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from transforms import storage
+from transforms.errors import InputError, OptionError
+from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
+from transforms.sources.columns import CAPTION_COLUMNS
+from transforms.sources.parquet import ParquetShard
+from transforms.sources.shardfile import (
+    ShardDamage,
+    encodable,
+    input_files,
+    metadata_text,
+    open_shard,
+    to_text,
+    unpacked,
+)
+
+# Names in use, in lower case; the first that is there wins.
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
+KEY_COLUMNS = ("key", "id", "uid")
+
+EXTENSIONS = re.compile(r"\.(?:parquet|(txt|jsonl|ndjson|csv|tsv)(?:\.gz)?)$", re.I)
+
+_MAX_LINE_BYTES = 16 << 20
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsSource(Source):
+    """Files of prompts. Every line or row is a record: a blank one is lost as `bad_annotation`, like a broken one.
+
+    A prompt's key is what the file says, else the shard's name and the ordinal of the row, as in `prompts-00000012`.
+
+    Attributes:
+        urls: The files, sorted.
+        root: The input root; shards are named by their path below it.
+        metadata_columns: Columns or fields to keep as metadata.
+        prompt_column: Column or field of the prompts; None takes one with a usual name.
+        key_column: Column or field of the keys; None takes one with a usual name.
+    """
+
+    urls: tuple[str, ...]
+    root: str
+    metadata_columns: tuple[str, ...] = ()
+    prompt_column: str | None = None
+    key_column: str | None = None
+
+    def inputs(self) -> list[InputFile]:
+        """Returns the files with their sizes."""
+        return input_files(self.urls, self.root)
+
+    def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
+        """Returns a shard for each file.
+
+        Raises:
+            InputError: A file is of no format that holds prompts.
+            OptionError: A Parquet file has no column of prompts.
+        """
+        files = self.inputs()
+        names = shard_names(file.name for file in files)
+        return [self._shard(name, file, url) for name, file, url in zip(names, files, self.urls, strict=True)]
+
+    def _shard(self, name: str, file: InputFile, url: str) -> Shard:
+        match = EXTENSIONS.search(file.name)
+        if match is None:
+            raise InputError(
+                f"{url} is of no format that holds prompts. Expected .txt, .jsonl, .csv, .tsv (also .gz) or .parquet: "
+                "rename it, or say what it is with --format."
+            )
+        column = self.prompt_column
+        if match[1] is None:
+            column = column or _find_parquet_column(url)
+        fields = name, file.size_bytes, None, url, file.name, (match[1] or "parquet").lower()
+        return PromptsShard(*fields, self.metadata_columns, column, self.key_column)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsShard(Shard):
+    """One file of prompts.
+
+    Attributes:
+        url: Where it is.
+        source: Its path below the input root.
+        extension: What it is: `txt`, `jsonl`, `ndjson`, `csv`, `tsv` or `parquet`.
+        metadata_columns: As in `PromptsSource`.
+        prompt_column: As in `PromptsSource`.
+        key_column: As in `PromptsSource`.
+    """
+
+    url: str
+    source: str
+    extension: str
+    metadata_columns: tuple[str, ...] = ()
+    prompt_column: str | None = None
+    key_column: str | None = None
+
+    def records(self, skip: int) -> Iterator[Record]:
+        """Yields the prompts in order, as rows with one caption and no image.
+
+        Raises:
+            OptionError: A Parquet column is missing or of a type that cannot be used.
+        """
+        if self.extension == "parquet":
+            yield from self._parquet(skip)
+            return
+        parse: Callable[[Iterator[str]], Iterator[_Prompt | str]] = {
+            "txt": _parse_lines,
+            "csv": self._parse_csv,
+            "tsv": self._parse_csv,
+        }.get(self.extension, self._parse_json)
+        row = 0
+        with open_shard(self.url) as file:
+            try:
+                for row, found in enumerate(parse(_lines(unpacked(file)))):
+                    yield self._record(found, row)
+                    row += 1
+            except ShardDamage as damage:
+                yield Lost("", row, damage.reason, f"{self.source}, after {row} rows: {damage}")
+
+    def _record(self, found: "_Prompt | str", row: int) -> Record:
+        default = f"{self.name}-{row:08d}"
+        if isinstance(found, str):
+            return Lost(default, row, "bad_annotation", f"{self.source}, {found}")
+        key = default if found.key in (None, "") else encodable(str(found.key))
+        values = {name: metadata_text(found.fields.get(name)) for name in self.metadata_columns}
+        return Row(key, b"", "", [encodable(found.text)], self.source, row, values)
+
+    def _parse_json(self, lines: Iterator[str]) -> Iterator["_Prompt | str"]:
+        for number, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                yield f"line {number}: no JSON ({error}): {line.strip()[:80]!r}"
+                continue
+            fields = {"prompt": found} if isinstance(found, str) else found
+            if not isinstance(fields, dict):
+                yield f"line {number}: expected a prompt, found {line.strip()[:80]!r}"
+                continue
+            names = {str(name).lower(): name for name in reversed(fields)}
+            prompt = _pick(fields, names, self.prompt_column, PROMPT_COLUMNS)
+            key = _pick(fields, names, self.key_column, KEY_COLUMNS)
+            if isinstance(prompt, str) and prompt.strip() and not isinstance(key, list | dict):
+                yield _Prompt(prompt, key, fields)
+            else:
+                yield f"line {number}: expected a text as {self._names()}, found {line.strip()[:80]!r}"
+
+    def _parse_csv(self, lines: Iterator[str]) -> Iterator["_Prompt | str"]:
+        reader = csv.reader(lines, delimiter="\t" if self.extension == "tsv" else ",", strict=True)
+        header: list[str] | None = None
+        is_first = True
+        while True:
+            number = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield f"line {number}: {error}"
+                is_first = False
+                continue
+            if is_first and any(cells):
+                is_first = False
+                header = self._header(cells)
+                if header is not None:
+                    continue
+            yield self._csv_row(cells, header, number)
+
+    def _header(self, cells: Sequence[str]) -> list[str] | None:
+        names = [cell.strip() for cell in cells]
+        wanted = {self.prompt_column} if self.prompt_column else {*PROMPT_COLUMNS}
+        is_header = any(
+            name in wanted or (not self.prompt_column and name.lower() in wanted) for name in names
+        )
+        if self.prompt_column and not is_header:
+            raise OptionError(
+                f"{self.url} has no column {self.prompt_column!r}; its first line has: {', '.join(names)}. Name one of "
+                "them with --caption_column."
+            )
+        return names if is_header else None
+
+    def _csv_row(self, cells: list[str], header: list[str] | None, number: int) -> "_Prompt | str":
+        fields: dict[str, Any] = dict(zip(header or ["prompt"], cells, strict=False))
+        if not any(cell.strip() for cell in cells):
+            return f"line {number}: expected a prompt, found a blank line"
+        if len(cells) != len(header or ["prompt"]):
+            expected = f"{len(header)} columns" if header else "one column (or a header with `prompt`)"
+            return (
+                f"line {number}: expected {expected}, found {len(cells)}; a text with commas goes in quotes"
+            )
+        names = {name.lower(): name for name in reversed(fields)}
+        prompt = _pick(fields, names, self.prompt_column if header else None, PROMPT_COLUMNS)
+        if not prompt or not prompt.strip():
+            return f"line {number}: expected a text as {self._names()}, found none"
+        return _Prompt(prompt, _pick(fields, names, self.key_column, KEY_COLUMNS), fields)
+
+    def _names(self) -> str:
+        return repr(self.prompt_column) if self.prompt_column else " or ".join(map(repr, PROMPT_COLUMNS))
+
+    def _parquet(self, skip: int) -> Iterator[Record]:
+        fields = self.name, self.size_bytes, self.num_rows, self.url, self.source, self.metadata_columns
+        shard = ParquetShard(*fields, None, self.prompt_column, self.key_column, with_images=False)
+        for record in shard.records(skip):
+            if isinstance(record, Row) and len(record.captions) != 1:
+                what = f"{len(record.captions)} texts" if record.captions else "a blank one"
+                message = f"{self.source}, row {record.row}: expected a prompt, found {what}"
+                record = Lost(record.key, record.row, "bad_annotation", message)
+            yield record._replace(path="") if isinstance(record, Row) else record
+
+
+class _Prompt(NamedTuple):
+    text: str
+    key: Any
+    fields: dict[str, Any]
+
+
+def _parse_lines(lines: Iterator[str]) -> Iterator[_Prompt | str]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _Prompt(line.strip(), None, {})
+        else:
+            yield f"line {number}: expected a prompt, found a blank line"
+
+
+def _lines(file: BinaryIO) -> Iterator[str]:
+    """Yields the lines, with their ends: only LF and CRLF end one, other separators of Unicode are text."""
+    is_first = True
+    while data := file.readline(_MAX_LINE_BYTES):
+        if is_first and data.startswith(_UTF16_MARKS):
+            raise ShardDamage("shard_corrupt", "the text is UTF-16. Save it as UTF-8")
+        if len(data) == _MAX_LINE_BYTES:
+            raise ShardDamage("shard_corrupt", f"a line is longer than {_MAX_LINE_BYTES} bytes")
+        yield to_text(data)
+        is_first = False
+
+
+def _pick(fields: dict[str, Any], names: dict[str, str], asked: str | None, usual: Sequence[str]) -> Any:
+    """Returns the value of a field: the one asked for, else the first with a usual name in any case."""
+    if asked is not None:
+        return fields.get(asked)
+    return next((fields[names[name]] for name in usual if name in names), None)
+
+
+def _find_parquet_column(url: str) -> str | None:
+    """Returns the column of prompts, or None of a damaged file: its reader will say so."""
+    fs, path = storage.locate(url)
+    with storage.input_errors(url), fs.open(path, "rb") as file:
+        try:
+            schema = pq.read_schema(file)
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            return None
+    names = {name.lower(): name for name in reversed(schema.names)}
+    found = next((names[name] for name in PROMPT_COLUMNS if name in names), None)
+    found = found or next((name for name in CAPTION_COLUMNS if name in schema.names), None)
+    if found is None:
+        there = ", ".join(schema.names)
+        raise OptionError(
+            f"{url} has no column of prompts ({', '.join(PROMPT_COLUMNS)}); its columns are: {there}. Name one with "
+            "--caption_column."
+        )
+    return found
