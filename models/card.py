@@ -194,7 +194,7 @@ def _draw(axes: Any, history: Sequence[Mapping[str, float]], name: str, **style:
     points = [
         (entry.get("epoch", ordinal), entry[name])
         for ordinal, entry in enumerate(history, start=1)
-        if name in entry and math.isfinite(entry[name])
+        if isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
     ]
     if points:
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name.replace("_", " "), **style)

@@ -120,7 +120,12 @@ class TestCurves:
         assert (tmp_path / "loss.png").stat().st_size > 1000
 
     def test_what_is_not_there_or_not_finite_is_left_out(self, monkeypatch, tmp_path):
-        history = [{"train_loss": float("nan")}, {"train_loss": 2.0, "BLEU-4": 0.1}, {"train_loss": 1.0}]
+        history = [
+            {"train_loss": float("nan")},
+            {"train_loss": 2.0, "BLEU-4": 0.1},
+            {"train_loss": 1.0},
+            {"train_loss": None},
+        ]
         drawn = self.lines(monkeypatch, tmp_path, history)
         assert drawn["train loss"][1:] == ([2, 3], [2.0, 1.0])
         assert drawn["BLEU-4"][1:] == ([2], [0.1])

@@ -1,0 +1,252 @@
+"""Rows to a model: `diptych train word2vec|captioner --input SRC --output MODEL_DIR`.
+
+diptych train captioner --input dataset_flickr8k.json --split train --validation_split val --output captioner
+
+Rows that are not prepared are prepared first, into the working folder, so a training reads nothing but prepared ones.
+A training that was stopped, however, goes on with the same command. Where MODEL_DIR is a URL, the model is trained in a
+folder of the local cache (`DIPTYCH_CACHE`) and uploaded when it is done; to go on is then up to the same machine.
+"""
+
+import argparse
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from models.captioner_data import SCORES, CaptionData, CaptionerTraining, Progress
+from models.card import CURVES, README, draw_curves, write_card
+from models.device import choose_device
+from models.errors import ModelError
+from models.store import digest as digest_of
+from models.store import localise
+from models.word2vec_training import Word2VecTraining
+from pipelines.job import State, digest, fingerprint, options_to_json
+from pipelines.training_options import TrainOptions, add_train_flags, train_options
+from pipelines.training_output import ModelFolder, refuse_own_input
+from pipelines.training_progress import Display, describe_entry
+from pipelines.training_rows import Rows, describe, open_rows
+from transforms.errors import DiptychError
+from transforms.storage import join
+
+__all__ = ["Trained", "add_train_flags", "run_training", "train"]
+
+_KINDS = {"lstm": "cnn-lstm", "gru": "cnn-rnn", "rnn": "cnn-rnn"}
+_SUMMARIES = {
+    "word2vec": "Word vectors for captions: a caption is the mean of its words' vectors.",
+    "cnn-lstm": "Describes images: a convolutional encoder with an LSTM decoder.",
+    "cnn-rnn": "Describes images: a convolutional encoder with a recurrent decoder.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a training came to.
+
+    Attributes:
+        kind: The kind of model, as in `KIND:LOCATION`.
+        history: An entry an epoch.
+        best_epoch: Of the model that was kept, from 1.
+        scores: Of that epoch, by name.
+        notes: More for the card.
+    """
+
+    kind: str
+    history: Sequence[Mapping[str, Any]]
+    best_epoch: int
+    scores: Mapping[str, float]
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Runs `diptych train` from its parsed flags; returns the exit code.
+
+    Raises:
+        DiptychError: The training failed; the same command goes on from where it stopped.
+    """
+    start = time.monotonic()
+    options = train_options(args)
+    state = run_training(options)
+    if not options.quiet:
+        print("\n".join(_summary(options, state, time.monotonic() - start)))
+    return 0
+
+
+def run_training(options: TrainOptions) -> State:
+    """Trains a model to its end, or goes on where an earlier call stopped.
+
+    Returns:
+        What the output held before.
+
+    Raises:
+        DiptychError: It failed; what was done stays, and the same call goes on from there.
+    """
+    try:
+        return _run(options)
+    except ModelError as error:
+        raise DiptychError(str(error)) from error
+
+
+def _run(options: TrainOptions) -> State:
+    folder = ModelFolder(options.output)
+    sources = [options.rows, *filter(None, [options.validation])]
+    refuse_own_input([url for source in sources for url in source.inputs], folder)
+    _check_model(options)
+    data = _describe_data(options)
+    state = folder.open(_fingerprint(options, data), options.overwrite)
+    if state is State.DONE:
+        return state
+    unit = "captions" if options.model == "word2vec" else "rows"
+    with Display(options.training.epochs, options.quiet, unit).shown() as display:
+        if state is State.RESUMED:
+            display.line("going on with the training that was stopped")
+        rows = open_rows(options, folder.prepared)
+        train_rows, validation_rows = rows
+        display.line(
+            f"{train_rows.num_rows:,} rows ({train_rows.num_captions:,} captions) to train on, "
+            f"{validation_rows.num_rows:,} to validate by"
+        )
+        trainer = _train_captioner if isinstance(options.training, CaptionerTraining) else _train_word2vec
+        trained = trainer(options, rows, digest(data), folder.model, display)
+    _describe_model(folder.model, options, rows, trained)
+    folder.finish({"kind": trained.kind, "best_epoch": trained.best_epoch, "scores": dict(trained.scores)})
+    return state
+
+
+def _check_model(options: TrainOptions) -> None:
+    """Makes what is asked for once, because what cannot be made must not cost a preparation, nor an old model.
+
+    Raises:
+        ModelError: There is no such device, encoder, or file of weights.
+    """
+    if isinstance(options.training, CaptionerTraining):
+        from models.encoder import create_encoder, load_weights
+        from models.store import read_tensors
+
+        choose_device(options.device)
+        weights = options.training.encoder_weights
+        encoder = create_encoder(
+            options.training.encoder, options.training.encoder_size_px, pretrained=weights == "imagenet"
+        )
+        if weights not in ("imagenet", "none"):
+            path = localise(weights)
+            load_weights(encoder, read_tensors(path), str(path))
+
+
+def _describe_data(options: TrainOptions) -> dict[str, Any]:
+    data: dict[str, Any] = {"train": describe(options.rows)}
+    if options.validation is not None:
+        return {**data, "validation": describe(options.validation)}
+    return {**data, "validation_share": options.validation_share}
+
+
+def _fingerprint(options: TrainOptions, data: Mapping[str, Any]) -> dict[str, Any]:
+    values = options_to_json(options.training)
+    weights = values.get("encoder_weights", "none")
+    if weights not in ("imagenet", "none"):  # the same file elsewhere is the same
+        values["encoder_weights"] = digest_of(localise(weights))
+    library = "gensim" if isinstance(options.training, Word2VecTraining) else "torch"
+    found = fingerprint(f"train {options.model}", [], values)
+    found["versions"][library] = metadata.version(library)
+    del found["inputs"]
+    return {**found, "data": dict(data)}
+
+
+def _train_word2vec(
+    options: TrainOptions, rows: tuple[Rows, Rows], data: str, folder: Path, display: Display
+) -> Trained:
+    from models.word2vec_training import train_word2vec
+
+    assert isinstance(options.training, Word2VecTraining)
+    train_rows, validation_rows = rows
+    found = train_word2vec(
+        train_rows.captions, validation_rows.captions, folder, options.training, _shows(display)
+    )
+    history, best = found["history"], int(found["best_epoch"])
+    scores = {name: value for name, value in _entry(history, best).items() if name == "validation_loss"}
+    notes = {name: found[name] for name in ("vocabulary_size", "num_words")}
+    return Trained("word2vec", history, best, scores, notes)
+
+
+def _train_captioner(
+    options: TrainOptions, rows: tuple[Rows, Rows], data: str, folder: Path, display: Display
+) -> Trained:
+    from models.captioner_training import train_captioner
+
+    assert isinstance(options.training, CaptionerTraining)
+    train_rows, validation_rows = rows
+    given = CaptionData(
+        train_rows.batches, validation_rows.batches, train_rows.num_rows, validation_rows.num_rows, data
+    )
+    cache = None if options.cache is None else Path(options.cache)
+    history = train_captioner(given, folder, options.training, options.device, _shows(display), cache)
+    best = max(history, key=lambda entry: entry["CIDEr"])  # the first of equals, as the training keeps it
+    scores = {name: best[name] for name in ("validation_loss", *SCORES)}
+    return Trained(_KINDS[options.training.decoder], history, int(best["epoch"]), scores)
+
+
+def _shows(display: Display) -> Callable[[Progress], None]:
+    loss: float | None = None
+
+    def on_progress(progress: Progress) -> None:
+        nonlocal loss
+        display.rows(*progress)
+        loss = progress.loss if progress.loss is not None else loss
+        if progress.phase == "validating" and progress.done >= progress.total and loss is not None:
+            display.epoch({"epoch": progress.epoch + 1, "train_loss": loss})
+
+    return on_progress
+
+
+def _entry(history: Sequence[Mapping[str, Any]], epoch: int) -> Mapping[str, Any]:
+    return next((entry for entry in history if entry["epoch"] == epoch), {})
+
+
+def _describe_model(folder: Path, options: TrainOptions, rows: tuple[Rows, Rows], trained: Trained) -> None:
+    """Writes the card and the curve beside the model."""
+    train_rows, validation_rows = rows
+    library = "gensim" if options.model == "word2vec" else "torch"
+    names = [file.name for file in folder.iterdir() if file.is_file() and file.name[0] not in "._"]
+    asides = {README, CURVES, "model_card.json"}
+    card = {
+        "kind": trained.kind,
+        "summary": _SUMMARIES[trained.kind],
+        "data": {
+            "train": {"rows": train_rows.num_rows, "captions": train_rows.num_captions},
+            "validation": {"rows": validation_rows.num_rows, "captions": validation_rows.num_captions},
+            "input": list(options.rows.inputs),
+            "validated_by": list(options.validation.inputs)
+            if options.validation
+            else "rows held out, by key",
+            **trained.notes,
+        },
+        "options": options_to_json(options.training),
+        "scores": dict(trained.scores),
+        "epochs": {"trained": len(trained.history), "best": trained.best_epoch},
+        "history": [dict(entry) for entry in trained.history],
+        "digest": digest_of(folder, [name for name in names if name not in asides]),
+        "versions": {name: metadata.version(name) for name in ("diptych", library, "numpy")},
+    }
+    write_card(folder, card)
+    draw_curves(trained.history, folder / CURVES, f"{trained.kind}, {train_rows.num_rows:,} rows")
+
+
+def _summary(options: TrainOptions, state: State, seconds: float) -> list[str]:
+    """Returns what a training came to, in a few lines."""
+    found = ModelFolder(options.output).summary()
+    kind, job = found["kind"], "embed" if options.model == "word2vec" else "caption"
+    lines = [
+        f"trained   {kind}; kept epoch {found['best_epoch']}: {describe_entry(found['scores'])}",
+        f"model     {options.output}",
+        f"curve     {join(options.output, CURVES)}",
+        f"card      {join(options.output, README)}",
+    ]
+    if state is State.DONE:
+        lines.append("nothing to do: an earlier run has finished this")
+    else:
+        took = f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+        lines.append(f"took      {took}")
+    model = f"{kind}:{os.fspath(options.output)}"
+    return [*lines, f"next      diptych {job} --model {model} --input SRC --output OUT"]

@@ -1,0 +1,290 @@
+"""The flags of `diptych train` as one frozen dataclass, checked before anything is read."""
+
+import argparse
+import dataclasses
+import math
+import re
+from typing import Any
+
+from models.captioner_data import CaptionerTraining
+from models.errors import ModelError
+from models.word2vec_training import Word2VecTraining
+from pipelines.flags import add_source_flags
+from pipelines.options import check
+from transforms.errors import OptionError
+from transforms.sources import SourceOptions
+
+_SHARE = 0.05
+_SEED_BELOW = 2**32
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSource:
+    """Where rows come from.
+
+    Attributes:
+        inputs: Outputs of `diptych prepare`, or anything that it reads.
+        format: One of `transforms.sources.FORMATS`, or `auto`.
+        source: What the user says about the input beyond its place.
+    """
+
+    inputs: tuple[str, ...]
+    format: str = "auto"
+    source: SourceOptions = SourceOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Options of `diptych train`.
+
+    Attributes:
+        rows: Rows to train on, and to hold some out of where there is no `validation`.
+        output: Folder of the model, local or an fsspec URL.
+        training: What is trained, and how.
+        validation: Rows to choose the best epoch by; None holds some of `rows` out.
+        validation_share: How many: about this share, the same ones in whatever order the rows come.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; word vectors are trained on the CPU.
+        cache: Folder for a captioner's cache of encoded images, kept for the next training; None makes one that is not.
+        overwrite: Delete what an earlier training wrote to `output`.
+        quiet: Show neither progress nor summary.
+    """
+
+    rows: RowSource
+    output: str
+    training: CaptionerTraining | Word2VecTraining
+    validation: RowSource | None = None
+    validation_share: float = _SHARE
+    device: str = "auto"
+    cache: str | None = None
+    overwrite: bool = False
+    quiet: bool = False
+
+    @property
+    def model(self) -> str:
+        """What is trained: `captioner` or `word2vec`."""
+        return "captioner" if isinstance(self.training, CaptionerTraining) else "word2vec"
+
+    def __post_init__(self) -> None:
+        places = [("--output", self.output), *(("--input", url) for url in self.rows.inputs)]
+        places += [("--validation", url) for url in (self.validation.inputs if self.validation else ())]
+        places += [("--cache", self.cache)] if self.cache is not None else []
+        for flag, place in places:
+            check(bool(place.strip()), flag, repr(place), "a path or URL")
+        check(
+            "://" not in (self.cache or ""), "--cache", self.cache, "a local folder: it is mapped into memory"
+        )
+        check(0 < self.validation_share < 1, "--validation_share", self.validation_share, "between 0 and 1")
+        is_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
+        check(is_device, "--device", self.device, "auto, cpu, cuda or cuda:N")
+        check(0 <= self.training.seed < _SEED_BELOW, "--seed", self.training.seed, "from 0 to 4294967295")
+        if isinstance(self.training, CaptionerTraining):
+            _check_captioner(self.training)
+
+
+def _check_captioner(training: CaptionerTraining) -> None:
+    for name in ("embedding_dim", "hidden_dim", "attention_dim", "min_word_count", "max_words", "epochs"):
+        check(getattr(training, name) >= 1, f"--{name}", getattr(training, name), "at least 1")
+    for name in ("batch_size", "patience", "beam_width", "max_scored"):
+        check(getattr(training, name) >= 1, f"--{name}", getattr(training, name), "at least 1")
+    for name in ("learning_rate", "encoder_learning_rate"):
+        rate = getattr(training, name)
+        check(rate > 0 and math.isfinite(rate), f"--{name}", rate, "above 0 and finite")
+    for name in ("dropout", "label_smoothing", "ema"):
+        check(0 <= getattr(training, name) < 1, f"--{name}", getattr(training, name), "from 0 to below 1")
+    decay = training.weight_decay
+    check(decay >= 0 and math.isfinite(decay), "--weight_decay", decay, "0 or more, and finite")
+    size_px = training.encoder_size_px
+    check(32 <= size_px <= 1024, "--encoder_size", size_px, "from 32 to 1024 pixels")
+    check(
+        bool(training.encoder.strip()),
+        "--encoder",
+        repr(training.encoder),
+        "a network of torchvision, or timm:NAME",
+    )
+    weights = training.encoder_weights
+    check(bool(weights.strip()), "--encoder_weights", repr(weights), "imagenet, none, or a safetensors file")
+    with_features = weights != "none" or training.fine_tune
+    check(
+        with_features,
+        "--encoder_weights",
+        "none",
+        "imagenet or a file without --fine_tune: random features say little",
+    )
+
+
+def add_train_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `diptych train`, of each model under its name."""
+    models = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
+    text = models.add_parser("word2vec", help="word vectors, for `diptych embed`", allow_abbrev=False)
+    _add_shared_flags(text, Word2VecTraining())
+    _add_word2vec_flags(text.add_argument_group("model"))
+    captioner = models.add_parser(
+        "captioner",
+        help="an image encoder with a recurrent decoder, for `diptych caption`",
+        allow_abbrev=False,
+    )
+    _add_shared_flags(captioner, CaptionerTraining())
+    _add_captioner_flags(captioner.add_argument_group("model"), captioner.add_argument_group("training"))
+
+
+def _add_shared_flags(parser: argparse.ArgumentParser, default: CaptionerTraining | Word2VecTraining) -> None:
+    job = parser.add_argument_group("job")
+    job.add_argument(
+        "--output", required=True, metavar="MODEL_DIR", help="folder or URL; made where there is none"
+    )
+    job.add_argument("--overwrite", action="store_true", help="delete what an earlier training wrote there")
+    job.add_argument("--quiet", action="store_true", help="show neither progress nor summary")
+    _add_value(job, default, "epochs", "N", "at most so many")
+    _add_value(job, default, "patience", "N", "stop after so many epochs that were not better")
+    _add_value(job, default, "seed", "N", "of all that is drawn")
+    rows = parser.add_argument_group("input", "outputs of `diptych prepare`, or what it reads")
+    add_source_flags(rows)
+    rows.add_argument(
+        "--validation",
+        action="append",
+        metavar="SRC",
+        help="rows to choose the best epoch by; may repeat (default: a share of --input)",
+    )
+    rows.add_argument(
+        "--validation_split", metavar="A[,B]", help="of a Karpathy file: of --validation, or of --input"
+    )
+    rows.add_argument("--validation_images", metavar="DIR", help="as --images, of --validation")
+    rows.add_argument(
+        "--validation_share",
+        type=float,
+        metavar="X",
+        help=f"hold out this share of --input, chosen by key (default {_SHARE})",
+    )
+
+
+def _add_value(group: argparse._ArgumentGroup, default: Any, name: str, metavar: str, text: str) -> None:
+    """Adds a flag named as an option, with its type and default."""
+    value = getattr(default, name)
+    group.add_argument(
+        f"--{name}", type=type(value), default=value, metavar=metavar, help=f"{text} (default {value})"
+    )
+
+
+def _add_word2vec_flags(model: argparse._ArgumentGroup) -> None:
+    default = Word2VecTraining()
+    for name, metavar, text in (
+        ("vector_size", "N", "length of the vectors"),
+        ("window", "N", "words on each side that a word is learnt with"),
+        ("min_count", "N", "leave out words that are rarer"),
+        ("negative", "N", "random words that each is told from"),
+        ("sample", "X", "thin out words of a greater share of the text, 0 keeps all"),
+        ("alpha", "X", "learning rate at the start"),
+    ):
+        _add_value(model, default, name, metavar, text)
+    kind = model.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--sg", dest="skip_gram", action="store_true", default=True, help="skip-gram (the default)"
+    )
+    kind.add_argument("--cbow", dest="skip_gram", action="store_false", help="continuous bag of words")
+
+
+def _add_captioner_flags(model: argparse._ArgumentGroup, training: argparse._ArgumentGroup) -> None:
+    default = CaptionerTraining()
+    _add_value(model, default, "encoder", "NAME", "of torchvision, or timm:NAME")
+    _add_value(model, default, "encoder_weights", "W", "imagenet, none, or a safetensors file or URL")
+    model.add_argument(
+        "--encoder_size",
+        dest="encoder_size_px",
+        type=int,
+        default=default.encoder_size_px,
+        metavar="PX",
+        help=f"side of the images that it sees (default {default.encoder_size_px})",
+    )
+    model.add_argument("--fine_tune", action="store_true", help="train the encoder as well")
+    model.add_argument(
+        "--decoder",
+        default=default.decoder,
+        choices=("lstm", "gru", "rnn"),
+        help=f"recurrent cell (default {default.decoder})",
+    )
+    model.add_argument(
+        "--no_attention", dest="attention", action="store_false", help="see the mean of all regions only"
+    )
+    for name, metavar, text in (
+        ("embedding_dim", "N", "of a word"),
+        ("hidden_dim", "N", "of the recurrent state"),
+        ("attention_dim", "N", "of the attention's hidden layer"),
+        ("min_word_count", "N", "leave rarer words out of the vocabulary"),
+        ("max_words", "N", "longest caption"),
+    ):
+        _add_value(model, default, name, metavar, text)
+    for name, metavar, text in (
+        ("batch_size", "N", "images a step, with all their captions"),
+        ("learning_rate", "X", "the highest"),
+        ("encoder_learning_rate", "X", "of the encoder, with --fine_tune"),
+        ("weight_decay", "X", "of AdamW"),
+        ("dropout", "X", "share of units"),
+        ("label_smoothing", "X", "share of probability that is spread over all words"),
+        ("ema", "X", "decay of the average of the weights that is kept"),
+        ("beam_width", "N", "of the captions that are scored"),
+        ("max_scored", "N", "score the captions of so many validation images"),
+    ):
+        _add_value(training, default, name, metavar, text)
+    training.add_argument(
+        "--precision",
+        default=default.precision,
+        choices=("auto", "float32", "bfloat16"),
+        help="auto is bfloat16 on a GPU that has it (default auto)",
+    )
+    training.add_argument("--flips", action="store_true", help="mirror half of the images")
+    training.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    training.add_argument(
+        "--cache", metavar="DIR", help="keep the encoded images in this local folder, for the next training"
+    )
+
+
+def train_options(args: argparse.Namespace) -> TrainOptions:
+    """Returns the options of `diptych train` from its parsed flags.
+
+    Raises:
+        OptionError: A value is out of bounds, or flags contradict each other.
+    """
+    kind: type[Any] = CaptionerTraining if args.model == "captioner" else Word2VecTraining
+    names = [field.name for field in dataclasses.fields(kind) if hasattr(args, field.name)]
+    try:
+        training = kind(**{name: getattr(args, name) for name in names})
+    except ModelError as error:
+        raise OptionError(f"--{error}") from error
+    columns = args.image_column, args.caption_column, args.key_column
+    validation = _validation(args)
+    if validation is not None and args.validation_share is not None:
+        raise OptionError(
+            f"--validation_share {args.validation_share} holds rows of --input out, and there are others to validate "
+            "by. Give the one or the other."
+        )
+    return TrainOptions(
+        rows=RowSource(tuple(args.input), args.format, SourceOptions(args.images, args.split, *columns)),
+        output=args.output,
+        training=training,
+        validation=validation,
+        validation_share=_SHARE if args.validation_share is None else args.validation_share,
+        device=getattr(args, "device", "auto"),
+        cache=getattr(args, "cache", None),
+        overwrite=args.overwrite,
+        quiet=args.quiet,
+    )
+
+
+def _validation(args: argparse.Namespace) -> RowSource | None:
+    if args.validation is None and args.validation_split is None:
+        if args.validation_images is not None:
+            raise OptionError(
+                f"--validation_images {args.validation_images} are the images of --validation, which is not given. "
+                "Name it, or leave both out."
+            )
+        return None
+    inputs = tuple(args.validation or args.input)
+    is_same = set(inputs) == set(args.input)
+    if is_same and args.validation_split == args.split:
+        raise OptionError(
+            "The rows to validate by are those to train on. Give others with --validation, another "
+            "--validation_split, or hold out a --validation_share."
+        )
+    images = args.validation_images or (args.images if is_same else None)
+    columns = args.image_column, args.caption_column, args.key_column
+    return RowSource(inputs, args.format, SourceOptions(images, args.validation_split, *columns))
