@@ -67,6 +67,7 @@ class CaptionerTraining:
         patience: Epochs without a better CIDEr after which training stops.
         beam_width: Of the captions that are scored.
         max_scored: Images whose captions are scored at each validation; the loss is of all.
+        precision: `float32` or `bfloat16` (autocast); `auto` is bfloat16 on a GPU that has it.
         seed: Of everything drawn.
         flips: Half of the pictures are mirrored; not where captions say left and right.
     """
@@ -93,6 +94,7 @@ class CaptionerTraining:
     patience: int = 4
     beam_width: int = 3
     max_scored: int = 1000
+    precision: str = "auto"
     seed: int = 0
     flips: bool = False
 

@@ -224,9 +224,7 @@ class _Training:
         self._average = {name: value.clone() for name, value in self._trained().items()}
         self._best = dict(self._average)
         self._at = _Position()
-        self._precision: Any = torch.autocast(
-            device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        self._precision = _precision(options.precision, device)
 
     def run(self, output: Path) -> History:
         checkpoints = Checkpoints(output)
@@ -322,7 +320,7 @@ class _Training:
                     self._average[name].lerp_(value, 1 - decay)
                 else:
                     self._average[name].copy_(value)
-        found = float(loss)
+        found = float(loss.detach())
         if not math.isfinite(found):
             raise ModelError(
                 f"the training diverged: the loss is {found} at step {at}. Lower --learning_rate (it is "
@@ -411,6 +409,13 @@ class _Training:
         self._at = _Position(**state)
         self._average, self._best = values("average"), values("best")
         self._put(values("now"))
+
+
+def _precision(name: str, device: torch.device) -> torch.autocast:
+    is_auto = (
+        name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_auto or name == "bfloat16")
 
 
 def _groups(num_rows: int) -> Iterator[list[int]]:
