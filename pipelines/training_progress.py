@@ -31,6 +31,7 @@ class Display:
         self._phase: tuple[str, int] | None = None
         self._phase_start = self._last_line = time.monotonic()
         self._first_done = 0
+        self._begun: tuple[int, float] | None = None  # the first epoch of this run, and when
 
     def rows(self, phase: str, epoch: int, done: int, total: int, loss: float | None = None) -> None:
         """Shows how far a phase is.
@@ -45,6 +46,8 @@ class Display:
         if self._quiet:
             return
         now = time.monotonic()
+        if phase == "training" and self._begun is None:
+            self._begun = epoch, now
         if (phase, epoch) != self._phase:
             self._phase, self._phase_start, self._first_done = (phase, epoch), now, done
             self._close()
@@ -62,7 +65,12 @@ class Display:
         """Shows the losses and scores of an epoch that is over."""
         if not self._quiet:
             self._close()
-            self.line(f"epoch {entry['epoch']}/{self.epochs}: {describe_entry(entry)}")
+            text = f"epoch {entry['epoch']}/{self.epochs}: {describe_entry(entry)}"
+            if self._begun is not None and entry["epoch"] < self.epochs:
+                epoch, start = self._begun
+                each_s = (time.monotonic() - start) / (entry["epoch"] - epoch)
+                text += f", at most {_clock(each_s * (self.epochs - entry['epoch']))} left"
+            self.line(text)
 
     def line(self, text: str) -> None:
         """Shows a line, unless all is to be quiet."""
@@ -79,9 +87,10 @@ class Display:
         moved = done - self._first_done
         if moved > 0 and elapsed_s > 0:
             rate = moved / elapsed_s
-            left_s = int((total - done) / rate)
             text += f", {rate:,.0f} {self.unit}/s"
-            text += f", {left_s // 60}:{left_s % 60:02d} left" if total else ""
+            if total:
+                text += f", {_clock((total - done) / rate)} left"
+                text += " of it" if in_epoch else ""
         return text
 
     def _new_bar(self, total: int | None) -> "tqdm[Any]":
@@ -105,6 +114,11 @@ class Display:
             yield self
         finally:
             self._close()
+
+
+def _clock(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours}:{minutes:02d}:{int(seconds) % 60:02d}" if hours else f"{minutes}:{int(seconds) % 60:02d}"
 
 
 def describe_entry(entry: Mapping[str, Any]) -> str:
