@@ -21,6 +21,7 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]
 _GZIP_MAGIC = b"\x1f\x8b"
 _PICKLE_MAGIC = b"\x80"
 _LONGEST_LINE_BYTES = 1 << 20
+_NUMBERS = ("f2", "f4", "f8")
 _FORMATS = "a gensim save (KeyedVectors or Word2Vec), or word2vec's text or binary format, plain or .gz"
 
 
@@ -79,29 +80,45 @@ def _open(path: Path) -> Any:
 
 
 def _read_word2vec(path: Path, first: bytes, second: bytes) -> WordVectors:
-    from gensim.models import KeyedVectors
-
     header = first.split()
     has_header = len(header) == 2 and all(part.isdigit() for part in header)
-    is_text = _is_text_row(second if has_header else first, int(header[1]) if has_header else None)
-    if not has_header and not is_text:
+    dim = int(header[1]) if has_header else len(first.split()) - 1
+    if _is_text_row(second if has_header else first, dim):
+        return _read_text(path, int(header[0]) if has_header else None, dim)
+    if not has_header:
         raise ModelError(f"{path} holds no word vectors. Expected {_FORMATS}.")
-    try:
-        found = KeyedVectors.load_word2vec_format(
-            str(path), binary=not is_text, no_header=not has_header, unicode_errors="replace"
-        )
-    except (AssertionError, IndexError) as error:
-        raise ModelError(f"{path} is damaged: {_one_line(error)}. Fetch it again.") from error
+    from gensim.models import KeyedVectors
+
+    found = KeyedVectors.load_word2vec_format(str(path), binary=True, unicode_errors="replace")
     return WordVectors(list(found.index_to_key), np.ascontiguousarray(found.vectors, np.float32))
 
 
-def _is_text_row(line: bytes, dim: int | None) -> bool:
+def _is_text_row(line: bytes, dim: int) -> bool:
     """Tells a line of a word and its numbers from the start of binary vectors."""
     try:
-        numbers = [float(part) for part in line.decode("utf-8", "strict").rstrip().split(" ")[1:]]
+        _, *numbers = line.decode("utf-8", "strict").rstrip().rsplit(" ", dim)
+        return len([float(number) for number in numbers]) == dim > 0
     except ValueError:
         return False
-    return len(numbers) == dim if dim is not None else len(numbers) > 1
+
+
+def _read_text(path: Path, count: int | None, dim: int) -> WordVectors:
+    """Reads a word and its numbers a line, of which gensim would take too few numbers for granted."""
+    vectors: dict[str, Vectors] = {}
+    with _open(path) as file:
+        if count is not None:
+            file.readline()
+        for ordinal, line in enumerate(file):
+            word, *numbers = line.decode("utf-8", "replace").rstrip().rsplit(" ", dim)
+            if len(numbers) != dim:
+                raise ValueError(f"vector {ordinal + 1} has {len(numbers)} numbers, not {dim}")
+            vectors.setdefault(word, np.array(numbers, np.float32))
+            if ordinal + 1 == count:
+                break
+        else:
+            if count is not None:
+                raise EOFError(f"it ends after {len(vectors)} words of {count}")
+    return WordVectors(list(vectors), np.stack(list(vectors.values())))
 
 
 def _read_gensim(path: Path) -> WordVectors:
@@ -195,9 +212,22 @@ class _Array:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
-        if isinstance(dtype, _Dtype) and dtype.code in {"f2", "f4", "f8"} and isinstance(data, bytes):
+        self.fill(data, dtype, shape, "F" if fortran else "C")
+
+    def fill(self, data: Any, dtype: Any, shape: Any, order: str) -> None:
+        """Takes the values where they are numbers."""
+        if isinstance(dtype, _Dtype) and dtype.code in _NUMBERS and isinstance(data, bytes | bytearray):
             flat = np.frombuffer(data, dtype.order + dtype.code)
-            self.values = flat.reshape(shape, order="F" if fortran else "C")
+            self.values = flat.reshape(shape, order=order)  # type: ignore[call-overload]
+
+
+class _Buffer:
+    """Stands for the function of NumPy that newer protocols make arrays by."""
+
+    def __new__(cls, data: Any, dtype: Any, shape: Any, order: str, *args: Any) -> _Array:  # type: ignore[misc]
+        made = _Array()
+        made.fill(data, dtype, shape, order)
+        return made
 
 
 class _Latin1:
@@ -227,8 +257,8 @@ _GENSIM = {
     ),
     "gensim.models.word2vec": ("Word2Vec", "Word2VecVocab", "Word2VecTrainables", "Vocab"),
     "gensim.utils": ("call_on_class_only",),
-    "builtins": ("int", "hash", "object", "set"),
-    "__builtin__": ("int", "hash", "object", "set"),
+    "builtins": ("int", "hash", "object", "set", "frozenset"),
+    "__builtin__": ("int", "long", "hash", "object", "set", "frozenset"),
     "collections": ("defaultdict", "OrderedDict", "Counter"),
     "copyreg": ("_reconstructor",),
     "copy_reg": ("_reconstructor",),
@@ -239,5 +269,6 @@ _NAMES: dict[tuple[str, str], type] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.numeric", "_frombuffer"): _Buffer,
     ("_codecs", "encode"): _Latin1,
 }
