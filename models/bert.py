@@ -94,6 +94,12 @@ class Bert(TextModel):
         with _quiet():
             tokenizer = _load_tokenizer(config.transformer)
             model = _load_encoder(config.transformer)
+        num_rows = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > num_rows:
+            raise ModelError(
+                f"The vocabulary in {config.transformer} does not fit: the tokenizer has {len(tokenizer)} tokens, the "
+                f"model vectors for {num_rows}. Both must be of one training: fetch them again."
+            )
         content = f"{digest(folder)} {options.pooling} {options.normalize}"
         name = hashlib.sha256(content.encode()).hexdigest()[:16]
         return cls(model, tokenizer, config, options, where, name)
@@ -160,6 +166,10 @@ def _load_tokenizer(folder: Path) -> Any:
         raise ModelError(
             f"The tokenizer in {folder} cannot be loaded: {_one_line(error)}. Expected {_EXPECTED}."
         ) from error
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((folder / name).exists() for name in files):
+        # without a vocabulary transformers makes a tokenizer that knows no word
+        raise ModelError(f"{folder} holds no tokenizer ({' or '.join(sorted(files))}). Expected {_EXPECTED}.")
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -204,4 +204,5 @@ class _Dense(nn.Module):
         return made
 
     def forward(self, vectors: Tensor) -> Tensor:
-        return self.activation(self.linear(vectors))  # type: ignore[no-any-return]
+        found: Tensor = self.activation(self.linear(vectors))
+        return found
