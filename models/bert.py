@@ -1,9 +1,8 @@
 """Captions to vectors by a BERT-family encoder: its token vectors, pooled to one."""
 
-import contextlib
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from models.base import TextModel, TextOptions, TextVector
 from models.device import choose_device, half_precision
 from models.errors import ModelError
+from models.quiet import quiet_transformers
 from models.sentence import SentenceConfig, pool, read_sentence_config
 from models.store import digest, localise
 
@@ -91,7 +91,7 @@ class Bert(TextModel):
         folder = localise(location, hub=True)
         config = read_sentence_config(folder)
         _check_kind(config.transformer, of_sentences=config.pooling is not None)
-        with _quiet():
+        with quiet_transformers():
             tokenizer = _load_tokenizer(config.transformer)
             model = _load_encoder(config.transformer)
         num_rows = model.get_input_embeddings().num_embeddings
@@ -136,7 +136,7 @@ class Bert(TextModel):
 def _check_kind(folder: Path, of_sentences: bool) -> None:
     """Raises `ModelError` unless a folder holds an encoder of text with safetensors."""
     try:
-        with _quiet():
+        with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises what its many parts raise
         raise ModelError(
@@ -207,21 +207,6 @@ def _max_tokens(model: Any, tokenizer: Any, asked: int | None) -> int:
         padding = getattr(table, "padding_idx", None)
         limits.append(positions if padding is None else positions - padding - 1)
     return int(min(limits))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers from drawing bars and reporting what is checked here."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
 
 
 def _one_line(error: BaseException) -> str:
