@@ -93,55 +93,107 @@ class _OwnWords:
         return getattr(self._stream, name)
 
 
+# The jobs run on Beam: flags that they do not know are its own
+_JOBS = {
+    "prepare": "read, clean, resize, write OUT/images",
+    "embed": "text vectors of captions, write OUT/embeddings",
+    "caption": "captions of images, write OUT/captions",
+}
+_OTHERS = {
+    "train": "fit a model on prepared or raw data",
+    "evaluate": "score the captions of an output against references",
+    "verify": "check that an output is complete and sound",
+    "demo": "the whole thing on data that it draws itself",
+}
+
+
 def _main(argv: list[str]) -> int:
     parser = _Parser(prog="diptych", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"diptych {metadata.version('diptych')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    prepare = commands.add_parser("prepare", help="read, clean, resize, write OUT/images", allow_abbrev=False)
-    verify = commands.add_parser(
-        "verify", help="check that an output is complete and sound", allow_abbrev=False
-    )
-    verify.add_argument("output", metavar="OUT")
-    demo = commands.add_parser(
-        "demo", help="the whole thing on data that it draws itself", allow_abbrev=False
-    )
-    if argv[:1] == ["prepare"]:
-        from pipelines.options import add_prepare_flags
-
-        add_prepare_flags(prepare)
-    elif argv[:1] == ["demo"]:
-        from pipelines.demo import add_demo_flags
-
-        add_demo_flags(demo)
+    for name, text in {**_JOBS, **_OTHERS}.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if argv[:1] == [name]:  # a command pays only for its own libraries
+            _add_flags(name, command)
     args, rest = parser.parse_known_args(argv)
-    run: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
-        "prepare": _prepare,
+    command = commands.choices[args.command]
+    if args.command in _JOBS:
+        from pipelines.beam_flags import check_beam_args
+
+        check_beam_args(rest, [flag for action in command._actions for flag in action.option_strings])
+        return _run_job(args, rest)
+    if rest:
+        command.error(f"unrecognized arguments: {' '.join(rest)}")
+    run: dict[str, Callable[[argparse.Namespace], int]] = {
+        "train": _train,
+        "evaluate": _evaluate,
         "verify": _verify,
         "demo": _demo,
     }
-    if args.command == "prepare":
-        from pipelines.options import check_beam_args
-
-        check_beam_args(rest, [flag for action in prepare._actions for flag in action.option_strings])
-    elif rest:
-        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
-    return run[args.command](args, rest)
+    return run[args.command](args)
 
 
-def _prepare(args: argparse.Namespace, beam_args: list[str]) -> int:
-    from pipelines.options import prepare_options
-    from pipelines.prepare import prepare
+def _add_flags(name: str, parser: argparse.ArgumentParser) -> None:
+    if name in _JOBS:
+        from pipelines import flags
+
+        adders = {
+            "prepare": flags.add_prepare_flags,
+            "embed": flags.add_embed_flags,
+            "caption": flags.add_caption_flags,
+        }
+        adders[name](parser)
+    elif name == "train":
+        from pipelines.train import add_train_flags
+
+        add_train_flags(parser)
+    elif name == "evaluate":
+        from pipelines.evaluate import add_evaluate_flags
+
+        add_evaluate_flags(parser)
+    elif name == "demo":
+        from pipelines.demo import add_demo_flags
+
+        add_demo_flags(parser)
+    else:
+        parser.add_argument("output", metavar="OUT")
+
+
+def _run_job(args: argparse.Namespace, beam_args: list[str]) -> int:
+    from pipelines import flags
     from pipelines.summary import summary
 
     sys.stderr = cast(TextIO, _OwnWords(sys.stderr))
-    options = prepare_options(args, beam_args)
-    result = prepare(options)
-    if not options.quiet:
+    if args.command == "prepare":
+        from pipelines.prepare import prepare
+
+        result = prepare(flags.prepare_options(args, beam_args))
+    elif args.command == "embed":
+        from pipelines.embed import embed
+
+        result = embed(flags.embed_options(args, beam_args))
+    else:
+        from pipelines.caption import caption
+
+        result = caption(flags.caption_options(args, beam_args))
+    if not args.quiet:
         print(summary(result, time.monotonic() - _START))
     return 0
 
 
-def _verify(args: argparse.Namespace, _: list[str]) -> int:
+def _train(args: argparse.Namespace) -> int:
+    from pipelines.train import train
+
+    return train(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from pipelines.evaluate import evaluate
+
+    return evaluate(args)
+
+
+def _verify(args: argparse.Namespace) -> int:
     from pipelines.verify import verify
 
     if not args.output.strip():
@@ -151,7 +203,7 @@ def _verify(args: argparse.Namespace, _: list[str]) -> int:
     return 1 if findings.problems else 0
 
 
-def _demo(args: argparse.Namespace, _: list[str]) -> int:
+def _demo(args: argparse.Namespace) -> int:
     from pipelines.demo import demo
 
     demo(args.output, args.seed, args.scenes)

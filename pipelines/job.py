@@ -15,7 +15,9 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from transforms.errors import InputError, OptionError, OutputError
-from transforms.finish import SUCCESS, Totals
+from transforms.finish import SUCCESS, damaged_json, success_json
+from transforms.finish import read_json as read_json
+from transforms.finish import read_success as read_success
 from transforms.sink import has_commit
 from transforms.sources.base import InputFile
 from transforms.storage import delete, input_errors, is_absence, join, locate, output_errors, write_whole
@@ -31,17 +33,20 @@ class State(enum.Enum):
     """What an output folder holds before a run."""
 
     FRESH = "nothing"
-    RESUMED = "a part of this job's output"
-    DONE = "all of this job's output"
+    RESUMED = "a part of this job's data set"
+    DONE = "all of this job's data set"
 
 
-def fingerprint(job: str, inputs: Iterable[InputFile], options: Mapping[str, Any]) -> dict[str, Any]:
+def fingerprint(
+    job: str, inputs: Iterable[InputFile], options: Mapping[str, Any], libraries: Iterable[str] = ()
+) -> dict[str, Any]:
     """Returns everything that decides a run's output: the job, its inputs, its options, and the versions.
 
     Args:
         job: Name of the job.
         inputs: The input files, by names below the input root: the same data elsewhere is the same input.
         options: Options that change bytes, as JSON values.
+        libraries: Libraries that the job uses beyond those that all do.
     """
     inputs = sorted(inputs, key=lambda file: file.name)
     lines = "".join(f"{file.name}\t{file.size_bytes}\t{file.sha256}\n" for file in inputs)
@@ -53,7 +58,7 @@ def fingerprint(job: str, inputs: Iterable[InputFile], options: Mapping[str, Any
             "sha256": hashlib.sha256(lines.encode()).hexdigest(),
         },
         "options": dict(options),
-        "versions": {name: metadata.version(name) for name in ("diptych", *_LIBRARIES)},
+        "versions": {name: metadata.version(name) for name in ("diptych", *_LIBRARIES, *libraries)},
     }
 
 
@@ -66,7 +71,7 @@ def refuse_overlap(inputs: Iterable[str], root: str) -> None:
     """Checks that a job does not read the folders that it writes, and that `--overwrite` deletes.
 
     Args:
-        inputs: What it reads.
+        inputs: What it reads, but for the images of an output that it adds a data set to.
         root: The output folder.
 
     Raises:
@@ -83,6 +88,11 @@ def refuse_overlap(inputs: Iterable[str], root: str) -> None:
             )
 
 
+def is_same_place(url: str, other: str) -> bool:
+    """Tells whether two paths or URLs are one folder."""
+    return _real_path(url) == _real_path(other)
+
+
 def _real_path(url: str) -> str:
     fs, path = locate(url)
     return str(
@@ -91,15 +101,16 @@ def _real_path(url: str) -> str:
 
 
 def open_output(
-    root: str, datasets: tuple[str, ...], fingerprint: Mapping[str, Any], overwrite: bool
+    root: str, dataset: str, fingerprint: Mapping[str, Any], overwrite: bool, derived: bool = False
 ) -> State:
-    """Makes an output folder ready for a run: it belongs to this fingerprint afterwards.
+    """Makes an output folder ready for a run: the data set belongs to this fingerprint afterwards.
 
     Args:
         root: The output folder.
-        datasets: The data sets that the job writes.
+        dataset: The data set that the job writes.
         fingerprint: Of the run.
-        overwrite: Delete what an earlier run wrote there.
+        overwrite: Delete what an earlier run wrote there: of `images`, with all that is made from them.
+        derived: Whether the job reads the images of this very output.
 
     Raises:
         OutputError: The folder belongs to another run, or holds files that no run wrote, or cannot be written.
@@ -108,36 +119,110 @@ def open_output(
         fs, path = locate(root)
         if fs.isfile(path):
             raise OutputError(f"{root} is a file. --output must be a folder; it is made where there is none.")
-    found = read_json(root, JOB)
-    if found is None:
-        _refuse_ownerless(root, datasets)
-    elif overwrite:
-        for dataset in DATASETS:
-            _refuse_foreign(root, dataset, _written_by_diptych(root, dataset))
+    jobs = read_jobs(root)
+    if jobs is None:
+        _refuse_ownerless(root, (*DATASETS, "rejects"), f"{root} has no {JOB}")
+    elif overwrite and dataset == "images":
+        for name in DATASETS:
+            _refuse_foreign(root, name, _written_by_diptych(root, name))
         delete(root, (SUCCESS, *DATASETS, *_BESIDE, JOB))  # what says whose it is goes last
-    elif found == json.loads(json.dumps(fingerprint)):
-        state = _state(root, datasets)
+        jobs = None
+    elif not derived and (others := _others(root, jobs, dataset)):
+        raise OutputError(
+            f"{root} holds {_listed(others)}, made from another input than this. Only data sets that are made from its "
+            f"own images may lie beside them: choose another --output, or give --input {root}."
+        )
+    elif dataset not in jobs:
+        _refuse_ownerless(root, (dataset,), f"{join(root, JOB)} does not name it")
+    elif overwrite:
+        _delete_dataset(root, dataset)
+    elif jobs[dataset] == json.loads(json.dumps(fingerprint)):
+        state = _state(root, dataset)
         # what is done may lie where nothing can be written any more
         with contextlib.suppress(*[OutputError] if state is State.DONE else []):
             delete(root, ("_tmp",))
         return state
-    elif any(data_files(root, folder) for folder in (*DATASETS, "rejects")):
-        differences = "; ".join(_differences(found, fingerprint))
+    elif any(data_files(root, name) for name in _made_from(dataset)) or _own_rejects(root, dataset):
+        differences = "; ".join(_differences(jobs[dataset], fingerprint))
         raise OutputError(
-            f"{root} holds the output of another run: {differences}. Choose another --output, give the options "
+            f"{root} holds the {dataset} of another run: {differences}. Choose another --output, give the options "
             "of that run, or delete it with --overwrite."
         )
-    else:
-        delete(root, (SUCCESS, *_BESIDE))  # a run that failed before its first row, and was mended since
-    write_whole(root, JOB, _to_json(fingerprint))
+    if jobs is not None:  # left by a run that failed before its first row, and was mended since
+        _forget_success(root, dataset)
+        delete(root, ("_plan", "_tmp"))
+    kept = {name: values for name, values in (jobs or {}).items() if derived and name != dataset}
+    write_whole(root, JOB, _to_json({**kept, dataset: fingerprint}))
     return State.FRESH
 
 
-def _state(root: str, datasets: tuple[str, ...]) -> State:
+def read_jobs(root: str) -> dict[str, Any] | None:
+    """Returns the fingerprints of an output by data set, or None where there is no output of Diptych.
+
+    Raises:
+        OutputError: The file that holds them is damaged.
+    """
+    jobs = read_json(root, JOB)
+    if jobs is not None and not (isinstance(jobs, dict) and all(isinstance(v, dict) for v in jobs.values())):
+        raise damaged_json(root, JOB, "it is no object of fingerprints")
+    return jobs
+
+
+def _made_from(dataset: str) -> tuple[str, ...]:
+    """Returns a data set with those that may be made from it."""
+    return DATASETS if dataset == "images" else (dataset,)
+
+
+def _others(root: str, jobs: Mapping[str, Any], dataset: str) -> list[str]:
+    """Returns the other data sets that an output holds, without those whose runs wrote nothing.
+
+    Where its images are the data set in question, the others are made from them.
+    """
+    if dataset == "images" and "images" in jobs:
+        return []
+    return [name for name in jobs if name != dataset and (data_files(root, name) or _own_rejects(root, name))]
+
+
+def _own_rejects(root: str, dataset: str) -> list[str]:
+    """Returns the files of rejects, below `root`, that belong to a data set.
+
+    Those of its model are in a folder of their own. Of the others, what shares its name with a data file of another
+    data set is that one's.
+    """
+    others = {name for other in DATASETS if other != dataset for name in data_files(root, other)}
+    own = []
+    for stage in data_files(root, "rejects"):
+        folder = join("rejects", stage)
+        if stage == _MODEL_STAGES.get(dataset):
+            own += [join(folder, name) for name in data_files(root, folder)]
+        elif stage not in _MODEL_STAGES.values():
+            own += [join(folder, name) for name in data_files(root, folder) if name not in others]
+    return own
+
+
+_MODEL_STAGES = {"embeddings": "embed", "captions": "caption", "generated": "generate"}
+
+
+def _delete_dataset(root: str, dataset: str) -> None:
+    """Deletes a data set with its own rejects; what says that it is whole goes first."""
+    _refuse_foreign(root, dataset, _written_by_diptych(root, dataset))
+    rejects = _own_rejects(root, dataset)
+    _forget_success(root, dataset)
+    delete(root, (dataset, *rejects))
+
+
+def _forget_success(root: str, dataset: str) -> None:
     totals = read_success(root) or {}
-    is_done = all(
-        dataset in totals and totals[dataset].files == len(data_files(root, dataset)) for dataset in datasets
-    )
+    others = {name: total for name, total in totals.items() if name != dataset}
+    if others and dataset in totals:
+        write_whole(root, SUCCESS, success_json(others))
+    elif not others:
+        delete(root, (SUCCESS,))
+
+
+def _state(root: str, dataset: str) -> State:
+    totals = read_success(root) or {}
+    is_done = dataset in totals and totals[dataset].files == len(data_files(root, dataset))
     return State.DONE if is_done else State.RESUMED
 
 
@@ -155,7 +240,7 @@ def start_writing(root: str, dataset: str, shards: Iterable[str]) -> None:
     own = set(shards)
     files = data_files(root, dataset)
     _refuse_foreign(root, dataset, {name for name in files if shard_of(name) in own})
-    delete(root, (SUCCESS,))  # there where somebody deleted a data file of a finished output
+    _forget_success(root, dataset)  # there where somebody deleted a data file of a finished output
 
 
 def data_files(root: str, dataset: str) -> list[str]:
@@ -216,50 +301,12 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def read_success(root: str) -> dict[str, Totals] | None:
-    """Returns the totals of a finished output by data set, or None where it is not finished.
-
-    Raises:
-        OutputError: It says something else.
-    """
-    values = read_json(root, SUCCESS)
-    try:
-        return None if values is None else {dataset: Totals(**total) for dataset, total in values.items()}
-    except (AttributeError, TypeError) as error:
-        raise _damaged(root, SUCCESS, error) from error
-
-
-def read_json(root: str, name: str) -> Any:
-    """Returns the content of a JSON file in an output folder, or None where there is no such file.
-
-    Raises:
-        OutputError: It is not JSON.
-        InputError: It cannot be read.
-    """
-    url = join(root, name)
-    try:
-        with input_errors(url):
-            fs, path = locate(url)
-            return json.loads(fs.cat_file(path))
-    except InputError as error:
-        if is_absence(error):
-            return None
-        raise
-    except ValueError as error:
-        raise _damaged(root, name, error) from error
-
-
-def _damaged(root: str, name: str, error: Exception) -> OutputError:
-    remedy = "Delete it and run again" if name == SUCCESS else "Delete the output folder, or choose another"
-    return OutputError(f"{join(root, name)} is not what a job wrote ({error}): damaged since. {remedy}.")
-
-
-def _refuse_ownerless(root: str, datasets: tuple[str, ...]) -> None:
-    for folder in (*datasets, "rejects"):
+def _refuse_ownerless(root: str, folders: Iterable[str], why: str) -> None:
+    for folder in folders:
         if names := data_files(root, folder):
             raise OutputError(
-                f"{join(root, folder)} holds {_listed(names)}, but {root} has no {JOB}, so no job of Diptych owns "
-                "it. Choose another --output, or move it away."
+                f"{join(root, folder)} holds {_listed(names)}, but {why}, so no job of Diptych owns it. Choose another "
+                "--output, or move it away."
             )
 
 

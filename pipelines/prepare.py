@@ -3,22 +3,12 @@
 diptych prepare --input data/coco --output out
 """
 
-import posixpath
-import tempfile
-
 import apache_beam as beam
 
-from pipelines.job import (
-    State,
-    digest,
-    fingerprint,
-    open_output,
-    options_to_json,
-    refuse_overlap,
-    start_writing,
-)
+from pipelines.job import fingerprint, options_to_json, refuse_overlap
+from pipelines.launch import Job, launch, source_options
 from pipelines.options import PrepareOptions
-from pipelines.running import Result, new_pipeline, run_pipeline
+from pipelines.running import Result, new_pipeline
 from transforms.clean import CleanCaptions
 from transforms.finish import FinishJob
 from transforms.read import ReadShards
@@ -28,10 +18,6 @@ from transforms.sink import Sink, WriteChunks
 from transforms.sources import open_source
 from transforms.sources.base import Shard
 from transforms.sources.planned import plan_counters
-from transforms.storage import join
-
-# Rows of an annotation file that one worker reads: enough work for one, enough shards for many
-_CHUNKS_A_SHARD = 8
 
 
 def prepare(options: PrepareOptions) -> Result:
@@ -43,27 +29,17 @@ def prepare(options: PrepareOptions) -> Result:
     pipeline = new_pipeline(options.beam_args)
     refuse_overlap([*options.inputs, *filter(None, [options.source.images])], options.output)
     source = open_source(options.inputs, options.format, options.source)
-    print_of_run = fingerprint("prepare", source.inputs(), _bytes_options(options))
-    rows_per_shard = options.rows_per_chunk * _CHUNKS_A_SHARD
-    if options.overwrite:
-        with tempfile.TemporaryDirectory() as scratch:  # what cannot be planned must not cost the old output
-            source.shards(scratch, rows_per_shard)
-    state = open_output(options.output, ("images",), print_of_run, options.overwrite)
-    if state is State.DONE:
-        return Result.of(options.output, state)
-    shards = source.shards(join(options.output, "_plan"), rows_per_shard)
-    start_writing(options.output, "images", (shard.name for shard in shards))
-    job = {
-        "job": "prepare",
-        "version": print_of_run["versions"]["diptych"],
-        "fingerprint": digest(print_of_run),
-    }
-    columns = options.source.metadata_columns
-    schema = images_schema(columns, options.resize.size_px, options.resize.pixels)
-    sink = Sink(options.output, "images", job, schema)
-    prepare_graph(pipeline, shards, options, sink)
-    run_pipeline(pipeline, len(shards), options.quiet)
-    return Result.of(options.output, state)
+    job = Job(
+        "images",
+        images_schema(options.source.metadata_columns, options.resize.size_px, options.resize.pixels),
+        fingerprint("prepare", source.inputs(), _bytes_options(options)),
+        options.rows_per_chunk,
+    )
+
+    def graph(pipeline: beam.Pipeline, shards: list[Shard], sink: Sink) -> None:
+        prepare_graph(pipeline, shards, options, sink)
+
+    return launch(job, options, source, pipeline, graph)
 
 
 def prepare_graph(pipeline: beam.Pipeline, shards: list[Shard], options: PrepareOptions, sink: Sink) -> None:
@@ -95,7 +71,5 @@ def prepare_graph(pipeline: beam.Pipeline, shards: list[Shard], options: Prepare
 
 def _bytes_options(options: PrepareOptions) -> dict[str, object]:
     """Returns the options that decide the output's bytes."""
-    values = options_to_json(options)
-    if options.source.images:  # where the folder is decides no byte, here or on a store
-        values["source"]["images"] = posixpath.basename(options.source.images.rstrip("/"))
+    values = options_to_json(options) | {"source": source_options(options)}
     return {name: values[name] for name in ("chunk_rows", "clean", "resize", "source")}

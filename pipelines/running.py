@@ -27,7 +27,7 @@ class Result:
     Attributes:
         output: The output folder.
         state: What it held before.
-        totals: By data set.
+        totals: By data set that the job wrote.
     """
 
     output: str
@@ -35,9 +35,9 @@ class Result:
     totals: dict[str, Totals]
 
     @classmethod
-    def of(cls, output: str, state: State) -> "Result":
-        """Returns the result that a finished output folder holds."""
-        return cls(output, state, read_success(output) or {})
+    def of(cls, output: str, state: State, dataset: str) -> "Result":
+        """Returns the result of a job that has finished a data set."""
+        return cls(output, state, {dataset: (read_success(output) or {}).get(dataset, Totals())})
 
 
 def new_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:

@@ -5,14 +5,16 @@ from pipelines.running import Result
 from transforms.progress import progress
 from transforms.storage import join
 
+_UNITS = {"embeddings": "captions"}
+
 
 def summary(result: Result, seconds: float) -> str:
     """Returns read, written, rejected by reason, seconds, rows a second, and where it all is."""
     lines = []
     for dataset, totals in sorted(result.totals.items()):
-        now = progress.snapshot()
+        now, unit = progress.snapshot(), _UNITS.get(dataset, "rows")
         lines += [
-            f"read      {totals.read:,} rows",
+            f"read      {totals.read:,} {unit}",
             f"written   {totals.written:,} to {join(result.output, dataset)}",
         ]
         if totals.rejected:
@@ -28,8 +30,8 @@ def summary(result: Result, seconds: float) -> str:
         if result.state is State.DONE:
             lines.append("nothing to do: an earlier run has finished this")
         else:
-            before = f"; {now.resumed:,} rows were there from before" if now.resumed else ""
+            before = f"; {now.resumed:,} {unit} were there from before" if now.resumed else ""
             # What workers in other processes did is not seen from here
-            rate = f", {(now.rows - now.resumed) / seconds:,.0f} rows/s" if now.rows == totals.read else ""
+            rate = f", {(now.rows - now.resumed) / seconds:,.0f} {unit}/s" if now.rows == totals.read else ""
             lines.append(f"took      {seconds:.1f} s{rate}{before}")
     return "\n".join(lines)

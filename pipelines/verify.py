@@ -5,14 +5,14 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.job import DATASETS, JOB, data_files, digest, read_json, read_success, shard_of
+from pipelines.job import DATASETS, JOB, data_files, digest, read_jobs, read_success, shard_of
 from transforms.chunk import ChunkKey, add_counts
 from transforms.errors import DiptychError, InputError
 from transforms.finish import SUCCESS, Totals
@@ -55,20 +55,21 @@ def verify(root: str) -> Findings:
     Raises:
         InputError: There is no output of Diptych.
     """
-    job = read_json(root, JOB)
-    if job is None:
+    jobs = read_jobs(root)
+    if jobs is None:
         raise InputError(
             f"{root} has no {JOB}, so it is not the output of a job. Expected the --output of one."
         )
     findings = Findings([], {})
-    commits: dict[str, Commit] = {}
+    rejects: dict[_RejectFile, Mapping[str, int]] = {}
     for dataset in DATASETS:
-        if data_files(root, dataset):
-            found = _check_dataset(root, dataset, digest(job), findings)
+        if dataset in jobs or data_files(root, dataset):
+            found = _check_dataset(root, dataset, digest(jobs.get(dataset, {})), findings)
             _check_shards(dataset, found, findings)
             findings.totals[dataset] = functools.reduce(Totals.add, found.values(), Totals())
-            commits |= found
-    _check_rejects(root, commits, findings)
+            for name, commit in found.items():
+                rejects |= {(stage, name): reasons for stage, reasons in commit.rejected.items()}
+    _check_rejects(root, rejects, findings)
     _check_success(root, findings)
     return findings
 
@@ -95,8 +96,8 @@ def _check_dataset(root: str, dataset: str, fingerprint: str, findings: Findings
                 commits[name] = commit
                 keys.append(hashes)
         repeated = sum(map(len, keys)) - len(np.unique(np.concatenate(keys)))
-        if repeated and dataset == "images":
-            findings.problems.append(f"shard {shard} has {repeated} keys twice")
+        if repeated:
+            findings.problems.append(f"{dataset} of shard {shard} has {repeated} keys twice")
     return commits
 
 
@@ -131,12 +132,16 @@ def _read_data_file(url: str) -> tuple[Commit, pa.Schema, np.ndarray[Any, Any]]:
             if schema.field("key").type != pa.string():
                 raise TypeError(f"its column key is {schema.field('key').type}, not string")
             for batch in parquet.iter_batches(256):
-                hashes.append(_hash(batch.column("key")))
+                hashes.append(_hash(batch))
             return commit, schema, np.concatenate(hashes)
 
 
-def _hash(keys: pa.StringArray) -> np.ndarray[Any, Any]:
-    digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys.drop_null().to_pylist())
+def _hash(rows: pa.RecordBatch) -> np.ndarray[Any, Any]:
+    """Returns a hash of what tells each row from the others: its key, and which caption of it."""
+    keys = rows.column("key").drop_null().to_pylist()
+    if "caption_index" in rows.schema.names:
+        keys = [f"{key}\0{index}" for key, index in zip(keys, rows["caption_index"].to_pylist(), strict=True)]
+    digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
@@ -158,21 +163,25 @@ def _check_shards(dataset: str, commits: dict[str, Commit], findings: Findings) 
             findings.problems.append(f"shard {shard} lacks its end: {after}, or what comes after it")
 
 
-def _check_rejects(root: str, commits: dict[str, Commit], findings: Findings) -> None:
+# Stage and name of a file of rejects. Data sets may have files of one name, but never in one stage.
+_RejectFile = tuple[str, str]
+
+
+def _check_rejects(root: str, expected: Mapping[_RejectFile, Mapping[str, int]], findings: Findings) -> None:
     """Checks that the rejects are what the data files say they are."""
-    found: dict[str, dict[str, dict[str, int]]] = {}
+    found: dict[_RejectFile, dict[str, int]] = {}
     for stage in data_files(root, "rejects"):
         for name in data_files(root, join("rejects", stage)):
             url = join(root, "rejects", stage, name)
             try:
-                found.setdefault(name, {})[stage] = _count_rejects(url)
+                found[stage, name] = _count_rejects(url)
             except (InputError, *DAMAGE) as error:
                 findings.problems.append(_unreadable(url, error))
-    for name in sorted({*found, *commits}):
-        expected = {s: dict(r) for s, r in commits[name].rejected.items()} if name in commits else {}
-        if found.get(name, {}) != expected:
+    for stage, name in sorted({*found, *expected}):
+        there, said = found.get((stage, name), {}), dict(expected.get((stage, name), {}))
+        if there != said:
             findings.problems.append(
-                f"rejects/*/{name} hold {found.get(name, {})}, but the data file of that name says {expected}; "
+                f"rejects/{stage}/{name} holds {there}, but the data file of that name says {said}; "
                 "delete that to have both made again"
             )
 
@@ -202,6 +211,10 @@ def _check_success(root: str, findings: Findings) -> None:
         )
         return
     for dataset in sorted({*success, *findings.totals}):
+        if dataset not in success:
+            findings.problems.append(
+                f"{dataset} is not in {join(root, SUCCESS)}: its run has not finished. Run it again."
+            )
         found, totals = (totals.get(dataset, Totals()) for totals in (findings.totals, success))
         for field in ("shards", "files", "read", "written", "rejected"):
             there, said = getattr(found, field), getattr(totals, field)

@@ -59,6 +59,7 @@ class Chunk:
         rejects: The dead letters, of schema `REJECTS`.
         last: Whether this is the last chunk of its shard.
         counters: What the transforms did to the rows, by name.
+        records: Records of the shard that it was read from; None where each is a row.
     """
 
     key: ChunkKey
@@ -66,6 +67,7 @@ class Chunk:
     rejects: pa.RecordBatch
     last: bool
     counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    records: int | None = None
 
     def __len__(self) -> int:
         return int(self.rows.num_rows)
@@ -74,6 +76,11 @@ class Chunk:
     def num_read(self) -> int:
         """Number of rows that were read for this chunk: the good and the rejected."""
         return int(self.rows.num_rows + self.rejects.num_rows)
+
+    @property
+    def num_records(self) -> int:
+        """Number of records of the shard that became this chunk: what a run that goes on skips by."""
+        return self.num_read if self.records is None else self.records
 
     def advance(
         self,
@@ -95,8 +102,24 @@ class Chunk:
             raise AssertionError(
                 f"stage {stage!r} turned {len(self.rows)} rows into {len(rows)} and {len(lost)} rejects"
             )
-        return Chunk(
-            self.key, rows, concat([self.rejects, lost]), self.last, add_counts(self.counters, counters or {})
+        return dataclasses.replace(
+            self,
+            rows=rows,
+            rejects=concat([self.rejects, lost]),
+            counters=add_counts(self.counters, counters or {}),
+        )
+
+    def explode(self, stage: str, rows: pa.RecordBatch, rejects: Iterable[Reject] = ()) -> "Chunk":
+        """Returns the chunk after a stage that makes several rows of one; `num_records` stays.
+
+        Args:
+            stage: The stage that did this, one of `REASONS`.
+            rows: The rows made.
+            rejects: The rows of which none could be made.
+        """
+        lost = reject_batch(self.key.shard, stage, rejects)
+        return dataclasses.replace(
+            self, rows=rows, rejects=concat([self.rejects, lost]), records=self.num_records
         )
 
 
@@ -141,7 +164,8 @@ class ChunkCoder(beam.coders.Coder):
     def encode(self, value: Chunk) -> bytes:
         """Returns the chunk as bytes."""
         header = json.dumps(
-            [value.key.shard, value.key.index, value.last, dict(value.counters)], sort_keys=True
+            [value.key.shard, value.key.index, value.last, dict(value.counters), value.records],
+            sort_keys=True,
         ).encode()
         rows = _to_ipc(value.rows)
         lengths = self._LENGTHS.pack(len(header), len(rows))
@@ -152,10 +176,10 @@ class ChunkCoder(beam.coders.Coder):
         header_bytes, rows_bytes = self._LENGTHS.unpack_from(encoded)
         start = self._LENGTHS.size
         buffer = pa.py_buffer(encoded)
-        shard, index, last, counters = json.loads(encoded[start : start + header_bytes])
+        shard, index, last, counters, records = json.loads(encoded[start : start + header_bytes])
         rows = buffer.slice(start + header_bytes, rows_bytes)
         rejects = buffer.slice(start + header_bytes + rows_bytes)
-        return Chunk(ChunkKey(shard, index), _from_ipc(rows), _from_ipc(rejects), last, counters)
+        return Chunk(ChunkKey(shard, index), _from_ipc(rows), _from_ipc(rejects), last, counters, records)
 
     def estimate_size(self, value: Chunk) -> int:
         """Returns about the encoded size in bytes, without encoding."""

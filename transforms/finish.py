@@ -10,9 +10,10 @@ import apache_beam as beam
 from apache_beam.pvalue import PCollection
 
 from transforms.chunk import add_counts
-from transforms.errors import OutputError
+from transforms.errors import InputError, OutputError
+from transforms.failures import FailureLimit
 from transforms.sink import Commit
-from transforms.storage import delete, write_whole
+from transforms.storage import delete, input_errors, is_absence, join, locate, write_whole
 
 SUCCESS = "_SUCCESS.json"
 # What a run needs only until it is done
@@ -88,12 +89,14 @@ class FinishJob(beam.PTransform[PCollection[Commit], PCollection[Totals]]):
         dataset: The data set.
         num_shards: How many shards there are.
         counters: What planning counted.
+        limit: How many rows the model may have failed on.
     """
 
     root: str
     dataset: str
     num_shards: int
     counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    limit: FailureLimit | None = None
 
     def expand(self, commits: PCollection[Commit]) -> PCollection[Totals]:
         """Adds up, checks, writes."""
@@ -101,24 +104,35 @@ class FinishJob(beam.PTransform[PCollection[Commit], PCollection[Totals]]):
             commits
             | "Count" >> beam.Map(Totals().add).with_output_types(Totals)
             | "Sum" >> beam.CombineGlobally(sum_totals)
-            | "Finish" >> beam.Map(finish, self.root, self.dataset, self.num_shards, self.counters)
+            | "Finish"
+            >> beam.Map(finish, self.root, self.dataset, self.num_shards, self.counters, self.limit)
         )
 
 
-def finish(totals: Totals, root: str, dataset: str, num_shards: int, counters: Mapping[str, int]) -> Totals:
-    """Checks the totals of a data set and writes them, with what planning counted, as `_SUCCESS.json`.
+def finish(
+    totals: Totals,
+    root: str,
+    dataset: str,
+    num_shards: int,
+    counters: Mapping[str, int],
+    limit: FailureLimit | None = None,
+) -> Totals:
+    """Checks the totals of a data set and writes them, with what planning counted, to `_SUCCESS.json`.
 
     Raises:
         OutputError: Something is missing.
+        DiptychError: The model failed on more rows than it may.
     """
     if problem := totals.problem(num_shards):
         raise OutputError(
             f"{root} is not complete: {problem}. Run the same command again; if this stays, run "
             "`diptych verify` on it, which names the file at fault."
         )
+    if limit:
+        limit.check_totals(totals.rejected, totals.written, root)
     delete(root, _WORKING)
     totals = totals.merge(Totals(counters=counters))
-    write_whole(root, SUCCESS, success_json({dataset: totals}))
+    write_whole(root, SUCCESS, success_json({**(read_success(root) or {}), dataset: totals}))
     delete(root, _WORKING)
     return totals
 
@@ -127,3 +141,42 @@ def success_json(totals: Mapping[str, Totals]) -> bytes:
     """Returns the content of `_SUCCESS.json`."""
     values: dict[str, Any] = {dataset: dataclasses.asdict(total) for dataset, total in totals.items()}
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def read_success(root: str) -> dict[str, Totals] | None:
+    """Returns the totals of what is finished in an output by data set, or None where nothing is.
+
+    Raises:
+        OutputError: It says something else.
+    """
+    values = read_json(root, SUCCESS)
+    try:
+        return None if values is None else {dataset: Totals(**total) for dataset, total in values.items()}
+    except (AttributeError, TypeError) as error:
+        raise damaged_json(root, SUCCESS, error) from error
+
+
+def read_json(root: str, name: str) -> Any:
+    """Returns the content of a JSON file in an output folder, or None where there is no such file.
+
+    Raises:
+        OutputError: It is not JSON.
+        InputError: It cannot be read.
+    """
+    url = join(root, name)
+    try:
+        with input_errors(url):
+            fs, path = locate(url)
+            return json.loads(fs.cat_file(path))
+    except InputError as error:
+        if is_absence(error):
+            return None
+        raise
+    except ValueError as error:
+        raise damaged_json(root, name, error) from error
+
+
+def damaged_json(root: str, name: str, error: object) -> OutputError:
+    """Returns the error of a JSON file in an output folder that no job wrote so."""
+    remedy = "Delete it and run again" if name == SUCCESS else "Delete the output folder, or choose another"
+    return OutputError(f"{join(root, name)} is not what a job wrote ({error}): damaged since. {remedy}.")

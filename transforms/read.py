@@ -14,7 +14,7 @@ from apache_beam.typehints.decorators import no_annotations
 from transforms.binary import BinaryBuilder
 from transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
 from transforms.progress import progress
-from transforms.schemas import raw_schema
+from transforms.schemas import RAW_TEXT, raw_schema
 from transforms.sink import Commit, Sink, committed
 from transforms.sources.base import Lost, Record, Row, Shard
 
@@ -34,12 +34,14 @@ def read_chunks(
     Args:
         shard: What to read.
         chunk_rows: Most records a chunk.
-        schema: `raw_schema` of the rows.
+        schema: `raw_schema` of the rows, or `RAW_TEXT`: the images are not read then.
         done: The commits of the shard's first chunks.
         keep_bytes: Whether a reject keeps the original bytes.
     """
     chunk = _ChunkBuilder(ChunkKey(shard.name, len(done)), schema)
-    for record in shard.rows(skip=sum(commit.read for commit in done)):
+    for record in shard.rows(
+        skip=sum(commit.records for commit in done), with_images="image" in schema.names
+    ):
         if chunk.num_records >= chunk_rows or chunk.num_bytes >= _MAX_CHUNK_BYTES:
             yield chunk.finish(last=False)
             chunk = _ChunkBuilder(ChunkKey(shard.name, chunk.key.index + 1), schema)
@@ -54,6 +56,7 @@ class _ChunkBuilder:
 
     def __init__(self, key: ChunkKey, schema: pa.Schema) -> None:
         self.key, self._schema = key, schema
+        self._has_images = "image" in schema.names
         self.images = BinaryBuilder()
         self._rows: list[Row] = []
         self._rejects: list[Reject] = []
@@ -69,7 +72,8 @@ class _ChunkBuilder:
 
     def append(self, record: Record) -> None:
         if isinstance(record, Row):
-            self.images.append(record.image)
+            if self._has_images:
+                self.images.append(record.image)
             self._num_other_bytes += sum(map(len, record.captions))
             self._rows.append(record._replace(image=b""))  # it is in the column now
         else:
@@ -136,18 +140,21 @@ class ReadShards(beam.PTransform[PCollection[Shard], DoOutputsTuple]):
         chunk_rows: Most rows a chunk.
         metadata_columns: Names of the source's own columns to carry.
         keep_bytes: Whether a reject keeps the original bytes.
+        with_images: Whether the images are wanted; without them, rows are of schema `RAW_TEXT`.
     """
 
     sink: Sink
     chunk_rows: int
     metadata_columns: tuple[str, ...] = ()
     keep_bytes: bool = False
+    with_images: bool = True
 
     # Beam takes no hint for several outputs, and would say so each time; the decorator is not typed
     @no_annotations  # type: ignore[untyped-decorator]
     def expand(self, shards: PCollection[Shard]) -> DoOutputsTuple:
         """Reads; the outputs are `chunks` and `committed`."""
-        read = _Read(self.sink, self.chunk_rows, raw_schema(self.metadata_columns), self.keep_bytes)
+        schema = raw_schema(self.metadata_columns) if self.with_images else RAW_TEXT
+        read = _Read(self.sink, self.chunk_rows, schema, self.keep_bytes)
         return shards | "Read" >> beam.ParDo(read).with_output_types(Chunk).with_outputs(
             "committed", main="chunks"
         )
@@ -166,17 +173,17 @@ class _Read(beam.DoFn):
         if done and done[-1].last:
             progress.reading(shard.name, 1.0)
             return
-        rows, num_bytes = sum(commit.read for commit in done), 0
+        records, num_bytes = sum(commit.records for commit in done), 0
         chunks = read_chunks(shard, self._chunk_rows, self._schema, done, self._keep_bytes)
         for chunk in read_ahead(chunks):
-            rows += chunk.num_read
+            records += chunk.num_records
             num_bytes += chunk.rows.nbytes
             yield chunk
-            progress.reading(shard.name, _fraction(shard, rows, num_bytes))
+            progress.reading(shard.name, _fraction(shard, records, num_bytes))
         progress.reading(shard.name, 1.0)
 
 
-def _fraction(shard: Shard, rows: int, num_bytes: int) -> float:
+def _fraction(shard: Shard, records: int, num_bytes: int) -> float:
     if shard.num_rows:
-        return rows / shard.num_rows
+        return records / shard.num_rows
     return num_bytes / shard.size_bytes if shard.size_bytes else 0.0

@@ -27,6 +27,8 @@ REASONS = {
         "too_small": "a side shorter than --min_side_px",
         "aspect_ratio": "longer to shorter side above --max_aspect_ratio",
     },
+    "embed": {"model_error": "the model fails on this row"},
+    "caption": {"model_error": "the model fails on this row"},
 }
 
 REJECTS = pa.schema(
@@ -53,6 +55,19 @@ _RAW_FIELDS = [
     pa.field("row", pa.int64(), nullable=False),
 ]
 RAW_COLUMNS = tuple(field.name for field in _RAW_FIELDS)
+
+RAW_TEXT = pa.schema([field for field in _RAW_FIELDS if field.name in ("key", "captions", "row")])
+"""Rows as they come from a source for a job that needs no images."""
+
+TEXTS = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("caption_index", pa.int32(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+    ]
+)
+"""A row per caption: what a text model gets."""
 
 
 def raw_schema(metadata_columns: Sequence[str] = ()) -> pa.Schema:
@@ -88,6 +103,42 @@ def images_schema(
     return pa.schema(fields)
 
 
+def embeddings_schema(dim: int, flags_unknown: bool = False) -> pa.Schema:
+    """Returns the schema of `OUT/embeddings`.
+
+    Args:
+        dim: Length of the vectors.
+        flags_unknown: Whether there is a column that flags captions of which the model knows no word.
+    """
+    fields = [
+        pa.field("key", pa.string()),
+        pa.field("caption_index", pa.int32()),
+        pa.field("caption", pa.string()),
+        pa.field("embedding", pa.list_(pa.float32(), dim)),
+    ]
+    if flags_unknown:
+        fields.append(pa.field("no_known_word", pa.bool_()))
+    return pa.schema(fields)
+
+
+def captions_schema(feature_dim: int | None = None) -> pa.Schema:
+    """Returns the schema of `OUT/captions`.
+
+    Args:
+        feature_dim: Length of the encoder's pooled vectors, or None for no such column.
+    """
+    fields = [
+        pa.field("key", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("candidates", pa.list_(pa.string())),
+        pa.field("scores", pa.list_(pa.float32())),
+        pa.field("references", pa.list_(pa.string())),
+    ]
+    if feature_dim is not None:
+        fields.append(pa.field("features", pa.list_(pa.float32(), feature_dim)))
+    return pa.schema(fields)
+
+
 def huggingface_info(schema: pa.Schema) -> str:
     """Returns the value of the schema metadata key `huggingface`, by which `datasets` knows pictures from structs."""
     known = {
@@ -101,6 +152,8 @@ def huggingface_info(schema: pa.Schema) -> str:
 def _feature(dtype: pa.DataType) -> Any:
     if dtype == IMAGE:
         return {"_type": "Image"}
+    if pa.types.is_fixed_size_list(dtype):
+        return {"feature": _feature(dtype.value_type), "length": dtype.list_size, "_type": "List"}
     if pa.types.is_list(dtype):
         return {"feature": _feature(dtype.value_type), "_type": "List"}
     return {"dtype": {"float": "float32"}.get(str(dtype), str(dtype)), "_type": "Value"}

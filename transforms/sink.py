@@ -50,6 +50,7 @@ class Commit:
         shard: Name of the shard.
         index: Ordinal of the chunk in it.
         last: Whether it is the shard's last.
+        records: Records of the shard that the chunk was read from.
         read: Rows read for the chunk.
         written: Rows in the file.
         rejected: Rows in the rejects, by stage and reason.
@@ -60,6 +61,7 @@ class Commit:
     shard: str
     index: int
     last: bool
+    records: int
     read: int
     written: int
     rejected: Mapping[str, Mapping[str, int]]
@@ -112,6 +114,7 @@ def _commit(sink: Sink, chunk: Chunk) -> Commit:
         chunk.key.shard,
         chunk.key.index,
         chunk.last,
+        chunk.num_records,
         chunk.num_read,
         len(chunk),
         rejected,
@@ -125,11 +128,12 @@ def _parquet(rows: pa.RecordBatch, schema: pa.Schema, metadata: Mapping[bytes, b
     schema = schema.with_metadata(metadata)
     buffer = pa.BufferOutputStream()
     paths = [name for field in schema for name in _leaves(field)]
-    small = [path for path in paths if not path.endswith("bytes")]  # encoded images do not get smaller
+    # encoded images and vectors do not get smaller
+    large = {name for field in schema for name in _leaves(field) if not _compresses(name, field.type)}
     with pq.ParquetWriter(
         buffer,
         schema,
-        compression={path: "zstd" if path in small else "none" for path in paths},
+        compression={path: "none" if path in large else "zstd" for path in paths},
         use_dictionary=["source"] if "source" in schema.names else False,
         write_statistics=[name for name in ("key", "row", "width", "height") if name in schema.names],
         write_page_checksum=True,
@@ -137,6 +141,10 @@ def _parquet(rows: pa.RecordBatch, schema: pa.Schema, metadata: Mapping[bytes, b
         if len(rows):  # Hugging Face datasets fail on a row group without rows
             writer.write_batch(rows.cast(schema) if metadata else rows, row_group_size=len(rows))
     return memoryview(buffer.getvalue())
+
+
+def _compresses(path: str, dtype: pa.DataType) -> bool:
+    return not path.endswith("bytes") and not pa.types.is_fixed_size_list(dtype)
 
 
 def _leaves(field: pa.Field) -> list[str]:

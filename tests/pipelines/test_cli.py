@@ -248,7 +248,9 @@ class TestPrepare:
         assert "options.resize.size_px is 224 there and 32 here" in capsys.readouterr().err
         assert files_in(tmp_path) == before
         assert prepare(data / "val-00000.tar", tmp_path, "--size=32", "--overwrite", "--quiet") == 0
-        assert json.loads((tmp_path / "_job.json").read_text())["options"]["resize"]["size_px"] == 32
+        assert (
+            json.loads((tmp_path / "_job.json").read_text())["images"]["options"]["resize"]["size_px"] == 32
+        )
 
 
 def start(data: Path, out: Path, *flags: str, **options: object) -> subprocess.Popen[str]:

@@ -17,6 +17,7 @@ from pipelines.job import (
     fingerprint,
     open_output,
     options_to_json,
+    read_jobs,
     read_json,
     read_success,
     refuse_overlap,
@@ -31,8 +32,6 @@ from transforms.schemas import images_schema
 from transforms.sink import Sink, commit_chunk
 from transforms.sources.base import InputFile
 
-IMAGES = ("images",)
-
 
 def print_of(**options: Any) -> dict[str, Any]:
     return fingerprint("prepare", [InputFile("a.tar", 10)], {"size": 224, **options})
@@ -41,7 +40,7 @@ def print_of(**options: Any) -> dict[str, Any]:
 def write_output(folder: Path, print_of_run: dict[str, Any], *, success: bool = True) -> None:
     """Writes what a run of two shards would: three data files and the rejects of one."""
     sink = Sink(str(folder), "images", {"fingerprint": digest(print_of_run)}, images_schema())
-    open_output(str(folder), IMAGES, print_of_run, overwrite=False)
+    open_output(str(folder), "images", print_of_run, overwrite=False)
     rows = pa.RecordBatch.from_pylist([], schema=images_schema())
     totals = Totals()
     for shard, index, last in (("a", 0, False), ("a", 1, True), ("b", 0, True)):
@@ -96,28 +95,28 @@ class TestOpenOutput:
     @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
     def test_a_new_folder_gets_the_fingerprint(self, tmp_path, make):
         make(tmp_path / "out")
-        assert open_output(str(tmp_path / "out"), IMAGES, print_of(), False) is State.FRESH
+        assert open_output(str(tmp_path / "out"), "images", print_of(), False) is State.FRESH
         assert names_in(tmp_path / "out") == {JOB}
-        assert read_json(str(tmp_path / "out"), JOB) == print_of()
+        assert read_jobs(str(tmp_path / "out")) == {"images": print_of()}
 
     def test_what_is_there_is_gone_on_with(self, tmp_path):
         write_output(tmp_path, print_of(), success=False)
         (tmp_path / "_tmp" / "half").touch()
-        assert open_output(str(tmp_path), IMAGES, print_of(), False) is State.RESUMED
+        assert open_output(str(tmp_path), "images", print_of(), False) is State.RESUMED
         assert len(names_in(tmp_path)) == 5
         assert "_tmp/half" not in names_in(tmp_path)
 
     def test_what_is_done_is_left_alone(self, tmp_path):
         write_output(tmp_path, print_of())
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-        assert open_output(str(tmp_path), IMAGES, print_of(), False) is State.DONE
+        assert open_output(str(tmp_path), "images", print_of(), False) is State.DONE
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
     @pytest.mark.parametrize("missing", ["a-00000", "a-00001", "b-00000"])
     def test_a_data_file_that_was_deleted_is_missed(self, tmp_path, missing):
         write_output(tmp_path, print_of())
         (tmp_path / "images" / f"{missing}.parquet").unlink()
-        assert open_output(str(tmp_path), IMAGES, print_of(), False) is State.RESUMED
+        assert open_output(str(tmp_path), "images", print_of(), False) is State.RESUMED
         start_writing(str(tmp_path), "images", ["a", "b"])
         assert SUCCESS not in names_in(tmp_path)
 
@@ -142,23 +141,23 @@ class TestOpenOutput:
         write_output(tmp_path, print_of(), success=success)
         before = files_in(tmp_path)
         with pytest.raises(OutputError, match=message):
-            open_output(str(tmp_path), IMAGES, other, False)
+            open_output(str(tmp_path), "images", other, False)
         assert files_in(tmp_path) == before
 
     def test_a_run_that_wrote_no_row_is_in_nobodys_way(self, tmp_path):
-        open_output(str(tmp_path), IMAGES, print_of(metadata="misspelt"), False)
+        open_output(str(tmp_path), "images", print_of(metadata="misspelt"), False)
         (tmp_path / "_plan").mkdir()
         (tmp_path / "_plan" / "a.arrow").touch()
-        assert open_output(str(tmp_path), IMAGES, print_of(), False) is State.FRESH
+        assert open_output(str(tmp_path), "images", print_of(), False) is State.FRESH
         assert names_in(tmp_path) == {JOB}
-        assert read_json(str(tmp_path), JOB) == print_of()
+        assert read_jobs(str(tmp_path)) == {"images": print_of()}
 
     def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(self, tmp_path):
         write_output(tmp_path, print_of())
         (tmp_path / "notes.txt").touch()
-        assert open_output(str(tmp_path), IMAGES, print_of(size=32), True) is State.FRESH
+        assert open_output(str(tmp_path), "images", print_of(size=32), True) is State.FRESH
         assert names_in(tmp_path) == {JOB, "notes.txt"}
-        assert read_json(str(tmp_path), JOB) == print_of(size=32)
+        assert read_jobs(str(tmp_path)) == {"images": print_of(size=32)}
 
     @pytest.mark.parametrize(
         "name", ["mine.parquet", "train-00000-of-00001.parquet", "photo.jpg", "c-00000.parquet"]
@@ -170,7 +169,7 @@ class TestOpenOutput:
         before = files_in(tmp_path)
 
         def start():
-            assert open_output(str(tmp_path), IMAGES, print_of(), overwrite) is State.RESUMED
+            assert open_output(str(tmp_path), "images", print_of(), overwrite) is State.RESUMED
             start_writing(str(tmp_path), "images", ["a", "b"])
 
         with pytest.raises(
@@ -186,7 +185,7 @@ class TestOpenOutput:
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
         with pytest.raises(OutputError, match=f"has no {JOB}, so no job of Diptych owns it"):
-            open_output(str(tmp_path), IMAGES, print_of(), True)
+            open_output(str(tmp_path), "images", print_of(), True)
         assert names_in(tmp_path) == {name}
 
     def test_hidden_files_are_not_data(self, tmp_path):
@@ -194,14 +193,14 @@ class TestOpenOutput:
         for name in (".DS_Store", "_SUCCESS"):
             (tmp_path / "images" / name).touch()
         write_output(tmp_path, print_of())
-        assert open_output(str(tmp_path), IMAGES, print_of(), False) is State.DONE
+        assert open_output(str(tmp_path), "images", print_of(), False) is State.DONE
 
     def test_a_file_in_the_way_is_named(self, tmp_path):
         (tmp_path / "out").touch()
         with pytest.raises(OutputError, match=r"out is a file\. --output must be a folder"):
-            open_output(str(tmp_path / "out"), IMAGES, print_of(), False)
+            open_output(str(tmp_path / "out"), "images", print_of(), False)
         with pytest.raises(OutputError, match="cannot be written: Not a directory"):
-            open_output(str(tmp_path / "out" / "below"), IMAGES, print_of(), False)
+            open_output(str(tmp_path / "out" / "below"), "images", print_of(), False)
 
     @pytest.mark.parametrize(
         ("name", "remedy"), [(JOB, "Delete the output folder"), (SUCCESS, "Delete it and run again")]
@@ -210,17 +209,17 @@ class TestOpenOutput:
     def test_a_damaged_file_says_what_to_do(self, tmp_path, name, remedy, content):
         write_output(tmp_path, print_of())
         (tmp_path / name).write_text(content)
-        if name == JOB and content.endswith(("}", "]")):
-            remedy = "holds the output of another run"
+        if name == JOB and content.endswith("}"):
+            remedy = "holds the images of another run"
         with pytest.raises(OutputError, match=remedy):
-            open_output(str(tmp_path), IMAGES, print_of(), False)
+            open_output(str(tmp_path), "images", print_of(), False)
 
     def test_in_an_object_store(self):
         root = "memory://job/out"
-        assert open_output(root, IMAGES, print_of(), False) is State.FRESH
-        assert open_output(root, IMAGES, print_of(), False) is State.RESUMED
-        assert open_output(root, IMAGES, print_of(size=1), True) is State.FRESH
-        assert read_json(root, JOB) == print_of(size=1)
+        assert open_output(root, "images", print_of(), False) is State.FRESH
+        assert open_output(root, "images", print_of(), False) is State.RESUMED
+        assert open_output(root, "images", print_of(size=1), True) is State.FRESH
+        assert read_jobs(root) == {"images": print_of(size=1)}
 
 
 class Killed(BaseException):
@@ -252,14 +251,14 @@ class TestKilledWhileOverwriting:
         for name in ("remove", "unlink", "rmdir", "replace"):
             patch(name)
         with pytest.raises(Killed):
-            open_output(str(tmp_path), IMAGES, print_of(), True)
+            open_output(str(tmp_path), "images", print_of(), True)
         monkeypatch.undo()
         left = names_in(tmp_path)
         # What is left says whose it is, and never that it is whole
         assert SUCCESS not in left or left == set(whole)
         assert JOB in left or not any(name.startswith(("images/", "rejects/")) for name in left)
         if overwrite_again:
-            open_output(str(tmp_path), IMAGES, print_of(), True)
+            open_output(str(tmp_path), "images", print_of(), True)
             assert {name for name in names_in(tmp_path) if not name.startswith("_tmp/")} == {JOB}
         write_output(tmp_path, print_of())
         assert files_in(tmp_path) == whole
@@ -272,7 +271,7 @@ class TestKilledWhileOverwriting:
             monkeypatch.setattr(
                 os, name, lambda *args, real=real, **kwargs: (events.append(args), real(*args, **kwargs))[1]
             )
-        open_output(str(tmp_path), IMAGES, print_of(), True)
+        open_output(str(tmp_path), "images", print_of(), True)
         assert len(events) == NUM_EVENTS
 
 

@@ -4,12 +4,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.options import (
-    PrepareOptions,
-    add_prepare_flags,
-    check_beam_args,
-    prepare_options,
-)
+from pipelines.beam_flags import check_beam_args
+from pipelines.flags import add_prepare_flags, prepare_options
+from pipelines.options import PrepareOptions
 from transforms.clean import CleanOptions
 from transforms.decode import Limits
 from transforms.errors import OptionError

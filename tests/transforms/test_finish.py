@@ -15,7 +15,7 @@ from transforms.sink import Commit
 
 def commit_of(index: int, last: bool = False, shard: str = "a") -> Commit:
     rejected = {"read": {"missing_image": 1}, "image": {"corrupt": 2, "empty": index}}
-    return Commit(shard, index, last, 10 + index, 7, rejected, {"captions_read": index}, "f" * 16)
+    return Commit(shard, index, last, 3, 10 + index, 7, rejected, {"captions_read": index}, "f" * 16)
 
 
 COMMITS = [commit_of(0), commit_of(1, True), commit_of(0, True, "b")]

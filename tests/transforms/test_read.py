@@ -51,7 +51,7 @@ def read(shard: Shard, chunk_rows: int = 3, done: list[Commit] | None = None) ->
 
 def commit_of(chunk: Chunk) -> Commit:
     key = chunk.key
-    return Commit(key.shard, key.index, chunk.last, chunk.num_read, len(chunk), {}, {}, "")
+    return Commit(key.shard, key.index, chunk.last, chunk.num_records, chunk.num_read, len(chunk), {}, {}, "")
 
 
 def sink_of(folder: Path) -> Sink:

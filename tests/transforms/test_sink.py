@@ -79,6 +79,7 @@ class TestCommitChunk:
             shard="shard",
             index=7,
             last=False,
+            records=8,
             read=8,
             written=5,
             rejected={"image": {"corrupt": 1, "empty": 1}, "read": {"missing_image": 1}},

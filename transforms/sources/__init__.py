@@ -63,6 +63,19 @@ def open_source(inputs: Sequence[str], format: str, options: SourceOptions) -> S
     return _open(formats[0], tuple(files), root, options)
 
 
+def output_of(url: str) -> str | None:
+    """Returns the Diptych output that an input names: `OUT`, `OUT/images`, or files in that; None of other data."""
+    fs, path = locate(url)
+    path = path.rstrip("/")
+    folders = [path]
+    for images in (path, os.path.dirname(path)):
+        if os.path.basename(images) == "images":
+            folders.append(os.path.dirname(images))
+    with input_errors(url):
+        found = next((folder for folder in folders if fs.isfile(join(folder, _JOB))), None)
+    return found and fs.unstrip_protocol(found)
+
+
 def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions) -> Source:
     columns = options.metadata_columns
     if options.split and format != "karpathy":
@@ -100,6 +113,8 @@ _KINDS = {
 }
 _COCO_NAME = re.compile(r"^captions_.*\.json$", re.I)
 _KARPATHY_NAME = re.compile(r"^dataset_.*\.json$", re.I)
+# What an output of Diptych has
+_JOB = "_job.json"
 _ANNOTATIONS = ("coco", "karpathy", "flickr30k")
 # A folder with several of these is read by the first: img2dataset puts a Parquet of metadata beside each tar
 _RECORDS = ("webdataset", "tfrecord", "parquet", "files")
@@ -148,7 +163,7 @@ def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
 def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> tuple[str, list[str], str]:
     root = fs.unstrip_protocol(path)
     entries = {os.path.basename(entry["name"].rstrip("/")): entry for entry in fs.ls(path, detail=True)}
-    if "_job.json" in entries and format in ("auto", "parquet"):
+    if _JOB in entries and format in ("auto", "parquet"):
         path, format = join(path, "images"), "parquet"
         root = fs.unstrip_protocol(path)
         if not fs.isdir(path):
@@ -187,7 +202,7 @@ def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> tu
 
 def _without_outputs(files: Sequence[str]) -> list[str]:
     """Returns files but those of Diptych outputs in between: an output may lie below its own input."""
-    outputs = tuple(f"{os.path.dirname(file)}/" for file in files if os.path.basename(file) == "_job.json")
+    outputs = tuple(f"{os.path.dirname(file)}/" for file in files if os.path.basename(file) == _JOB)
     return [file for file in files if not file.startswith(outputs)]
 
 

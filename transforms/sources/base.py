@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -97,10 +98,15 @@ class Shard(abc.ABC):
                 `shard_truncated` or `shard_corrupt`, that names the offset.
         """
 
-    def rows(self, skip: int = 0) -> Iterator[Record]:
-        """Yields the records after the first `skip`; a key that was there before is lost as `duplicate_key`."""
+    def rows(self, skip: int = 0, with_images: bool = True) -> Iterator[Record]:
+        """Yields the records after the first `skip`; a key that was there before is lost as `duplicate_key`.
+
+        Args:
+            skip: Records to leave out.
+            with_images: Whether the images are wanted; if not, they may be empty bytes.
+        """
         seen: set[bytes] = set()
-        for ordinal, record in enumerate(self.records(skip)):
+        for ordinal, record in enumerate(self.records(skip if with_images else sys.maxsize)):
             if isinstance(record, Row):
                 digest = hashlib.blake2b(record.key.encode(), digest_size=8).digest()
                 if digest in seen:

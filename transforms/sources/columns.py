@@ -26,14 +26,14 @@ class Columns(NamedTuple):
     """Names of the columns to read; None where the file has no such column.
 
     Attributes:
-        image: Encoded images.
+        image: Encoded images; None where they are not wanted.
         caption: Captions.
         key: Keys.
         error: Why an image is not there, as img2dataset says it.
         metadata: The metadata columns asked for, in their order.
     """
 
-    image: str
+    image: str | None
     caption: str | None
     key: str | None
     error: str | None
@@ -52,6 +52,7 @@ def find_columns(
     caption: str | None,
     key: str | None,
     metadata: Sequence[str],
+    with_images: bool = True,
 ) -> Columns:
     """Returns the columns of a file: those named, and of those left open the first with a usual name.
 
@@ -62,15 +63,17 @@ def find_columns(
         caption: Column of the captions, or None.
         key: Column of the keys, or None.
         metadata: Metadata columns; one that is not there is null.
+        with_images: Whether the images are wanted; there need be none if not.
 
     Raises:
         OptionError: A column that is named or needed is missing or of a type that cannot be used.
     """
-    image = _find(schema, url, "image", image, IMAGE_COLUMNS, _holds_images, _IMAGE_TYPES)
-    if image is None:
-        raise _mismatch(schema, url, "image", f"no column {', '.join(IMAGE_COLUMNS)}", _IMAGE_TYPES)
+    if with_images:
+        image = _find(schema, url, "image", image, IMAGE_COLUMNS, _holds_images, _IMAGE_TYPES)
+        if image is None:
+            raise _mismatch(schema, url, "image", f"no column {', '.join(IMAGE_COLUMNS)}", _IMAGE_TYPES)
     return Columns(
-        image,
+        image if with_images else None,
         _find(schema, url, "caption", caption, CAPTION_COLUMNS, _holds_captions, _CAPTION_TYPES),
         _find(schema, url, "key", key, KEY_COLUMNS, _holds_keys, _KEY_TYPES),
         _ERROR_COLUMN if _ERROR_COLUMN in schema.names else None,
@@ -89,16 +92,20 @@ def check_metadata(schema: pa.Schema, url: str, names: Sequence[str]) -> None:
             raise _mismatch(schema, url, "metadata", f"no column {name!r}", "any type")
 
 
-def images(batch: pa.RecordBatch, column: str, needed: bool) -> tuple[list[bytes | None], list[str | None]]:
+def images(
+    batch: pa.RecordBatch, column: str | None, needed: bool
+) -> tuple[list[bytes | None], list[str | None]]:
     """Returns image and path of each row, None where null.
 
     Args:
         batch: Rows of the file.
-        column: The image column.
+        column: The image column; None where it was not read: all images are empty then.
         needed: Whether the images' bytes are wanted; if not, those that are there are empty.
     """
-    array = _column(batch, column)
     paths: list[str | None] = [None] * batch.num_rows
+    if column is None:
+        return [b""] * batch.num_rows, paths
+    array = _column(batch, column)
     if pa.types.is_struct(array.type):
         if "path" in [field.name for field in array.type]:
             paths = values(pc.struct_field(array, "path"))

@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from transforms import storage
+from transforms.errors import InputError
 from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
 from transforms.sources.columns import Columns, captions, check_metadata, find_columns, images, keys, metadata
 from transforms.sources.shardfile import ShardDamage, image_name, input_files, metadata_text
 
 _BATCH_ROWS = 64
+_TEXT_BATCH_ROWS = 1024
 _BATCH_BYTES = 4 << 20
 _BUFFER_BYTES = 1 << 20
 _REMOTE_BLOCK_BYTES = 4 << 20
@@ -34,6 +36,9 @@ class ParquetSource(Source):
             column with a usual name (`transforms.sources.columns`).
         caption_column: Column of the captions: a string or a list of strings. There need be none.
         key_column: Column of the keys: strings or integers. Where there is none, rows are numbered.
+        with_images: Whether the images are read. Without them every row has empty bytes, and there need be no
+            such column.
+        strict: Whether damage is an error: an earlier output can be made again, so nothing of it need be lost.
     """
 
     urls: tuple[str, ...]
@@ -42,6 +47,8 @@ class ParquetSource(Source):
     image_column: str | None = None
     caption_column: str | None = None
     key_column: str | None = None
+    with_images: bool = True
+    strict: bool = False
 
     def inputs(self) -> list[InputFile]:
         """Returns the shard files with their sizes."""
@@ -66,6 +73,8 @@ class ParquetSource(Source):
                 self.image_column,
                 self.caption_column,
                 self.key_column,
+                self.with_images,
+                self.strict,
             )
             for name, file, url in zip(names, files, self.urls, strict=True)
         ]
@@ -85,6 +94,8 @@ class ParquetShard(Shard):
         image_column: As in `ParquetSource`.
         caption_column: As in `ParquetSource`.
         key_column: As in `ParquetSource`.
+        with_images: As in `ParquetSource`.
+        strict: As in `ParquetSource`.
     """
 
     url: str
@@ -93,6 +104,8 @@ class ParquetShard(Shard):
     image_column: str | None = None
     caption_column: str | None = None
     key_column: str | None = None
+    with_images: bool = True
+    strict: bool = False
 
     def check_columns(self) -> None:
         """Checks the columns from the file's footer. A file that is damaged says nothing: its reader will.
@@ -112,12 +125,13 @@ class ParquetShard(Shard):
 
         Raises:
             OptionError: A column is missing or of a type that cannot be used.
+            InputError: The file is damaged, and the source is strict.
         """
         with contextlib.ExitStack() as stack:
             try:
                 file = stack.enter_context(_open(self.url))
             except ShardDamage as damage:
-                yield Lost("", 0, damage.reason, f"{self.source}: {damage}")
+                yield self._lost(0, damage.reason, f"{self.source}: {damage}")
                 return
             columns = self._columns(file)
             num_records = first_row = 0
@@ -134,7 +148,7 @@ class ParquetShard(Shard):
         total = file.metadata.row_group(group).num_rows
         num_rows = 0
         damage: Exception | None = None
-        for batch_rows in (_batch_rows(file.metadata.row_group(group)), 1):
+        for batch_rows in (_batch_rows(file.metadata.row_group(group), columns), 1):
             # After damage once more, row by row: of the batch that it hit, the first rows may be whole.
             position = 0
             try:
@@ -152,7 +166,15 @@ class ParquetShard(Shard):
                 damage = error
         place = f"{self.source}, row group {group}, row {num_rows} of its {total}"
         message = f"{place}: {damage or 'there are no more'}. {total - num_rows} rows are lost."
-        yield Lost("", first_row + num_rows, "shard_corrupt", message)
+        yield self._lost(first_row + num_rows, "shard_corrupt", message)
+
+    def _lost(self, row: int, reason: str, message: str) -> Lost:
+        if self.strict:
+            raise InputError(
+                f"{self.url} is damaged: {message} Run `diptych verify` on its output, delete the files that it names, "
+                "and run the job that wrote them again."
+            )
+        return Lost("", row, reason, message)
 
     def _batch(
         self, batch: pa.RecordBatch, columns: Columns, first_row: int, needed: bool
@@ -179,7 +201,7 @@ class ParquetShard(Shard):
 
     def _columns(self, file: pq.ParquetFile) -> Columns:
         asked = self.image_column, self.caption_column, self.key_column
-        return find_columns(file.schema_arrow, self.url, *asked, self.metadata_columns)
+        return find_columns(file.schema_arrow, self.url, *asked, self.metadata_columns, self.with_images)
 
 
 @contextlib.contextmanager
@@ -223,7 +245,12 @@ def _read_footer(file: pa.NativeFile) -> pq.ParquetFile:
         raise ShardDamage("shard_corrupt", f"its footer, before byte {size}, is damaged: {error}") from error
 
 
-def _batch_rows(group: pq.RowGroupMetaData) -> int:
+def _batch_rows(group: pq.RowGroupMetaData, columns: Columns) -> int:
     """Returns the rows of a batch: fewer where rows are large, so that memory stays bounded."""
-    row_bytes: int = group.total_byte_size // max(1, group.num_rows)
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
+    parts = (group.column(index) for index in range(group.num_columns))
+    wanted = tuple(f"{name}." for name in columns.names)
+    size_bytes = sum(
+        part.total_uncompressed_size for part in parts if f"{part.path_in_schema}.".startswith(wanted)
+    )
+    most = _BATCH_ROWS if columns.image else _TEXT_BATCH_ROWS
+    return max(1, min(most, _BATCH_BYTES // max(1, size_bytes // max(1, group.num_rows))))

@@ -1,0 +1,87 @@
+"""How many rows a model may fail on: a bad row costs a row, a bad model must not cost all of them."""
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+
+import pyarrow.parquet as pq
+
+from transforms.errors import DiptychError
+from transforms.storage import input_errors, join, locate
+
+MODEL_ERROR = "model_error"
+# Before so many rows were seen, their share says nothing
+_FEWEST_ROWS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class FailureLimit:
+    """The share of rows that a model may fail on.
+
+    Attributes:
+        stage: Stage of its rejects.
+        max_rate: The share, 0 to 1.
+    """
+
+    stage: str
+    max_rate: float
+
+    def is_passed(self, failures: int, rows: int) -> bool:
+        """Tells, while a job runs, whether it fails on too many of the rows that it has seen."""
+        return failures > self.max_rate * rows and (rows >= _FEWEST_ROWS or self.max_rate == 0)
+
+    def check_totals(self, rejected: Mapping[str, int], written: int, root: str) -> None:
+        """Checks the whole, where a few rows are enough: one bad row is none too many unless it is the only one.
+
+        Args:
+            rejected: Rows rejected, by reason.
+            written: Rows written.
+            root: The output folder, to look there for what went wrong.
+
+        Raises:
+            DiptychError: The model failed on too many.
+        """
+        failures = rejected.get(MODEL_ERROR, 0)
+        rows = failures + written
+        if failures > self.max_rate * rows and (failures > 1 or rows == 1 or self.max_rate == 0):
+            raise self.error(_first_message(root, self.stage), failures, rows)
+
+    def error(self, first: str, failures: int, rows: int) -> DiptychError:
+        """Returns the error to stop a job with."""
+        return DiptychError(
+            f"The model fails on {failures} of {rows} rows, more than --max_failure_rate {self.max_rate:g} of them. "
+            f"The first: {first}. Mend what is wrong, with --overwrite where rows were rejected for it, or allow more."
+        )
+
+
+class FailureCount:
+    """Counts the failures of one process, in any of its threads."""
+
+    def __init__(self, limit: FailureLimit) -> None:
+        self._limit, self._lock = limit, threading.Lock()
+        self._failures = self._rows = 0
+        self._first = ""
+
+    def add(self, rows: int, messages: list[str]) -> None:
+        """Counts rows, and of them those that failed.
+
+        Raises:
+            DiptychError: These are too many.
+        """
+        with self._lock:
+            self._rows += rows
+            self._failures += len(messages)
+            self._first = self._first or (messages[0] if messages else "")
+            if messages and self._limit.is_passed(self._failures, self._rows):
+                raise self._limit.error(self._first, self._failures, self._rows)
+
+
+def _first_message(root: str, stage: str) -> str:
+    """Returns the message of the first reject of a stage."""
+    folder = join(root, "rejects", stage)
+    with input_errors(folder):
+        fs, path = locate(folder)
+        fs.invalidate_cache(path)  # or it lists what was there before the run
+        names = sorted(name for name in fs.ls(path, detail=False) if name.endswith(".parquet"))
+        with fs.open(names[0], "rb") as file:
+            return str(pq.read_table(file, columns=["message"])["message"][0])
