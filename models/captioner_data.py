@@ -1,7 +1,7 @@
 """What the training of a captioner is given, and what it is asked for."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 SCORES = ("BLEU-1", "BLEU-4", "CIDEr")
@@ -108,6 +108,7 @@ class Progress(NamedTuple):
         done: Rows done in this phase and epoch.
         total: Rows of it.
         loss: Mean training loss of the epoch so far; None before the first step.
+        entry: The epoch's entry of the history, once it is validated.
     """
 
     phase: str
@@ -115,6 +116,7 @@ class Progress(NamedTuple):
     done: int
     total: int
     loss: float | None = None
+    entry: Mapping[str, float] = {}
 
 
 History = list[dict[str, float]]

@@ -53,7 +53,7 @@ def train_captioner(
 
     Args:
         data: To train on, and to choose the best epoch by.
-        output: Local folder for the model; the checkpoint is kept in it until the end.
+        output: Local folder for the model; the checkpoint is left in it, for who calls to delete.
         options: What to train, and how.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         on_progress: Is told how far it is.
@@ -250,7 +250,6 @@ class _Training:
         self._put(self._best)
         self._set_training(False)
         self._network.save(output)
-        checkpoints.clear()
         return self._at.history
 
     def _is_over(self) -> bool:
@@ -351,6 +350,8 @@ class _Training:
         )
         self._at.loss_sum = 0.0
         self._put(current)
+        num_rows = len(self._validation)
+        self._on_progress(Progress("validating", epoch, num_rows, num_rows, entry=self._at.history[-1]))
 
     def _caption_validation(self, epoch: int) -> tuple[float, list[list[str]], list[list[list[str]]]]:
         options, split, network = self._options, self._validation, self._network
@@ -366,7 +367,8 @@ class _Training:
                 found = network.search(self._pictures.regions(step.pictures), asked)
                 candidates += [network.vocabulary.decode(best[0].words).split() for best in found]
                 references += split.captions(rows)
-            self._report("validating", epoch, rows[-1] + 1)
+            if rows[-1] + 1 < len(split):  # the last comes with the scores
+                self._report("validating", epoch, rows[-1] + 1)
         return total / count, candidates, references
 
     def _report(self, phase: str, epoch: int, done: int) -> None:

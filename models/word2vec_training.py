@@ -132,7 +132,6 @@ def train_word2vec(
         on_progress(Progress("validating", epoch, num_captions, num_captions, record["train_loss"]))
     model = Word2Vec(list(trainer.wv.index_to_key), run.best, TextOptions())
     model.save(output)
-    checkpoints.clear()
     return {
         "history": run.history,
         "best_epoch": run.best_epoch,

@@ -192,9 +192,11 @@ def _shows(display: Display) -> Callable[[Progress], None]:
 
     def on_progress(progress: Progress) -> None:
         nonlocal loss
-        display.rows(*progress)
+        display.rows(progress.phase, progress.epoch, progress.done, progress.total, progress.loss)
         loss = progress.loss if progress.loss is not None else loss
-        if progress.phase == "validating" and progress.done >= progress.total and loss is not None:
+        if progress.entry:
+            display.epoch(progress.entry)
+        elif progress.phase == "validating" and progress.done >= progress.total and loss is not None:
             display.epoch({"epoch": progress.epoch + 1, "train_loss": loss})
 
     return on_progress
