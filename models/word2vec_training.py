@@ -101,7 +101,7 @@ def train_word2vec(
         output: Local folder.
         options: What and how to learn.
         on_progress: Is told how far it is: `reading` for the vocabulary, `training` in each epoch (from a thread of
-            its own), and `validating` with the training loss at the end of one.
+            its own), and `validating` with the epoch's entry of `history` at the end of one.
 
     Returns:
         `history`, a list of {epoch, alpha, train_loss, validation_loss} (epochs from 1; no loss where there is nothing
@@ -120,16 +120,16 @@ def train_word2vec(
     while len(run.history) < options.epochs and not _has_stopped(run, options.patience):
         epoch = len(run.history)
         _train_epoch(trainer, captions, vocabulary, epoch, options, on_progress)
-        record = {
-            "epoch": epoch + 1,
-            "alpha": _alphas(epoch, options)[0],
+        losses = {
             "train_loss": train_loss.measure(trainer),
             "validation_loss": validation_loss.measure(trainer),
         }
-        run.add({name: value for name, value in record.items() if value is not None}, trainer.wv.vectors)
+        record: dict[str, float] = {"epoch": epoch + 1, "alpha": _alphas(epoch, options)[0]}
+        record.update({name: loss for name, loss in losses.items() if loss is not None})
+        run.add(record, trainer.wv.vectors)
         checkpoints.save(epoch + 1, run.tensors(trainer), run.state(fingerprint))
-        num_captions = vocabulary.num_captions
-        on_progress(Progress("validating", epoch, num_captions, num_captions, record["train_loss"]))
+        total = vocabulary.num_captions
+        on_progress(Progress("validating", epoch, total, total, losses["train_loss"], record))
     model = Word2Vec(list(trainer.wv.index_to_key), run.best, TextOptions())
     model.save(output)
     return {
@@ -252,11 +252,11 @@ class _Run:
         best_epoch: Which that was; 0 before the first.
     """
 
-    history: list[dict[str, Any]]
+    history: list[dict[str, float]]
     best: Vectors
     best_epoch: int
 
-    def add(self, record: dict[str, Any], vectors: Vectors) -> None:
+    def add(self, record: dict[str, float], vectors: Vectors) -> None:
         """Takes in an epoch."""
         least = min((before.get("validation_loss", math.inf) for before in self.history), default=math.inf)
         self.history.append(record)

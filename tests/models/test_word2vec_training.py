@@ -210,7 +210,9 @@ def test_progress(tmp_path, monkeypatch):
         *[("training", 1, n, 300) for n in (0, 100, 200)],
         ("validating", 1, 300, 300),
     ]
-    assert [p.loss for p in told if p.phase == "validating"] == [r["train_loss"] for r in found["history"]]
+    validated = [p for p in told if p.phase == "validating"]
+    assert [p.entry for p in validated] == found["history"]
+    assert [p.loss for p in validated] == [entry["train_loss"] for entry in found["history"]]
     assert [record["alpha"] for record in found["history"]] == pytest.approx([0.05, 0.02505])
 
 
