@@ -93,7 +93,7 @@ def train_word2vec(
 
     The loss is that of negative sampling (Mikolov et al. 2013, equation 4), the mean over all word-context pairs of the
     first 2,000 captions of a set, without thinning, against negatives drawn once. A checkpoint is kept in
-    `output/checkpoint` while training lasts; the same call goes on from it, and its result is the same.
+    `output/checkpoint`, which the caller deletes; until then the same call goes on from it, and its result is the same.
 
     Args:
         captions: Gives the training captions, the same ones in the same order in each call.

@@ -108,7 +108,9 @@ def test_killed_and_resumed_is_as_undisturbed(tmp_path, monkeypatch, phase):
     assert resumed == undisturbed
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert min(epochs) == (3 if phase == "validating" else 2)
-    assert not list((tmp_path / "killed" / "checkpoint").glob("*"))
+    epochs.clear()
+    again = train(tmp_path / "killed", on_progress=lambda progress: epochs.append(progress.epoch))
+    assert (again, epochs) == (undisturbed, []), "a training that is done is not done again"
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
