@@ -18,6 +18,7 @@ from transforms.errors import InputError
 from transforms.sources import open_source, output_of
 from transforms.sources.base import Source
 from transforms.sources.parquet import ParquetSource
+from transforms.sources.texts import TextSource
 
 # Libraries that decide what a model of a kind gives
 _LIBRARIES = {
@@ -67,7 +68,10 @@ def open_input(options: ModelJobOptions, with_images: bool) -> Input:
             )
     source = open_source(options.inputs, options.format, options.source)
     is_prepared = all(outputs)
-    if isinstance(source, ParquetSource):
+    asked = options.source.image_column, options.source.caption_column, options.source.key_column
+    if isinstance(source, ParquetSource) and is_prepared and not with_images and not any(asked):
+        source = TextSource(source.urls, source.root)
+    elif isinstance(source, ParquetSource):
         source = dataclasses.replace(source, with_images=with_images, strict=is_prepared)
     return Input(source, is_prepared, derived)
 

@@ -12,11 +12,12 @@ from apache_beam.pvalue import DoOutputsTuple, PCollection, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
 from transforms.binary import BinaryBuilder
-from transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
+from transforms.chunk import Chunk, ChunkKey, Reject, concat, reject_batch
 from transforms.progress import progress
 from transforms.schemas import RAW_TEXT, raw_schema
 from transforms.sink import Commit, Sink, committed
 from transforms.sources.base import Lost, Record, Row, Shard
+from transforms.sources.texts import TextShard
 
 # A chunk also ends here, so that photos of many megabytes do not add up
 _MAX_CHUNK_BYTES = 64 << 20
@@ -49,6 +50,30 @@ def read_chunks(
             record = record._replace(data=None)
         chunk.append(record)
     yield chunk.finish(last=True)
+
+
+def read_text_chunks(shard: TextShard, chunk_rows: int, done: Sequence[Commit] = ()) -> Iterator[Chunk]:
+    """Yields the chunks of captions of a shard that are not committed yet, as `read_chunks` cuts them.
+
+    Args:
+        shard: What to read.
+        chunk_rows: Most rows a chunk.
+        done: The commits of the shard's first chunks.
+    """
+    key, parts = ChunkKey(shard.name, len(done)), [pa.RecordBatch.from_pylist([], schema=RAW_TEXT)]
+    num_rows = num_bytes = 0
+    no_rejects = reject_batch(shard.name, "read", ())
+    for batch in shard.batches(skip=sum(commit.records for commit in done)):
+        while len(batch):
+            if num_rows >= chunk_rows or num_bytes >= _MAX_CHUNK_BYTES:
+                yield Chunk(key, concat(parts), no_rejects, last=False)
+                key, parts = ChunkKey(shard.name, key.index + 1), parts[:1]
+                num_rows = num_bytes = 0
+            part = batch.slice(0, chunk_rows - num_rows)
+            batch = batch.slice(len(part))
+            parts.append(part)
+            num_rows, num_bytes = num_rows + len(part), num_bytes + part.nbytes
+    yield Chunk(key, concat(parts), no_rejects, last=True)
 
 
 class _ChunkBuilder:
@@ -174,7 +199,10 @@ class _Read(beam.DoFn):
             progress.reading(shard.name, 1.0)
             return
         records, num_bytes = sum(commit.records for commit in done), 0
-        chunks = read_chunks(shard, self._chunk_rows, self._schema, done, self._keep_bytes)
+        if isinstance(shard, TextShard):
+            chunks = read_text_chunks(shard, self._chunk_rows, done)
+        else:
+            chunks = read_chunks(shard, self._chunk_rows, self._schema, done, self._keep_bytes)
         for chunk in read_ahead(chunks):
             records += chunk.num_records
             num_bytes += chunk.rows.nbytes

@@ -278,3 +278,17 @@ def test_chunks_pass_through_a_shuffle() -> None:
                 [("s-00000.parquet", ["k0", "k1", "k2"], 4, False), ("é/s-00007.parquet", ["k2"], 1, True)]
             ),
         )
+
+
+def test_exploding_keeps_the_number_of_records() -> None:
+    chunk = chunk_of(
+        raw_rows([["a", "b"], [], ["c"]]), reject_batch("s", "read", [Reject("k", 9, "empty", "m")])
+    )
+    assert (chunk.num_read, chunk.num_records) == (4, 4)
+    rows = take_rows(chunk.rows, [0, 0, 2])
+    exploded = chunk.explode("text", rows, [Reject("k1", 1, "no_caption", "none")])
+    assert (exploded.num_read, exploded.num_records, exploded.records) == (5, 4, 4)
+    assert exploded.rejects["reason"].to_pylist() == ["empty", "no_caption"]
+    fewer = exploded.advance("embed", take_rows(rows, [0, 1]), [Reject("k2", 2, "model_error", "m")])
+    assert (fewer.num_read, fewer.num_records) == (5, 4)
+    assert CODER.decode(CODER.encode(fewer)) == fewer

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import apache_beam as beam
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transforms import finish as finish_module
-from transforms.errors import OutputError
-from transforms.finish import SUCCESS, FinishJob, Totals, finish, success_json, sum_totals
+from transforms.errors import DiptychError, OutputError
+from transforms.failures import FailureLimit
+from transforms.finish import SUCCESS, FinishJob, Totals, finish, read_success, success_json, sum_totals
 from transforms.sink import Commit
 
 
@@ -100,6 +102,23 @@ class TestFinish:
         ):
             finish(TOTALS, str(tmp_path), "images", num_shards, {})
         assert {path.name for path in tmp_path.iterdir()} == {"_plan"}
+
+    def test_the_totals_of_other_data_sets_stay(self, tmp_path):
+        finish(TOTALS, str(tmp_path), "images", 2, {})
+        finish(TOTALS, str(tmp_path), "captions", 2, {"x": 1})
+        assert read_success(str(tmp_path)) == {
+            "images": TOTALS,
+            "captions": TOTALS.merge(Totals(counters={"x": 1})),
+        }
+
+    def test_where_the_model_failed_too_often_nothing_is_finished(self, tmp_path):
+        class Limit(FailureLimit):
+            def check_totals(self, rejected: Mapping[str, int], written: int, root: str) -> None:
+                raise DiptychError(f"{rejected['empty']} {written} {root} {self.max_rate}")
+
+        with pytest.raises(DiptychError, match=f"^1 21 {tmp_path} 0.5$"):
+            finish(TOTALS, str(tmp_path), "captions", 2, {}, Limit("caption", 0.5))
+        assert names_in(tmp_path) == set()
 
     def test_again_it_is_the_same(self, tmp_path):
         finish(TOTALS, str(tmp_path), "images", 2, {})

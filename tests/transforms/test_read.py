@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +18,11 @@ from transforms import read as read_module
 from transforms.chunk import Chunk, ChunkKey
 from transforms.errors import InputError, OutputError
 from transforms.progress import progress
-from transforms.read import ReadShards, read_ahead, read_chunks
-from transforms.schemas import REJECTS, images_schema, raw_schema
+from transforms.read import ReadShards, read_ahead, read_chunks, read_text_chunks
+from transforms.schemas import RAW_TEXT, REJECTS, images_schema, raw_schema
 from transforms.sink import Commit, Sink, commit_chunk
 from transforms.sources.base import Lost, Record, Row, Shard
+from transforms.sources.texts import TextShard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +155,80 @@ class TestReadChunks:
         assert left == chunks[num_done:]
         assert sum(chunk.num_read for chunk in chunks) == len(records)
         assert all(chunk.num_read for chunk in chunks[:-1])
+
+    def test_without_images_none_is_asked_for(self):
+        class Asked(ListShard):
+            def records(self, skip: int) -> Iterator[Record]:
+                skips.append(skip)
+                return super().records(skip)
+
+        skips: list[int] = []
+        lost = Lost("k1", 1, "missing_image", "m")
+        content = (row_of(0), lost, row_of(2), row_of(2), row_of(3))
+        chunks = list(read_chunks(Asked("shard", 100, 5, content), 3, RAW_TEXT))
+        assert skips == [sys.maxsize]
+        assert [chunk.rows.to_pylist() for chunk in chunks] == [
+            [{"key": f"k{number}", "captions": ["a", "b"], "row": number} for number in numbers]
+            for numbers in ((0, 2), (3,))
+        ]
+        assert [chunk.rejects["reason"].to_pylist() for chunk in chunks] == [
+            ["missing_image"],
+            ["duplicate_key"],
+        ]
+
+    def test_records_that_became_several_rows_are_skipped_as_records(self):
+        chunks = read(shard_of(*map(row_of, range(7))))
+        done = dataclasses.replace(commit_of(chunks[0]), read=40, written=40)
+        assert read(shard_of(*map(row_of, range(7))), done=[done]) == chunks[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShard(TextShard):
+    """Texts of batches that are there already."""
+
+    sizes: tuple[int, ...]
+
+    def batches(self, skip: int) -> Iterator[pa.RecordBatch]:
+        first = 0
+        for size in self.sizes:
+            numbers = range(max(first, skip), first + size)
+            first += size
+            yield pa.RecordBatch.from_arrays(
+                [
+                    pa.array([f"k{number}" for number in numbers], pa.string()),
+                    pa.array([["caption"] * (number % 3) for number in numbers], pa.list_(pa.string())),
+                    pa.array(numbers, pa.int64()),
+                ],
+                schema=RAW_TEXT,
+            )
+
+
+class TestReadTextChunks:
+    @given(
+        sizes=st.lists(st.integers(0, 7), max_size=6),
+        chunk_rows=st.integers(1, 9),
+        most_bytes=st.sampled_from([1, 150, 10**6]),
+        data=st.data(),
+    )
+    def test_cuts_anywhere_and_goes_on_with_what_was_left(self, sizes, chunk_rows, most_bytes, data):
+        shard = BatchShard("shard", 0, None, "", "", tuple(sizes))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(read_module, "_MAX_CHUNK_BYTES", most_bytes)
+            chunks = list(read_text_chunks(shard, chunk_rows))
+            num_done = data.draw(st.integers(0, len(chunks) - 1))
+            done = [dataclasses.replace(commit_of(chunk), read=10**6) for chunk in chunks[:num_done]]
+            left = list(read_text_chunks(shard, chunk_rows, done))
+        assert left == chunks[num_done:]
+        assert [row for chunk in chunks for row in chunk.rows["row"].to_pylist()] == list(range(sum(sizes)))
+        assert [chunk.key.index for chunk in chunks] == list(range(len(chunks)))
+        assert [chunk.last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert all(0 < len(chunk) <= chunk_rows for chunk in chunks[:-1])
+        if most_bytes == 10**6:
+            assert [len(chunk) for chunk in chunks[:-1]] == [chunk_rows] * (len(chunks) - 1)
+
+    def test_of_no_rows_is_a_chunk_too(self):
+        (chunk,) = read_text_chunks(BatchShard("shard", 0, None, "", "", ()), 5)
+        assert (len(chunk), chunk.last, chunk.rows.schema) == (0, True, RAW_TEXT)
 
 
 class TestReadAhead:

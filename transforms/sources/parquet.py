@@ -113,7 +113,7 @@ class ParquetShard(Shard):
         Raises:
             OptionError: A column is missing or of a type that cannot be used.
         """
-        with contextlib.suppress(ShardDamage), _open(self.url) as file:
+        with contextlib.suppress(ShardDamage), open_parquet(self.url) as file:
             self._columns(file)
             check_metadata(file.schema_arrow, self.url, self.metadata_columns)
 
@@ -129,7 +129,7 @@ class ParquetShard(Shard):
         """
         with contextlib.ExitStack() as stack:
             try:
-                file = stack.enter_context(_open(self.url))
+                file = stack.enter_context(open_parquet(self.url))
             except ShardDamage as damage:
                 yield self._lost(0, damage.reason, f"{self.source}: {damage}")
                 return
@@ -170,10 +170,7 @@ class ParquetShard(Shard):
 
     def _lost(self, row: int, reason: str, message: str) -> Lost:
         if self.strict:
-            raise InputError(
-                f"{self.url} is damaged: {message} Run `diptych verify` on its output, delete the files that it names, "
-                "and run the job that wrote them again."
-            )
+            raise damaged_output(self.url, message)
         return Lost("", row, reason, message)
 
     def _batch(
@@ -204,8 +201,16 @@ class ParquetShard(Shard):
         return find_columns(file.schema_arrow, self.url, *asked, self.metadata_columns, self.with_images)
 
 
+def damaged_output(url: str, message: str) -> InputError:
+    """Returns the error of a damaged file of an earlier output."""
+    return InputError(
+        f"{url} is damaged: {message} Run `diptych verify` on its output, delete the files that it names, and run the "
+        "job that wrote them again."
+    )
+
+
 @contextlib.contextmanager
-def _open(url: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
     """Opens a file for reading in bounded memory.
 
     Raises:

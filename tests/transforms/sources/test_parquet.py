@@ -29,9 +29,9 @@ def shard_of(path, **options):
     return shard
 
 
-def write(path, columns, schema=None, **options):
+def write(path, columns, schema=None, check=True, **options):
     pq.write_table(pa.table(columns, schema=schema), path, **options)
-    return shard_of(path)
+    return shard_of(path) if check else None
 
 
 def columns(count, start=0):
@@ -285,3 +285,41 @@ def test_images_of_skipped_rows_are_told_from_missing_ones(path):
     ]
     for skip in range(6):
         assert list(shard.rows(skip=skip)) == records[skip:]
+
+
+class TestWithoutImages:
+    def test_their_column_is_not_read(self, path):
+        table = columns(5)
+        table["image"][2] = None
+        write(path, table, compression="none", use_dictionary=False)
+        whole = path.read_bytes()
+        start = whole.index(JPEG)
+        path.write_bytes(whole[:start] + bytes(2000) + whole[start + 2000 :])
+        rows = list(shard_of(path, with_images=False).rows())
+        assert [(row.key, row.image, row.row) for row in rows] == [(f"{i:04d}", b"", i) for i in range(5)]
+        assert [list(row.captions) for row in rows] == table["captions"]
+
+    def test_there_need_be_none(self, path):
+        write(path, {"id": [7], "text": ["a"], "note": ["b"]}, check=False)
+        (row,) = shard_of(path, with_images=False, metadata_columns=("note",)).rows()
+        assert (row.key, row.captions, row.metadata) == ("7", ["a"], {"note": "b"})
+        with pytest.raises(OptionError, match="has no column image"):
+            shard_of(path)
+
+
+class TestStrict:
+    @pytest.mark.parametrize("damage", ["page", "footer"])
+    def test_damage_is_an_error_with_the_remedy(self, path, damage):
+        write(path, columns(5), compression="none", write_page_checksum=True)
+        whole = bytearray(path.read_bytes())
+        whole[whole.index(JPEG) + 5 if damage == "page" else -5] ^= 1
+        path.write_bytes(whole)
+        assert isinstance(list(shard_of(path).rows())[-1], Lost)
+        with pytest.raises(
+            InputError, match=r"shard\.parquet is damaged: .* Run `diptych verify` on its output"
+        ):
+            list(shard_of(path, strict=True).rows())
+
+    def test_what_is_whole_is_read_as_ever(self, path):
+        write(path, columns(5))
+        assert list(shard_of(path, strict=True).rows()) == list(shard_of(path).rows())

@@ -14,7 +14,7 @@ import webdataset
 
 from pipelines.scene_folders import write_data_set
 from transforms.errors import InputError, OptionError
-from transforms.sources import SourceOptions, open_source
+from transforms.sources import SourceOptions, open_source, output_of
 from transforms.sources.base import Row
 from transforms.sources.coco import CocoSource
 from transforms.sources.files import FilesSource
@@ -180,3 +180,28 @@ def test_an_output_below_its_input_is_not_read(home: Path, tmp_path: Path) -> No
     (tmp_path / "in/out/_job.json").write_text("{}")
     source = open_source([str(tmp_path / "in")], "auto", SourceOptions())
     assert [shard.name for shard in source.shards("", 10)] == ["part__a"]
+
+
+@pytest.mark.parametrize(
+    ("url", "is_output"),
+    [
+        ("out", True),
+        ("out/", True),
+        ("out/images", True),
+        ("out/images/", True),
+        ("out/images/*.parquet", True),
+        ("out/images/a-00000.parquet", True),
+        ("out/captions", False),
+        ("out/rejects/read", False),
+        ("data", False),
+        ("data/images", False),
+        ("data/images/*.jpg", False),
+        ("missing", False),
+    ],
+)
+def test_an_output_is_told_from_other_data(tmp_path: Path, url: str, is_output: bool) -> None:
+    for folder in ("out/images", "out/captions", "data/images"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "out/_job.json").write_text("{}")
+    expected = f"file://{tmp_path}/out" if is_output else None
+    assert output_of(f"{tmp_path}/{url}") == expected

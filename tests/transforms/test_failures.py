@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
+from transforms.errors import DiptychError
+from transforms.failures import FailureCount, FailureLimit
+from transforms.schemas import captions_schema
+from transforms.sink import Sink, commit_chunk
+
+
+@pytest.mark.parametrize(
+    ("failures", "rows", "rate", "expected"),
+    [
+        (2, 20, 0.1, False),
+        (3, 20, 0.1, True),
+        (19, 19, 0.1, False),
+        (1, 1, 0.0, True),
+        (0, 100, 0.0, False),
+        (100, 100, 1.0, False),
+    ],
+)
+def test_while_it_runs_a_job_needs_some_rows_to_tell(
+    failures: int, rows: int, rate: float, expected: bool
+) -> None:
+    assert FailureLimit("embed", rate).is_passed(failures, rows) is expected
+
+
+@pytest.mark.parametrize(
+    ("failures", "written", "rate", "fails"),
+    [
+        (0, 10, 0.0, False),
+        (1, 3, 0.1, False),
+        (1, 3, 0.0, True),
+        (1, 0, 0.1, True),
+        (2, 2, 0.1, True),
+        (2, 18, 0.1, False),
+        (5, 0, 1.0, False),
+    ],
+)
+def test_in_the_end_a_few_rows_are_enough(
+    tmp_path: Path, failures: int, written: int, rate: float, fails: bool
+) -> None:
+    lost = [Reject("k", number, "model_error", f"trouble {number}") for number in range(failures)]
+    rows = pa.RecordBatch.from_pylist([], schema=captions_schema())
+    sink = Sink(str(tmp_path), "captions", {"fingerprint": ""}, captions_schema())
+    commit_chunk(sink, Chunk(ChunkKey("s", 0), rows, reject_batch("s", "caption", lost), True))
+    rejected = {"model_error": failures, "no_caption": 1000}
+    limit = FailureLimit("caption", rate)
+    if not fails:
+        limit.check_totals(rejected, written, str(tmp_path))
+        return
+    message = (
+        rf"{failures} of {failures + written} rows, more than --max_failure_rate {rate:g} .* trouble 0\."
+    )
+    with pytest.raises(DiptychError, match=message):
+        limit.check_totals(rejected, written, str(tmp_path))
+
+
+def test_the_count_names_the_first() -> None:
+    count = FailureCount(FailureLimit("embed", 0.1))
+    count.add(15, ["first", "second"])
+    count.add(5, [])
+    with pytest.raises(DiptychError, match=r"fails on 3 of 25 rows, .* The first: first"):
+        count.add(5, ["third"])
