@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test check install clean
 
-demo: .venv/installed
+demo: .venv/demoed
 	$(BIN)/diptych demo --output demo
 
 test: .venv/tested
@@ -23,6 +23,10 @@ install: .venv/installed
 
 .venv/installed: .venv/bin/python setup.py
 	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/demoed: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	touch $@
 
 .venv/tested: .venv/installed

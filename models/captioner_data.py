@@ -59,7 +59,8 @@ class CaptionerTraining:
         min_word_count: Rarer words are unknown.
         max_words: Captions are cut after this many words.
         epochs: At most.
-        batch_size: Images a step, with all their captions.
+        batch_size: Images a step.
+        captions_per_image: Captions of each that a step learns from, drawn anew each time; 0 takes all.
         learning_rate: Highest; warmed up, then lowered to zero by a cosine.
         encoder_learning_rate: The same, of the encoder where it is trained.
         weight_decay: AdamW's.
@@ -87,6 +88,7 @@ class CaptionerTraining:
     max_words: int = 20
     epochs: int = 15
     batch_size: int = 32
+    captions_per_image: int = 0
     learning_rate: float = 1e-3
     encoder_learning_rate: float = 1e-4
     weight_decay: float = 1e-4

@@ -265,7 +265,10 @@ class _Training:
         def load(number: int, rows: list[int]) -> _Step:
             draw = np.random.default_rng((self._options.seed, epoch, number))
             flips = draw.random(len(rows)) < (0.5 if self._options.flips else 0.0)
-            return self._load(self._train, rows, flips.tolist())
+            captions = self._train.captions(rows)
+            if most := self._options.captions_per_image:
+                captions = [[texts[i] for i in draw.permutation(len(texts))[:most]] for texts in captions]
+            return self._load(self._train, rows, captions, flips.tolist())
 
         with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
             ahead = None
@@ -276,17 +279,19 @@ class _Training:
             if ahead is not None:
                 yield ahead.result()
 
-    def _load(self, split: CaptionCache, rows: list[int], flips: list[bool]) -> _Step:
+    def _load(
+        self, split: CaptionCache, rows: list[int], captions: list[list[list[str]]], flips: list[bool]
+    ) -> _Step:
         number, most = self._network.vocabulary.number, self._options.max_words
-        texts = [
+        numbered = [
             (owner, [START, *(number(word) for word in words[:most]), END])
-            for owner, captions in enumerate(split.captions(rows))
-            for words in captions
+            for owner, texts in enumerate(captions)
+            for words in texts
         ]
-        words = torch.full((len(texts), max(len(numbers) for _, numbers in texts)), PAD)
-        for i, (_, numbers) in enumerate(texts):
+        words = torch.full((len(numbered), max(len(numbers) for _, numbers in numbered)), PAD)
+        for i, (_, numbers) in enumerate(numbered):
             words[i, : len(numbers)] = torch.tensor(numbers)
-        owners = torch.tensor([owner for owner, _ in texts])
+        owners = torch.tensor([owner for owner, _ in numbered])
         return _Step(self._pictures.load(split, rows, flips), owners, words)
 
     def _loss(self, step: _Step, label_smoothing: float, reduction: str = "mean") -> Tensor:
@@ -360,13 +365,14 @@ class _Training:
         candidates: list[list[str]] = []
         references: list[list[list[str]]] = []
         for rows in _groups(len(split)):
-            step = self._load(split, rows, [False] * len(rows))
+            captions = split.captions(rows)
+            step = self._load(split, rows, captions, [False] * len(rows))
             total += float(self._loss(step, 0.0, "sum"))
             count += int((step.words[:, 1:] != PAD).sum())
             if rows[0] < options.max_scored:
                 found = network.search(self._pictures.regions(step.pictures), asked)
                 candidates += [network.vocabulary.decode(best[0].words).split() for best in found]
-                references += split.captions(rows)
+                references += captions
             if rows[-1] + 1 < len(split):  # the last comes with the scores
                 self._report("validating", epoch, rows[-1] + 1)
         return total / count, candidates, references

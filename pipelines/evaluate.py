@@ -111,7 +111,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """Runs `diptych evaluate`; returns the exit code."""
     options = evaluate_options(args)
     report = evaluate_captions(options)
-    print(json.dumps(report) if options.json else _table(report))
+    print(json.dumps(report) if options.json else table(report))
     return 0
 
 
@@ -239,7 +239,8 @@ def _write_json(url: str, value: Any) -> None:
         fs.pipe_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def _table(report: Mapping[str, Any]) -> str:
+def table(report: Mapping[str, Any]) -> str:
+    """Returns a report of `evaluate_captions` for people."""
     scores = report["scores"] or {}
     lines = [
         f"{report['num_scored']:,} captions of {report['input']} against {report['num_references']:,} references of "

@@ -165,6 +165,26 @@ def draw_scene(seed: int, index: int) -> Scene:
     return Scene(index, image, _describe(rng, objects), objects)
 
 
+def names_objects(caption: str, objects: Sequence[SceneObject]) -> bool:
+    """Tells whether a caption names colour and shape of each of these groups, and no others."""
+    words = caption.replace(",", " ").split()
+    nouns = {form: shape for shape in SHAPES for form in (shape, f"{shape}s", f"{shape}es")}
+    # "a large red star", and "the stars are red": a colour goes with the noun after it, or with the one before its "is"
+    found, colour, noun = set(), None, None
+    for before, word in zip(["", *words], words, strict=False):
+        if word in COLOURS:
+            if before in ("is", "are") and noun is not None:
+                found.add((word, noun))
+            else:
+                colour = word
+        elif word in nouns:
+            noun = nouns[word]
+            if colour is not None:
+                found.add((colour, noun))
+            colour = None
+    return found == {(thing.colour, thing.shape) for thing in objects}
+
+
 def _choose_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
     pair = rng.random() < 0.45
     shapes = rng.permutation(list(SHAPES))[:2].tolist()

@@ -86,6 +86,8 @@ def _check_captioner(training: CaptionerTraining) -> None:
         check(getattr(training, name) >= 1, f"--{name}", getattr(training, name), "at least 1")
     for name in ("batch_size", "patience", "beam_width", "max_scored"):
         check(getattr(training, name) >= 1, f"--{name}", getattr(training, name), "at least 1")
+    most = training.captions_per_image
+    check(most >= 0, "--captions_per_image", most, "0 or more")
     for name in ("learning_rate", "encoder_learning_rate"):
         rate = getattr(training, name)
         check(rate > 0 and math.isfinite(rate), f"--{name}", rate, "above 0 and finite")
@@ -214,7 +216,8 @@ def _add_captioner_flags(model: argparse._ArgumentGroup, training: argparse._Arg
     ):
         _add_value(model, default, name, metavar, text)
     for name, metavar, text in (
-        ("batch_size", "N", "images a step, with all their captions"),
+        ("batch_size", "N", "images a step"),
+        ("captions_per_image", "N", "captions of each that a step learns from, 0 takes all"),
         ("learning_rate", "X", "the highest"),
         ("encoder_learning_rate", "X", "of the encoder, with --fine_tune"),
         ("weight_decay", "X", "of AdamW"),
