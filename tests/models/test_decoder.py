@@ -72,4 +72,6 @@ def test_regions_have_a_place_with_attention_only():
     near = torch.cat([REGIONS[:, :1] * 3, REGIONS[:, 1:] - REGIONS[:, :1] * 2 / 3], dim=1)  # the same mean
     pooled, attending = decoder(attention=False), decoder(attention=True)
     assert torch.allclose(pooled(REGIONS, OWNERS, WORDS)[0], pooled(near, OWNERS, WORDS)[0], atol=1e-5)
-    assert not torch.allclose(attending(REGIONS, OWNERS, WORDS)[0], attending(near, OWNERS, WORDS)[0], atol=1e-3)
+    assert not torch.allclose(
+        attending(REGIONS, OWNERS, WORDS)[0], attending(near, OWNERS, WORDS)[0], atol=1e-3
+    )
