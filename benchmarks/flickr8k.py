@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--epochs", type=int, help="fewer epochs, for a try")
     parser.add_argument("--precision", default="auto", help="bfloat16 is faster on CPUs that have it")
-    parser.add_argument("--length_penalty", default="1.0", help="of the beam search")
     args = parser.parse_args()
     out, start = args.output, time.monotonic()
     for name, split in {**SPLITS, "test": args.test_split}.items():
@@ -86,7 +85,7 @@ def main() -> None:
         )
         trained_s = time.monotonic() - begun
         captions, scores = str(out / "captions" / name), out / f"{name}.json"
-        search = ["--beam_width", "3", "--length_penalty", args.length_penalty]
+        search = ["--beam_width", "3"]
         diptych(
             "caption",
             "--input",

@@ -113,7 +113,7 @@ class CaptionOptions:
         beam_width: Hypotheses kept at each step; 1 is greedy.
         num_captions: Candidates an image, at most `beam_width`.
         max_words: Longest caption, in words (`hf`: new tokens).
-        length_penalty: Hypotheses compare by log-probability / length ** length_penalty.
+        length_penalty: Hypotheses compare by log-probability / length ** length_penalty; None takes the kind's own.
         no_repeat_ngram: No n-gram of this size occurs twice; 0 allows any.
         features: Also return the encoder's pooled vectors.
         generation: More flags for `generate` of a Hugging Face model, as (name, value).
@@ -122,7 +122,7 @@ class CaptionOptions:
     beam_width: int = 3
     num_captions: int = 1
     max_words: int = 20
-    length_penalty: float = 1.0
+    length_penalty: float | None = None
     no_repeat_ngram: int = 0
     features: bool = False
     generation: tuple[tuple[str, Any], ...] = ()

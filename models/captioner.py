@@ -25,6 +25,8 @@ from models.store import digest, load_state, localise, read_config, read_tensors
 from models.vocabulary import Vocabulary
 
 CONFIG, WEIGHTS, WORDS = "config.json", "model.safetensors", "vocabulary.txt"
+# 1 is for longer captions than people write: on Flickr8k 11.2 words against 10.0 at 0.7, with the better scores
+_LENGTH_PENALTY = 0.7
 _KINDS = {"lstm": "cnn-lstm", "gru": "cnn-rnn", "rnn": "cnn-rnn"}
 
 
@@ -90,7 +92,7 @@ class CaptionNetwork(nn.Module):
             beam_width=options.beam_width,
             num_captions=options.num_captions,
             max_words=options.max_words,
-            length_penalty=options.length_penalty,
+            length_penalty=_LENGTH_PENALTY if options.length_penalty is None else options.length_penalty,
             no_repeat_ngram=options.no_repeat_ngram,
         )
 

@@ -5,7 +5,8 @@ gate beta, the deep output layer); without, "Show and Tell" (Vinyals et al. 2015
 input). The annotation vectors are projected once a picture, and the output layer shares its weights with the
 word embedding (Press and Wolf 2017).
 
-B captions, N pictures, T words, M words of all captions, L regions, D encoder channels, E embedding, H hidden, A attention, V vocabulary.
+B captions, N pictures, T words, M words of all captions, L regions, D encoder channels, E embedding, H hidden, A attention,
+V vocabulary.
 """
 
 import dataclasses
@@ -173,7 +174,9 @@ class Decoder(nn.Module):
         lengths = (words[:, 1:] != PAD).sum(dim=1)
         order = lengths.argsort(descending=True, stable=True)
         words = words[order]
-        alive = (words[:, 1:] != PAD).sum(dim=0).tolist()  # captions that have a word there: the first so many
+        alive = (
+            (words[:, 1:] != PAD).sum(dim=0).tolist()
+        )  # captions that have a word there: the first so many
         picture = self.look(regions).select(owners[order])
         state = self.begin(picture)
         embedded = self.dropout(self.words(words[:, :-1]))  # (B, T, E)

@@ -211,7 +211,7 @@ def _flags(options: CaptionOptions) -> dict[str, Any]:
         "num_return_sequences": options.num_captions,
         "max_new_tokens": options.max_words,
     }
-    if options.beam_width > 1:
+    if options.beam_width > 1 and options.length_penalty is not None:
         flags["length_penalty"] = options.length_penalty
     if options.no_repeat_ngram:
         flags["no_repeat_ngram_size"] = options.no_repeat_ngram

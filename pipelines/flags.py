@@ -53,16 +53,16 @@ def add_caption_flags(parser: argparse.ArgumentParser) -> None:
         ("--beam_width", options.beam_width, "N", "hypotheses kept at each step, 1 is greedy"),
         ("--num_captions", options.num_captions, "N", "candidates an image, at most --beam_width"),
         ("--max_words", options.max_words, "N", "longest caption, in words (hf: new tokens)"),
-        (
-            "--length_penalty",
-            options.length_penalty,
-            "X",
-            "divide log-probabilities by length to the power X",
-        ),
         ("--no_repeat_ngram", options.no_repeat_ngram, "N", "let no N words occur twice, 0 allows any"),
     ):
         help = f"{text} (default {default})"
         model.add_argument(flag, type=type(default), default=default, metavar=metavar, help=help)
+    model.add_argument(
+        "--length_penalty",
+        type=float,
+        metavar="X",
+        help="divide log-probabilities by length to the power X (default 0.7; hf: the model's own)",
+    )
     model.add_argument("--features", action="store_true", help="also write the encoder's pooled vectors")
     model.add_argument(
         "--generation",

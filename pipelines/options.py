@@ -122,7 +122,8 @@ def _check_caption(options: CaptionOptions) -> None:
     bound = f"between 1 and --beam_width {options.beam_width}"
     check(1 <= options.num_captions <= options.beam_width, "--num_captions", options.num_captions, bound)
     check(options.max_words >= 1, "--max_words", options.max_words, "at least 1")
-    check(math.isfinite(options.length_penalty), "--length_penalty", options.length_penalty, "finite")
+    penalty = options.length_penalty
+    check(penalty is None or 0 <= penalty < math.inf, "--length_penalty", penalty, "0 or more, and finite")
     check(options.no_repeat_ngram >= 0, "--no_repeat_ngram", options.no_repeat_ngram, "at least 0")
 
 

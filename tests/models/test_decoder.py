@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ class TestDecoder:
         for owner, words in zip(OWNERS.tolist(), WORDS.tolist(), strict=True):
             picture = model.look(REGIONS[owner : owner + 1])
             state = model.begin(picture)
-            for word, following in zip(words, words[1:], strict=False):
+            for word, following in itertools.pairwise(words):
                 if following == PAD:
                     break
                 output, state = model.step(torch.tensor([word]), state, picture)
