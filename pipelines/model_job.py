@@ -11,7 +11,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from models.base import Model
 from models.errors import ModelError
 from models.spec import ModelSpec, load_model
-from pipelines.job import fingerprint, is_same_place, read_success, refuse_overlap
+from pipelines.job import data_files, fingerprint, is_same_place, read_success, refuse_overlap
 from pipelines.launch import Job, source_options
 from pipelines.options import ModelJobOptions
 from transforms.errors import InputError
@@ -61,10 +61,11 @@ def open_input(options: ModelJobOptions, with_images: bool) -> Input:
     if not derived:
         refuse_overlap([*options.inputs, *filter(None, [options.source.images])], options.output)
     for root in filter(None, outputs):
-        if "images" not in (read_success(root) or {}):
+        totals = (read_success(root) or {}).get("images")
+        if totals is None or totals.files != len(data_files(root, "images")):
             raise InputError(
-                f"{root} holds no images, or not all: the run that writes them has not finished. Run its "
-                "`diptych prepare` to the end, then this again."
+                f"{root} holds no images, or not all: the run that writes them has not finished, or files were deleted "
+                "since. Run its `diptych prepare` again, then this."
             )
     source = open_source(options.inputs, options.format, options.source)
     is_prepared = all(outputs)

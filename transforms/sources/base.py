@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import hashlib
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -98,6 +97,10 @@ class Shard(abc.ABC):
                 `shard_truncated` or `shard_corrupt`, that names the offset.
         """
 
+    def texts(self, skip: int) -> Iterator[Record]:
+        """Yields the records as `records` does, for a reader that wants no image: those may be empty bytes."""
+        return self.records(skip)
+
     def rows(self, skip: int = 0, with_images: bool = True) -> Iterator[Record]:
         """Yields the records after the first `skip`; a key that was there before is lost as `duplicate_key`.
 
@@ -106,7 +109,7 @@ class Shard(abc.ABC):
             with_images: Whether the images are wanted; if not, they may be empty bytes.
         """
         seen: set[bytes] = set()
-        for ordinal, record in enumerate(self.records(skip if with_images else sys.maxsize)):
+        for ordinal, record in enumerate(self.records(skip) if with_images else self.texts(skip)):
             if isinstance(record, Row):
                 digest = hashlib.blake2b(record.key.encode(), digest_size=8).digest()
                 if digest in seen:

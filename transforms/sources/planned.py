@@ -6,6 +6,7 @@ It lies with the output, and a run that goes on after a crash need not read the 
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -100,6 +101,10 @@ class PlannedShard(Shard):
             name = path.rpartition("/")[2]
             metadata = dict(zip(self.metadata_columns, entry.metadata or (), strict=True))
             yield Row(entry.key, data, name, entry.captions, self.source or path, entry.row, metadata)
+
+    def texts(self, skip: int) -> Iterator[Record]:
+        """Yields the planned rows; no image is fetched."""
+        return self.records(sys.maxsize)
 
     def _entries(self) -> list[Entry]:
         with storage.input_errors(self.plan):

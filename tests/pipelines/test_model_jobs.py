@@ -1,0 +1,722 @@
+"""`embed` and `caption` from end to end, on drawn scenes, with small models."""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+
+from models import spec as spec_module
+from models.base import CaptionModel, CaptionOptions, Captions, TextModel, TextOptions, TextVector
+from models.errors import ModelError
+from models.spec import ModelSpec
+from models.word2vec import Word2Vec
+from pipelines import scene_folders
+from pipelines.caption import caption
+from pipelines.cli import main
+from pipelines.embed import embed, embed_graph
+from pipelines.job import State, read_jobs, read_success
+from pipelines.options import ModelJobOptions, PrepareOptions
+from pipelines.prepare import prepare
+from pipelines.running import new_pipeline
+from pipelines.scene_folders import SceneFolders, write_data_set
+from pipelines.verify import verify
+from transforms import storage
+from transforms.clean import CleanOptions
+from transforms.embed import embed_task
+from transforms.errors import DiptychError, InputError, OptionError, OutputError
+from transforms.schemas import captions_schema, embeddings_schema
+from transforms.sink import Sink
+from transforms.sources import SourceOptions, open_source
+from transforms.sources.texts import TextShard
+
+REPOSITORY = Path(__file__).parents[2]
+CHUNK_ROWS = 7
+TROUBLE = "a trouble"
+
+
+class FakeText(TextModel):
+    """A caption's vector is made of its digest; `TROUBLE` in a caption breaks it."""
+
+    batch_size, dim = 4, 3
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.digest = hashlib.sha256(repr(spec.options).encode()).hexdigest()[:16]
+
+    def prepare(self, inputs: Sequence[str]) -> list[bytes]:
+        return [hashlib.sha256(text.encode()).digest() for text in inputs if self.is_fine(text)]
+
+    def is_fine(self, text: str) -> bool:
+        if TROUBLE in text:
+            raise ValueError(f"cannot read {text!r}")
+        return True
+
+    def predict(self, prepared: list[bytes]) -> list[TextVector]:
+        return [TextVector(np.frombuffer(data[:3], np.uint8).astype(np.float32)) for data in prepared]
+
+    def cost(self, item: str) -> int:
+        return len(item)
+
+
+class FakeCaptions(CaptionModel):
+    """An image's caption is its digest; an image whose digest is in `trouble` breaks it."""
+
+    batch_size = 4
+    trouble: frozenset[str] = frozenset()
+
+    def __init__(self, spec: ModelSpec) -> None:
+        assert isinstance(spec.options, CaptionOptions)
+        self.digest = hashlib.sha256(repr(spec.options).encode()).hexdigest()[:16]
+        self.feature_dim = 2 if spec.options.features else None
+
+    def prepare(self, inputs: Sequence[bytes]) -> list[str]:
+        return [hashlib.sha256(data).hexdigest() for data in inputs]
+
+    def predict(self, prepared: list[str]) -> list[Captions]:
+        if self.trouble.intersection(prepared):
+            raise ValueError("cannot look at it")
+        features = np.ones(2, np.float32) if self.feature_dim else None
+        return [Captions((text, text[:3]), (-0.5, -1.0), features) for text in prepared]
+
+
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bert:` and `hf:` are the fakes above; `word2vec:` is what it is."""
+    load = spec_module._load
+
+    def load_fake(spec: ModelSpec) -> Any:
+        return {"bert": FakeText, "hf": FakeCaptions}.get(spec.kind, load)(spec)
+
+    monkeypatch.setattr(spec_module, "_load", load_fake)
+    monkeypatch.setattr(spec_module, "_loaded", {})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet_readers() -> Iterator[None]:
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> SceneFolders:
+    """50 scenes; the tar files hold 20 each at most."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scene_folders, "_SHARD_SCENES", 20)
+        return write_data_set(str(tmp_path_factory.mktemp("scenes") / "data"), 50, seed=1)
+
+
+@pytest.fixture(scope="module")
+def prepared_once(scenes: SceneFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    prepare(PrepareOptions((str(scenes.webdataset),), str(out), chunk_rows=10, quiet=True))
+    return out
+
+
+@pytest.fixture
+def prepared(prepared_once: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared scenes, to add to."""
+    shutil.copytree(prepared_once, tmp_path / "prepared")
+    return tmp_path / "prepared"
+
+
+def run(job: str, data: Path | str, out: Path | str, **options: Any) -> State:
+    """Runs a job with a fake model in this process; returns what it found."""
+    kind, asked = ("bert", TextOptions()) if job == "embed" else ("hf", CaptionOptions())
+    options = {
+        "inputs": (str(data),),
+        "output": str(out),
+        "model": ModelSpec(kind, "fake", asked),
+        "chunk_rows": CHUNK_ROWS,
+        "quiet": True,
+    } | options
+    return {"embed": embed, "caption": caption}[job](ModelJobOptions(**options)).state
+
+
+DATASETS = {"embed": "embeddings", "caption": "captions"}
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def table_in(folder: Path, dataset: str) -> pa.Table:
+    return pyarrow.dataset.dataset(folder / dataset).to_table()
+
+
+def rows_in(folder: Path, dataset: str) -> list[dict[str, Any]]:
+    rows = table_in(folder, dataset).to_pylist()
+    return sorted(rows, key=lambda row: (row["key"], row.get("caption_index")))
+
+
+def problems(out: Path) -> list[str]:
+    return verify(str(out)).problems
+
+
+class TestEmbed:
+    def test_a_row_per_caption_with_its_vector(self, prepared):
+        assert run("embed", prepared, prepared) is State.FRESH
+        table = table_in(prepared, "embeddings")
+        assert table.schema.remove_metadata().equals(embeddings_schema(3))
+        images = {row["key"]: row["captions"] for row in table_in(prepared, "images").to_pylist()}
+        assert len(table) == sum(map(len, images.values())) == 250
+        model = FakeText(ModelSpec("bert", "", TextOptions()))
+        for row in table.to_pylist():
+            assert row["caption"] == images[row["key"]][row["caption_index"]]
+            (expected,) = model.predict(model.prepare([row["caption"]]))
+            assert row["embedding"] == expected.values.tolist()
+        assert problems(prepared) == []
+
+    @pytest.mark.parametrize("layout", ["webdataset", "coco"])
+    def test_raw_data_give_the_same_rows(self, scenes, prepared, tmp_path, layout):
+        run("embed", prepared, prepared)
+        run("embed", getattr(scenes, layout), tmp_path / "raw")
+        assert rows_in(tmp_path / "raw", "embeddings") == rows_in(prepared, "embeddings")
+        assert problems(tmp_path / "raw") == []
+
+    def test_raw_captions_are_cleaned_and_no_image_is_needed(self, tmp_path):
+        table = {"id": [1, 2], "text": [["A  <b>dog</b>", "A dog", "ok"], [" "]]}
+        (tmp_path / "in").mkdir()
+        pq.write_table(pa.table(table), tmp_path / "in" / "a.parquet")
+        run("embed", tmp_path / "in", tmp_path / "out")
+        rows = rows_in(tmp_path / "out", "embeddings")
+        assert [(row["key"], row["caption_index"], row["caption"]) for row in rows] == [
+            ("1", 0, "A dog"),
+            ("1", 1, "ok"),
+        ]
+        (lost,) = pq.read_table(tmp_path / "out/rejects/text/a-00000.parquet").to_pylist()
+        assert (lost["key"], lost["row"], lost["reason"]) == ("2", 1, "no_caption")
+        totals = read_success(str(tmp_path / "out"))["embeddings"]
+        assert (totals.read, totals.written, totals.rejected) == (3, 2, {"no_caption": 1})
+        assert problems(tmp_path / "out") == []
+
+    def test_the_columns_that_the_user_names(self, tmp_path):
+        (tmp_path / "in").mkdir()
+        pq.write_table(pa.table({"nr": [1], "words": ["x"], "text": ["y"]}), tmp_path / "in" / "a.parquet")
+        source = SourceOptions(caption_column="words", key_column="nr")
+        run("embed", tmp_path / "in", tmp_path / "out", source=source)
+        assert [(row["key"], row["caption"]) for row in rows_in(tmp_path / "out", "embeddings")] == [
+            ("1", "x")
+        ]
+
+    def test_word2vec_flags_captions_of_which_it_knows_no_word(self, prepared, tmp_path):
+        folder = tmp_path / "model"
+        folder.mkdir()
+        Word2Vec(["red", "blue"], np.array([[1, 2], [3, 4]], np.float32)).save(folder)
+        model = ModelSpec("word2vec", str(folder), TextOptions())
+        run("embed", prepared, prepared, model=model)
+        table = table_in(prepared, "embeddings")
+        assert table.schema.remove_metadata().equals(embeddings_schema(2, flags_unknown=True))
+        rows = table.to_pylist()
+        knows = [any(word in ("red", "blue") for word in row["caption"].lower().split()) for row in rows]
+        assert 0 < sum(knows) < len(rows)
+        assert [not row["no_known_word"] for row in rows] == knows
+        assert all((row["embedding"] == [0, 0]) is row["no_known_word"] for row in rows)
+        totals = read_success(str(prepared))["embeddings"]
+        assert totals.counters["captions_without_known_word"] == len(rows) - sum(knows)
+
+    def test_the_prepared_images_are_not_read(self, prepared):
+        for path in (prepared / "images").iterdir():
+            metadata = pq.read_metadata(path).row_group(0)
+            column = next(
+                metadata.column(i)
+                for i in range(metadata.num_columns)
+                if metadata.column(i).path_in_schema == "image.bytes"
+            )
+            data = bytearray(path.read_bytes())
+            start = column.data_page_offset + 100
+            end = column.data_page_offset + column.total_compressed_size
+            data[start:end] = bytes(end - start)
+            path.write_bytes(data)
+        run("embed", prepared, prepared)
+        assert len(table_in(prepared, "embeddings")) == 250
+        with pytest.raises(InputError, match=r"is damaged: .* Run `diptych verify` on its output"):
+            run("caption", prepared, prepared)
+
+
+class TestCaption:
+    def test_of_prepared_images(self, prepared):
+        assert run("caption", prepared / "images", prepared) is State.FRESH
+        table = table_in(prepared, "captions")
+        assert table.schema.remove_metadata().equals(captions_schema())
+        images = {row["key"]: row for row in table_in(prepared, "images").to_pylist()}
+        assert len(table) == len(images) == 50
+        for row in table.to_pylist():
+            image = images[row["key"]]
+            name = hashlib.sha256(image["image"]["bytes"]).hexdigest()
+            assert (row["caption"], row["candidates"]) == (name, [name, name[:3]])
+            assert (row["scores"], row["references"]) == ([-0.5, -1.0], image["captions"])
+        assert problems(prepared) == []
+
+    def test_raw_images_are_resized_as_prepare_does(self, scenes, prepared, tmp_path):
+        run("caption", prepared, prepared)
+        run("caption", scenes.webdataset, tmp_path / "raw")
+        assert rows_in(tmp_path / "raw", "captions") == rows_in(prepared, "captions")
+
+    def test_an_image_that_is_none_never_gets_to_the_model(self, scenes, tmp_path):
+        (tmp_path / "in").mkdir()
+        good = next((scenes.flickr30k / "flickr30k-images").iterdir()).read_bytes()
+        for name, data in (("a.jpg", b"junk"), ("b.jpg", good)):
+            (tmp_path / "in" / name).write_bytes(data)
+        run("caption", tmp_path / "in", tmp_path / "out")
+        totals = read_success(str(tmp_path / "out"))["captions"]
+        assert (totals.read, totals.written, totals.rejected) == (2, 1, {"not_an_image": 1})
+
+    def test_features_are_written_where_asked_for(self, prepared):
+        model = ModelSpec("hf", "fake", CaptionOptions(features=True))
+        run("caption", prepared, prepared, model=model)
+        table = table_in(prepared, "captions")
+        assert table.schema.remove_metadata().equals(captions_schema(2))
+        assert table["features"].to_pylist() == [[1, 1]] * 50
+
+
+@pytest.mark.parametrize("job", DATASETS)
+class TestBoth:
+    def test_the_files_name_the_model(self, prepared, job):
+        run(job, prepared, prepared)
+        path = sorted((prepared / DATASETS[job]).iterdir())[0]
+        about = json.loads(pq.read_metadata(path).metadata[b"diptych"])
+        kind = "bert" if job == "embed" else "hf"
+        assert (about["job"], about["model"]) == (job, f"{kind}:fake")
+        assert about["model_digest"] == read_jobs(str(prepared))[DATASETS[job]]["options"]["model"]["digest"]
+
+    def test_datasets_opens_the_folder(self, prepared, tmp_path, job):
+        features = {"features": True} if job == "caption" else {}
+        asked = CaptionOptions(**features) if features else TextOptions()
+        run(job, prepared, prepared, model=ModelSpec("hf" if features else "bert", "fake", asked))
+        found = datasets.load_dataset(
+            "parquet",
+            data_files=f"{prepared}/{DATASETS[job]}/*.parquet",
+            split="train",
+            cache_dir=str(tmp_path / "cache"),
+        )
+        vector = datasets.List(datasets.Value("float32"), length=2 if features else 3)
+        assert found.features["features" if features else "embedding"] == vector
+        rows = sorted(found, key=lambda row: (row["key"], row.get("caption_index")))
+        assert rows == rows_in(prepared, DATASETS[job])
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"batch_size": 1},
+            {"batch_size": 1000},
+            {"chunk_rows": 3},
+            {"beam_args": ("--direct_num_workers=2",)},
+            {"beam_args": ("--direct_runner_bundle_repeat=2",)},
+        ],
+    )
+    def test_nothing_but_the_data_decides_the_rows(self, scenes, prepared, tmp_path, job, options):
+        run(job, prepared, prepared)
+        run(job, scenes.webdataset, tmp_path / "raw", **options)
+        assert rows_in(tmp_path / "raw", DATASETS[job]) == rows_in(prepared, DATASETS[job])
+        assert problems(tmp_path / "raw") == []
+
+    @pytest.mark.parametrize("flags", [("--direct_num_workers=2",), ("--direct_runner_bundle_repeat=2",)])
+    def test_nor_the_runner_a_byte(self, prepared, tmp_path, job, flags):
+        shutil.copytree(prepared, tmp_path / "other")
+        run(job, prepared, prepared)
+        run(job, tmp_path / "other", tmp_path / "other", beam_args=flags)
+        assert files_in(tmp_path / "other") == files_in(prepared)
+
+    def test_a_second_run_has_nothing_to_do(self, prepared, job, monkeypatch):
+        run(job, prepared, prepared)
+        before = files_in(prepared)
+        monkeypatch.setattr(TextShard, "batches", lambda *_: pytest.fail("a shard was read"))
+        assert run(job, prepared, prepared, batch_size=2, max_failure_rate=1.0) is State.DONE
+        assert files_in(prepared) == before
+
+    def test_a_data_file_that_was_deleted_is_made_again(self, prepared, job):
+        run(job, prepared, prepared)
+        before = files_in(prepared)
+        sorted((prepared / DATASETS[job]).iterdir())[3].unlink()
+        assert any("lacks" in problem or "shards" in problem for problem in problems(prepared))
+        assert run(job, prepared, prepared) is State.RESUMED
+        assert files_in(prepared) == before
+
+    def test_another_model_or_option_is_refused_with_both_values(self, prepared, job):
+        run(job, prepared, prepared)
+        before = files_in(prepared)
+        with pytest.raises(OutputError, match=r"options.chunk_rows is 7 there and 8 here"):
+            run(job, prepared, prepared, chunk_rows=8)
+        asked = TextOptions(normalize=True) if job == "embed" else CaptionOptions(max_words=5)
+        model = ModelSpec("bert" if job == "embed" else "hf", "fake", asked)
+        with pytest.raises(OutputError, match=r"options.model.digest is '\w+' there and '\w+' here"):
+            run(job, prepared, prepared, model=model)
+        assert files_in(prepared) == before
+        assert run(job, prepared, prepared, model=model, overwrite=True) is State.FRESH
+        assert problems(prepared) == []
+
+    def test_a_model_that_cannot_be_loaded_fails_before_anything(self, prepared, job, monkeypatch):
+        def fail(spec: ModelSpec) -> None:
+            raise ModelError("fake is not there. Name another.")
+
+        before = files_in(prepared)
+        monkeypatch.setattr(spec_module, "_load", fail)
+        with pytest.raises(InputError, match=r"^fake is not there\. Name another\.$"):
+            run(job, prepared, prepared)
+        assert files_in(prepared) == before
+
+    def test_an_output_that_is_not_finished_is_no_input(self, prepared, job, tmp_path):
+        (prepared / "_SUCCESS.json").unlink()
+        for out in (prepared, tmp_path / "out"):
+            with pytest.raises(InputError, match="holds no images, or not all"):
+                run(job, prepared, out)
+
+    def test_an_output_elsewhere_is_read_as_it_is(self, prepared, tmp_path, job):
+        run(job, prepared, tmp_path / "out")
+        assert set(read_jobs(str(tmp_path / "out"))) == {DATASETS[job]}
+        run(job, prepared, prepared)
+        assert rows_in(tmp_path / "out", DATASETS[job]) == rows_in(prepared, DATASETS[job])
+        assert problems(tmp_path / "out") == []
+
+    @pytest.mark.parametrize("name", ["embeddings", "captions", "rejects"])
+    def test_what_a_job_writes_it_does_not_read(self, prepared, job, name):
+        run("embed", prepared, prepared)
+        run("caption", prepared, prepared)
+        (prepared / "rejects").mkdir(exist_ok=True)
+        with pytest.raises(OptionError, match=r"is where .* is read from"):
+            run(job, prepared / name, prepared)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("job", DATASETS)
+class TestKilled:
+    def test_wherever_it_is_the_next_run_completes_it(self, scenes, tmp_path, job, monkeypatch):
+        """Ends runs at each change of the file system: the output is an undisturbed run's in the end."""
+        good = sorted((scenes.flickr30k / "flickr30k-images").iterdir())[:3]
+        with tarfile.open(tmp_path / "in.tar", "w") as tar:
+            for number, path in enumerate(good):
+                for name, data in ((f"{number}.jpg", path.read_bytes()), (f"{number}.txt", b"a\nb\nc")):
+                    if name != "1.txt":
+                        info = tarfile.TarInfo(name)
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+        base = tmp_path / "base"
+        prepare(PrepareOptions((str(tmp_path / "in.tar"),), str(base), chunk_rows=2, quiet=True))
+        shutil.copytree(base, tmp_path / "undisturbed")
+        run(job, tmp_path / "undisturbed", tmp_path / "undisturbed")
+        expected = files_in(tmp_path / "undisturbed")
+        for at in itertools.count():
+            out = tmp_path / f"killed-{at}"
+            shutil.copytree(base, out)
+            with pytest.MonkeyPatch.context() as patch:
+                events = itertools.count()
+                self.kill_at(patch, at, events)
+                with contextlib.suppress(Killed, RuntimeError):
+                    run(job, out, out)
+            if next(events) <= at:
+                assert files_in(out) == expected
+                break
+            left = {name for name in files_in(out) if not name.startswith("_tmp/")}
+            assert left <= set(expected)
+            run(job, out, out)
+            assert files_in(out) == expected, f"killed after {at} events"
+        assert at > 2 * 3
+
+    def kill_at(self, patch: pytest.MonkeyPatch, at: int, events: Iterator[int]) -> None:
+        for name in ("mkdir", "replace", "remove", "unlink", "rmdir"):
+            real = getattr(os, name)
+
+            def act(*args: Any, real: Callable[..., Any] = real, **kwargs: Any) -> Any:
+                if next(events) >= at:
+                    raise Killed
+                return real(*args, **kwargs)
+
+            patch.setattr(os, name, act)
+        write = storage._write_and_rename
+
+        def write_half(temporary: str, path: str, data: Any) -> None:
+            if next(events) >= at:
+                Path(temporary).write_bytes(bytes(data)[: len(data) // 2])
+                raise Killed
+            write(temporary, path, data)
+
+        patch.setattr(storage, "_write_and_rename", write_half)
+
+
+def test_killed_by_the_system(prepared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    Word2Vec(["red", "blue"], np.array([[1, 2], [3, 4]], np.float32)).save(folder)
+    whole = tmp_path / "whole"
+    shutil.copytree(prepared, whole)
+    options = {"model": ModelSpec("word2vec", str(folder), TextOptions()), "chunk_rows": 1}
+    run("embed", whole, whole, **options)
+    command = [sys.executable, "-m", "pipelines.cli", "embed", f"--input={prepared}", f"--output={prepared}"]
+    command += [f"--model=word2vec:{folder}", "--chunk_rows=1", "--quiet"]
+    written = prepared / "embeddings"
+    with subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True) as process:
+        while process.poll() is None and not (written.is_dir() and len(os.listdir(written)) >= 5):
+            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert len(os.listdir(written)) < 50
+    assert run("embed", prepared, prepared, **options) is State.RESUMED
+    assert files_in(prepared) == files_in(whole)
+
+
+class TestModelFailures:
+    def test_one_caption_costs_one_row(self, tmp_path):
+        texts = [[f"caption {number}", "another"] for number in range(30)]
+        texts[11][1] = TROUBLE
+        table = pa.table({"key": [f"k{number}" for number in range(30)], "captions": texts})
+        pq.write_table(table, tmp_path / "a.parquet")
+        run("embed", tmp_path / "a.parquet", tmp_path / "out")
+        assert len(rows_in(tmp_path / "out", "embeddings")) == 59
+        (path,) = (tmp_path / "out/rejects").rglob("*.parquet")
+        (lost,) = pq.read_table(path).to_pylist()
+        assert (path.parent.name, lost["stage"], lost["reason"]) == ("embed", "embed", "model_error")
+        assert (lost["key"], lost["row"]) == ("k11", 11)
+        assert lost["message"] == "ValueError: cannot read 'a trouble'"
+        assert problems(tmp_path / "out") == []
+
+    def test_one_photo_costs_one_row(self, prepared, monkeypatch):
+        image = table_in(prepared, "images").to_pylist()[17]
+        digest = hashlib.sha256(image["image"]["bytes"]).hexdigest()
+        monkeypatch.setattr(FakeCaptions, "trouble", frozenset([digest]))
+        run("caption", prepared, prepared)
+        rows = rows_in(prepared, "captions")
+        assert len(rows) == 49
+        assert image["key"] not in {row["key"] for row in rows}
+        assert os.listdir(prepared / "rejects") == ["caption"]
+        assert problems(prepared) == []
+
+    @pytest.mark.parametrize("count", [2, 100])
+    def test_too_many_stop_the_job_and_the_next_run_as_well(self, tmp_path, count):
+        texts = [f"{TROUBLE} {number}" for number in range(count)]
+        pq.write_table(pa.table({"captions": texts}), tmp_path / "a.parquet")
+        for _ in range(2):
+            with pytest.raises(DiptychError, match=r"more than --max_failure_rate 0\.1 .*'a trouble \d+'"):
+                run("embed", tmp_path / "a.parquet", tmp_path / "out")
+            assert read_success(str(tmp_path / "out")) is None
+        assert run("embed", tmp_path / "a.parquet", tmp_path / "out", max_failure_rate=1.0) is State.RESUMED
+        assert problems(tmp_path / "out") == []
+
+
+class TestSeveralDataSets:
+    @pytest.fixture
+    def full(self, prepared):
+        run("embed", prepared, prepared)
+        run("caption", prepared, prepared)
+        return prepared
+
+    def test_each_keeps_what_the_others_left(self, full):
+        assert (
+            set(read_jobs(str(full))) == set(read_success(str(full))) == {"images", "embeddings", "captions"}
+        )
+        assert list(verify(str(full)).lines()) == [
+            "captions: 6 shards, 10 files: 50 rows read = 50 written + 0 rejected",
+            "embeddings: 6 shards, 10 files: 250 rows read = 250 written + 0 rejected",
+            "images: 4 shards, 6 files: 50 rows read = 50 written + 0 rejected",
+            "complete and sound",
+        ]
+
+    def test_prepare_finds_its_images_done(self, full, scenes):
+        before = files_in(full)
+        options = PrepareOptions((str(scenes.webdataset),), str(full), chunk_rows=10, quiet=True)
+        assert prepare(options).state is State.DONE
+        assert files_in(full) == before
+
+    def test_an_image_file_that_is_made_again_changes_nothing(self, full, scenes):
+        before = files_in(full)
+        sorted((full / "images").iterdir())[1].unlink()
+        options = PrepareOptions((str(scenes.webdataset),), str(full), chunk_rows=10, quiet=True)
+        with pytest.raises(InputError, match="holds no images, or not all"):
+            run("caption", full, full)
+        assert prepare(options).state is State.RESUMED
+        assert files_in(full) == before
+        assert run("caption", full, full) is State.DONE
+
+    def test_overwriting_one_leaves_the_others(self, full, monkeypatch):
+        image = table_in(full, "images").to_pylist()[3]
+        digest = hashlib.sha256(image["image"]["bytes"]).hexdigest()
+        before = {name: data for name, data in files_in(full).items() if name.startswith(("im", "em"))}
+        monkeypatch.setattr(FakeCaptions, "trouble", frozenset([digest]))
+        assert run("caption", full, full, chunk_rows=3, overwrite=True) is State.FRESH
+        assert len(list((full / "rejects/caption").iterdir())) == 1
+        assert problems(full) == []
+        monkeypatch.undo()
+        monkeypatch.setattr(spec_module, "_loaded", {})
+        monkeypatch.setattr(spec_module, "_load", FakeCaptions)
+        assert run("caption", full, full, overwrite=True) is State.FRESH
+        after = files_in(full)
+        assert {name: data for name, data in after.items() if name.startswith(("im", "em"))} == before
+        assert not any(name.startswith("rejects/") for name in after)
+        assert problems(full) == []
+
+    def test_overwriting_the_images_deletes_what_was_made_from_them(self, full, scenes):
+        options = PrepareOptions((str(scenes.webdataset),), str(full), quiet=True, overwrite=True)
+        assert prepare(options).state is State.FRESH
+        assert set(read_jobs(str(full))) == set(read_success(str(full))) == {"images"}
+        assert {name.split("/")[0] for name in files_in(full)} == {"images", "_job.json", "_SUCCESS.json"}
+
+    def test_other_images_are_refused(self, full, scenes):
+        before = files_in(full)
+        with pytest.raises(OutputError, match="holds the images of another run"):
+            prepare(PrepareOptions((str(scenes.webdataset),), str(full), quiet=True))
+        assert files_in(full) == before
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_data_set_of_another_input_is_refused(self, full, scenes, overwrite):
+        shutil.rmtree(full / "captions")
+        before = files_in(full)
+        with pytest.raises(OutputError, match=r"holds embeddings, images, made from another input than this"):
+            run("caption", scenes.webdataset, full, overwrite=overwrite)
+        assert files_in(full) == before
+
+    def test_raw_data_sets_do_not_share_an_output(self, scenes, tmp_path):
+        run("embed", scenes.webdataset, tmp_path)
+        with pytest.raises(OutputError, match="holds embeddings, made from another input than this"):
+            run("caption", scenes.webdataset, tmp_path)
+        with pytest.raises(OutputError, match="holds embeddings, made from another input than this"):
+            prepare(PrepareOptions((str(scenes.webdataset),), str(tmp_path), quiet=True))
+        prepare(PrepareOptions((str(scenes.webdataset),), str(tmp_path), quiet=True, overwrite=True))
+        assert set(read_jobs(str(tmp_path))) == {"images"}
+
+    def test_rejects_without_a_caption_belong_to_the_embeddings(self, scenes, tmp_path):
+        jpeg = next((scenes.flickr30k / "flickr30k-images").iterdir()).read_bytes()
+        (tmp_path / "in").mkdir()
+        for name, data in (("a.jpg", jpeg), ("b.jpg", b"junk")):
+            (tmp_path / "in" / name).write_bytes(data)
+        out = tmp_path / "out"
+        prepare(PrepareOptions((str(tmp_path / "in"),), str(out), quiet=True))
+        run("embed", out, out)
+        assert sorted(name for name in files_in(out) if name.startswith("rejects")) == [
+            "rejects/image/files-00000-00000.parquet",
+            "rejects/text/files-00000-00000-00000.parquet",
+        ]
+        assert problems(out) == []
+        run("embed", out, out, chunk_rows=1, overwrite=True)
+        assert problems(out) == []
+        (out / "rejects/text/files-00000-00000-00000.parquet").unlink()
+        assert any("rejects/text/files-00000-00000-00000.parquet holds {}" in p for p in problems(out))
+
+    def test_a_data_set_that_has_only_begun_is_not_complete(self, full):
+        jobs = read_jobs(str(full))
+        shutil.rmtree(full / "captions")
+        values = json.loads((full / "_SUCCESS.json").read_text())
+        del values["captions"]
+        (full / "_SUCCESS.json").write_text(json.dumps(values))
+        assert set(jobs) == {"images", "embeddings", "captions"}
+        assert ["captions is not in" in problem for problem in problems(full)] == [True]
+
+    def test_a_damaged_file_of_any_is_found(self, full):
+        for dataset in ("captions", "embeddings"):
+            path = sorted((full / dataset).iterdir())[0]
+            whole = path.read_bytes()
+            path.write_bytes(whole[:-1])
+            assert any(f"{dataset}/{path.name} cannot be read" in problem for problem in problems(full))
+            table = pq.read_table(io.BytesIO(whole))
+            pq.write_table(pa.concat_tables([table.slice(0, 1), table.slice(0, len(table) - 1)]), path)
+            assert any(f"{dataset} of shard" in p and "1 keys twice" in p for p in problems(full))
+            path.write_bytes(whole)
+        assert problems(full) == []
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def model(self, tmp_path):
+        folder = tmp_path / "model"
+        folder.mkdir()
+        Word2Vec(["red", "blue"], np.array([[1, 2], [3, 4]], np.float32)).save(folder)
+        return folder
+
+    def test_embed_says_what_it_did(self, prepared, model, capsys):
+        argv = ["embed", f"--input={prepared}", f"--output={prepared}", f"--model=word2vec:{model}"]
+        assert main(argv) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:2] == ["read      250 captions", f"written   250 to {prepared}/embeddings"]
+        assert lines[2] == "rejected  0"
+        assert "captions without known word" in lines[3]
+        assert lines[-1].endswith(" captions/s")
+        assert main(argv) == 0
+        assert capsys.readouterr().out.endswith("nothing to do: an earlier run has finished this\n")
+
+    @pytest.mark.parametrize(
+        ("flags", "code", "message"),
+        [
+            (["--model=word2vex:x"], 2, "--model is 'word2vex:x'. It must be KIND:LOCATION"),
+            (["--model=hf:x"], 2, "where KIND is word2vec or bert"),
+            (["--model=word2vec"], 2, "It must be KIND:LOCATION"),
+            (["--model=word2vec:"], 2, "It must be KIND:LOCATION"),
+            (["--model=word2vec:nowhere"], 1, "There is no model at 'nowhere'"),
+            (["--model=word2vec:MODEL", "--pooling=cls"], 1, "--pooling cls does not go with word2vec"),
+            (["--model=word2vec:MODEL", "--device=gpu"], 2, "--device is gpu"),
+            (["--model=word2vec:MODEL", "--batch_size=0"], 2, "--batch_size is 0"),
+            (["--model=word2vec:MODEL", "--max_failure_rate=2"], 2, "--max_failure_rate is 2"),
+            ([], 2, "required: --model"),
+            (["--model=word2vec:MODEL", "--metadata_columns=a"], 2, "--metadata_columns=a is no flag"),
+        ],
+    )
+    def test_a_mistake_is_one_paragraph(self, prepared, model, capsys, monkeypatch, flags, code, message):
+        monkeypatch.chdir(prepared.parent)
+        before = files_in(prepared)
+        argv = ["embed", "--input=prepared", "--output=prepared", *flags]
+        assert main([arg.replace("MODEL", str(model)) for arg in argv]) == code
+        error = capsys.readouterr().err
+        assert error.startswith("diptych: ")
+        assert error.count("\n") == 1
+        assert message in error
+        assert files_in(prepared) == before
+
+    def test_caption_from_the_command_line(self, prepared, capsys):
+        argv = ["caption", f"--input={prepared}", f"--output={prepared}", "--model=hf:fake", "--features"]
+        assert main(argv) == 0
+        assert "read      50 rows" in capsys.readouterr().out
+        assert table_in(prepared, "captions").schema.names[-1] == "features"
+
+
+class TestLaws:
+    @pytest.fixture
+    def graph(self, scenes, tmp_path):
+        spec = ModelSpec("bert", "fake", TextOptions())
+        options = ModelJobOptions((str(scenes.webdataset),), str(tmp_path), model=spec)
+        shards = open_source(options.inputs, "auto", SourceOptions()).shards("", 10)
+        pipeline = new_pipeline(())
+        sink = Sink(str(tmp_path), "embeddings", {"fingerprint": ""}, embeddings_schema(3))
+        embed_graph(pipeline, shards, options, sink, CleanOptions(), embed_task(3, False))
+        return pipeline.to_runner_api()
+
+    def test_reading_to_writing_is_one_fused_stage(self, graph):
+        _, stages = FnApiRunner().create_stages(graph)
+        of_step = {transform.unique_name: stage.name for stage in stages for transform in stage.transforms}
+        steps = (
+            "ReadShards/Read/ParDo(_Read)",
+            "CleanCaptions/Clean",
+            "ExplodeCaptions/Explode",
+            "RunModel/Prepare",
+            "RunModel/Infer/BeamML_RunInference",
+            "WriteChunks/Write",
+        )
+        assert len({of_step[step] for step in steps}) == 1
+
+    def test_chunks_have_their_coder(self, graph):
+        coders = {
+            collection.unique_name: graph.components.coders[collection.coder_id].spec.payload
+            for collection in graph.components.pcollections.values()
+        }
+        found = [payload for name, payload in coders.items() if "RunModel/" in name]
+        assert len(found) == 2
+        assert all(b"ChunkCoder" in payload for payload in found)
