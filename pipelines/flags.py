@@ -80,7 +80,7 @@ def add_model_flags(model: argparse._ArgumentGroup, kinds: Sequence[str]) -> Non
         "--model",
         required=True,
         metavar="KIND:LOC",
-        help=f"KIND is {' or '.join(kinds)}; LOC a path, URL or name",
+        help=f"KIND is {_either(kinds)}; LOC a path, URL or name",
     )
     model.add_argument(
         "--device",
@@ -256,12 +256,16 @@ def parse_model(
     kind, colon, location = text.partition(":")
     if kind not in kinds or not colon or not location.strip():
         raise OptionError(
-            f"{flag} is {text!r}. It must be KIND:LOCATION, where KIND is {' or '.join(kinds)} and LOCATION is a path, "
+            f"{flag} is {text!r}. It must be KIND:LOCATION, where KIND is {_either(kinds)} and LOCATION is a path, "
             "a URL or a name."
         )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise OptionError(f"--device is {device}. It must be auto, cpu, cuda or cuda:N.")
     return ModelSpec(kind, location, asked, device)
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _job_options(args: argparse.Namespace, beam_args: Sequence[str]) -> dict[str, Any]:
@@ -288,7 +292,7 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, _frozen(json.loads(value))
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: the value is not JSON; a text wants quotes, as in {name}='\"{value}\"'"
+            f"{text!r}: the value is not JSON that can be passed on; a text wants quotes, as in {name}='\"{value}\"'"
         ) from error
 
 

@@ -155,11 +155,23 @@ class TestHelp:
     @pytest.mark.parametrize(
         ("argv", "words"),
         [
-            (["--help"], ["prepare", "verify", "demo", "Apache Beam"]),
+            (
+                ["--help"],
+                ["prepare", "embed", "caption", "train", "evaluate", "verify", "demo", "Apache Beam"],
+            ),
             (
                 ["prepare", "--help"],
                 ["--input SRC", "--output OUT", "--chunk_rows N", "--size PX", "default 224"],
             ),
+            (
+                ["embed", "--help"],
+                ["--model KIND:LOC", "word2vec or bert", "--device", "--pooling", "default 0.1"],
+            ),
+            (
+                ["caption", "--help"],
+                ["--beam_width N", "default 3", "cnn-lstm, cnn-rnn or hf", "--generation NAME=VALUE"],
+            ),
+            (["evaluate", "--help"], ["--references FILE"]),
             (["verify", "-h"], ["OUT"]),
             (["demo", "--help"], ["--seed N", "--scenes N"]),
         ],
@@ -176,6 +188,14 @@ class TestHelp:
             main(["--version"])
         assert ended.value.code == 0
         assert re.fullmatch(r"diptych \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+    @pytest.mark.parametrize("command", ["embed", "caption", "evaluate"])
+    def test_it_does_not_wait_for_the_models_libraries(self, command):
+        code = (
+            f"import sys\nfrom pipelines.cli import main\ntry: main(['{command}', '--help'])\n"
+            "except SystemExit: print({'torch', 'transformers', 'gensim'} & set(sys.modules))"
+        )
+        assert run_code(code).stdout.splitlines()[-1] == "set()"
 
     def test_it_does_not_wait_for_the_libraries(self):
         code = (

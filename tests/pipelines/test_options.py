@@ -4,9 +4,18 @@ from typing import Any
 
 import pytest
 
+from models.base import CaptionOptions, TextOptions
+from models.spec import ModelSpec
 from pipelines.beam_flags import check_beam_args
-from pipelines.flags import add_prepare_flags, prepare_options
-from pipelines.options import PrepareOptions
+from pipelines.flags import (
+    add_caption_flags,
+    add_embed_flags,
+    add_prepare_flags,
+    caption_options,
+    embed_options,
+    prepare_options,
+)
+from pipelines.options import ModelJobOptions, PrepareOptions
 from transforms.clean import CleanOptions
 from transforms.decode import Limits
 from transforms.errors import OptionError
@@ -127,6 +136,83 @@ class TestBounds:
     def test_the_means_are_imagenets(self):
         assert parse("--pixels=float32").resize.mean == IMAGENET_MEAN
         assert parse("--pixels=float32").resize.std == IMAGENET_STD
+
+
+def parse_model_job(job: str, *flags: str) -> ModelJobOptions:
+    add, options = {
+        "embed": (add_embed_flags, embed_options),
+        "caption": (add_caption_flags, caption_options),
+    }[job]
+    made = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    add(made)
+    assert [action.dest for action in made._actions if not action.help] == []
+    kind = {"embed": "bert", "caption": "hf"}[job]
+    return options(made.parse_args(["--input=a", "--output=b", f"--model={kind}:x", *flags]), ("--runner=X",))
+
+
+class TestModelFlags:
+    def test_defaults_are_those_of_the_classes(self):
+        shared = {"inputs": ("a",), "output": "b", "beam_args": ("--runner=X",)}
+        embed = ModelJobOptions(**shared, model=ModelSpec("bert", "x", TextOptions()))
+        assert parse_model_job("embed") == embed
+        caption = ModelJobOptions(**shared, model=ModelSpec("hf", "x", CaptionOptions()))
+        assert parse_model_job("caption") == caption
+
+    def test_every_flag_has_its_place(self):
+        shared = ("--device=cuda:1", "--batch_size=7", "--max_failure_rate=0.5", "--chunk_rows=9")
+        embed = parse_model_job("embed", *shared, "--pooling=cls", "--normalize", "--key_column=k")
+        assert embed.model == ModelSpec("bert", "x", TextOptions("cls", True), "cuda:1")
+        assert (embed.batch_size, embed.max_failure_rate, embed.chunk_rows) == (7, 0.5, 9)
+        assert embed.source == SourceOptions(key_column="k")
+        caption = parse_model_job(
+            "caption",
+            *("--beam_width=5", "--num_captions=2", "--max_words=9", "--length_penalty=0.5"),
+            *("--no_repeat_ngram=3", "--features", "--generation=top_k=5", '--generation=prefix="a b"'),
+            "--generation=bad_words_ids=[[1, 2], [3]]",
+        )
+        generation = (("top_k", 5), ("prefix", "a b"), ("bad_words_ids", ((1, 2), (3,))))
+        assert caption.model.options == CaptionOptions(5, 2, 9, 0.5, 3, True, generation)
+        assert hash(caption.model)
+
+    def test_a_location_may_hold_colons(self):
+        assert parse_model_job("embed", "--model=bert:gs://b/m:1").model.location == "gs://b/m:1"
+
+    @pytest.mark.parametrize("text", ["top_k", "=5", "a b=1"])
+    def test_a_setting_is_a_name_and_a_value(self, text):
+        with pytest.raises(argparse.ArgumentError, match="is not NAME=VALUE"):
+            parse_model_job("caption", f"--generation={text}")
+
+    @pytest.mark.parametrize("text", ["name=word", "name=", 'name={"a": 1}'])
+    def test_a_value_is_json(self, text):
+        with pytest.raises(argparse.ArgumentError, match="the value is not JSON that can be passed on"):
+            parse_model_job("caption", f"--generation={text}")
+
+    @pytest.mark.parametrize(
+        ("job", "flag", "expected"),
+        [
+            ("caption", "--beam_width=0", "--beam_width is 0. It must be at least 1"),
+            ("caption", "--num_captions=4", "--num_captions is 4. It must be between 1 and --beam_width 3"),
+            ("caption", "--num_captions=0", "--num_captions is 0"),
+            ("caption", "--max_words=0", "--max_words is 0"),
+            ("caption", "--length_penalty=nan", "--length_penalty is nan. It must be .*finite"),
+            ("caption", "--no_repeat_ngram=-1", "--no_repeat_ngram is -1"),
+            ("embed", "--batch_size=0", "--batch_size is 0. It must be at least 1"),
+            ("embed", "--max_failure_rate=-0.1", "--max_failure_rate is -0.1. It must be between 0 and 1"),
+            ("embed", "--max_failure_rate=nan", "--max_failure_rate is nan"),
+            ("embed", "--device=cuda:x", "--device is cuda:x. It must be auto, cpu, cuda or cuda:N"),
+            ("embed", "--model=hf:x", "KIND is word2vec or bert"),
+            ("caption", "--model=bert:x", "KIND is cnn-lstm, cnn-rnn or hf"),
+            ("caption", "--chunk_rows=0", "--chunk_rows is 0"),
+        ],
+    )
+    def test_a_value_out_of_bounds_is_named_with_them(self, job, flag, expected):
+        with pytest.raises(OptionError, match=expected):
+            parse_model_job(job, flag)
+
+    def test_metadata_columns_are_for_prepare(self):
+        spec = ModelSpec("bert", "x", TextOptions())
+        with pytest.raises(OptionError, match="--metadata_columns is url"):
+            ModelJobOptions(("a",), "b", source=SourceOptions(metadata_columns=("url",)), model=spec)
 
 
 FLINK = ("--runner=FlinkRunner", "--flink_master=[local]")
