@@ -5,8 +5,8 @@ gate beta, the deep output layer); without, "Show and Tell" (Vinyals et al. 2015
 input). The annotation vectors are projected once a picture, and the output layer shares its weights with the
 word embedding (Press and Wolf 2017).
 
-B captions, N pictures, T words, M words of all captions, L regions, D encoder channels, E embedding, H hidden, A attention,
-V vocabulary.
+B captions, N pictures, T words, M words of all captions, L regions, D encoder channels, E embedding, H hidden,
+A attention, V vocabulary.
 """
 
 import dataclasses

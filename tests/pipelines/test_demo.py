@@ -7,6 +7,8 @@ import pytest
 from pipelines import demo as demo_module
 from pipelines.cli import main
 from pipelines.demo import demo
+from pipelines.evaluate import read_candidates
+from pipelines.scene_folders import write_data_set
 from pipelines.verify import Findings, verify
 from transforms.errors import DiptychError, OptionError, OutputError
 
@@ -17,33 +19,47 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_draws_prepares_verifies_and_says_where_to_look(tmp_path, capsys):
-    out = tmp_path / "my demo"
-    assert main(["demo", f"--output={out}", "--scenes=40", "--seed=3"]) == 0
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A demo that is done, and the path that it was given."""
+    folder = tmp_path_factory.mktemp("home") / "my demo"
+    demo(str(folder), seed=3, num_scenes=100)
+    return folder
+
+
+def test_says_what_it_does_and_what_comes_of_it(folder, capsys):
+    assert main(["demo", f"--output={folder}", "--scenes=100", "--seed=3"]) == 0  # all of it is done already
     shown = capsys.readouterr().out
     for line in (
-        f"1. drawing 40 captioned scenes to {out}/data",
-        f"2. diptych prepare --input {out}/data/coco --output {out}/out",
-        "   read      40 rows",
-        f"   written   40 to {out}/out/images",
-        "   rejected  0",
-        f"3. diptych verify {out}/out",
-        "   images: 2 shards, 2 files: 40 rows read = 40 written + 0 rejected",
+        f"1. drawing 100 captioned scenes to {folder}/data, as COCO, Flickr30k and WebDataset",
+        f"2. diptych prepare --input {folder}/data/coco/annotations/captions_train2017.json --output {folder}/train",
+        "   read      90 rows",
+        f"4. diptych train word2vec --input {folder}/train --output {folder}/models/word2vec",
+        f"   written   50 to {folder}/out/embeddings",
+        f"   written   10 to {folder}/out/captions",
+        "   captions: 1 shards, 1 files: 10 rows read = 10 written + 0 rejected",
         "   complete and sound",
     ):
         assert line in shown.splitlines()
-    assert {path.name for path in out.iterdir()} == {"data", "out", "sheet.png"}
-    assert {path.name for path in (out / "data").iterdir()} == {
-        "coco",
-        "flickr30k",
-        "webdataset",
-        "scenes.json",
-    }
-    assert verify(str(out / "out")).problems == []
+    assert shown.count("nothing to do: an earlier run has finished this") == 4
+    assert re.search(r"colour and shape of every group are right in \d+ of 10 scenes", shown)
+    assert re.search(r"^train captioner +\d+\.\d s", shown, re.MULTILINE)
+    assert {path.name for path in folder.iterdir()} == {"data", "train", "models", "out", "sheet.png"}
+    assert verify(str(folder / "out")).problems == []
 
 
-def test_what_it_says_at_the_end_works(tmp_path, capsys):
-    demo(str(tmp_path / "demo"), num_scenes=10)
+def test_its_commands_are_those_of_the_command_line(folder, capsys):
+    demo(str(folder), seed=3, num_scenes=100)
+    commands = re.findall(r"^\d\. diptych (train captioner .*)$", capsys.readouterr().out, re.MULTILINE)
+    [command] = [command.replace("my demo", "my_demo") for command in commands]
+    arguments = [argument.replace("my_demo", "my demo") for argument in command.split()]
+    assert (
+        main([*arguments, "--device=cpu", "--quiet"]) == 0
+    )  # a flag that differed would be another training: refused
+
+
+def test_what_it_says_at_the_end_works(folder, capsys, tmp_path):
+    demo(str(folder), seed=3, num_scenes=100)
     code = re.search(r"^ +(datasets\.load_dataset\(.*)$", capsys.readouterr().out, re.MULTILINE)
     assert code
     image = eval(code[1], {"datasets": datasets})
@@ -51,25 +67,20 @@ def test_what_it_says_at_the_end_works(tmp_path, capsys):
     image.close()
 
 
-def test_is_the_same_each_time_and_does_nothing_twice(tmp_path, capsys):
-    for name in ("one", "two"):
-        demo(str(tmp_path / name), seed=5, num_scenes=12)
-    assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
-    demo(str(tmp_path / "one"), seed=5, num_scenes=12)
-    assert "nothing to do: an earlier run has finished this" in capsys.readouterr().out
-    demo(str(tmp_path / "three"), seed=6, num_scenes=12)
-    assert files_in(tmp_path / "one") != files_in(tmp_path / "three")
+def test_the_captioner_has_learnt_something(folder):
+    [candidate, *_] = read_candidates(str(folder / "out"))
+    assert {*candidate.caption.split()} & {"a", "the", "there"}
 
 
 def test_another_demo_in_the_same_place_is_refused(tmp_path):
-    demo(str(tmp_path), num_scenes=12)
+    write_data_set(str(tmp_path / "data"), 100, seed=0)
     with pytest.raises(OptionError, match="to be drawn there; remove the folder"):
-        demo(str(tmp_path), num_scenes=13)
+        demo(str(tmp_path), num_scenes=101)
 
 
-@pytest.mark.parametrize(("seed", "num_scenes"), [(0, 9), (-1, 10)])
-def test_bounds_are_said(tmp_path, seed, num_scenes):
-    with pytest.raises(OptionError, match=f"num_scenes is {num_scenes} and seed {seed}; draw at least 10"):
+@pytest.mark.parametrize(("seed", "num_scenes", "message"), [(0, 99, "--scenes is 99"), (-1, 100, "seed -1")])
+def test_bounds_are_said(tmp_path, seed, num_scenes, message):
+    with pytest.raises(OptionError, match=message):
         demo(str(tmp_path), seed, num_scenes)
     assert list(tmp_path.iterdir()) == []
 
@@ -77,11 +88,11 @@ def test_bounds_are_said(tmp_path, seed, num_scenes):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file/data cannot be written"):
-        demo(str(tmp_path / "file"), num_scenes=10)
+        demo(str(tmp_path / "file"), num_scenes=100)
 
 
-def test_an_unsound_result_fails(tmp_path, monkeypatch, capsys):
+def test_an_unsound_result_fails(folder, monkeypatch, capsys):
     monkeypatch.setattr(demo_module, "verify", lambda _: Findings(["a file is gone"], {}))
     with pytest.raises(DiptychError, match="is not what it should be"):
-        demo(str(tmp_path / "demo"), num_scenes=10)
+        demo(str(folder), seed=3, num_scenes=100)
     assert "PROBLEM a file is gone" in capsys.readouterr().out

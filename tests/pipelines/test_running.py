@@ -146,5 +146,7 @@ class TestResult:
     def test_is_what_the_folder_holds(self, tmp_path):
         totals = finish(Totals(1, 1, 2, 2), str(tmp_path), "images", 1, {})
         finish(Totals(1, 1, 3, 3), str(tmp_path), "captions", 1, {})
-        assert Result.of(str(tmp_path), State.DONE, "images") == Result(str(tmp_path), State.DONE, {"images": totals})
+        assert Result.of(str(tmp_path), State.DONE, "images") == Result(
+            str(tmp_path), State.DONE, {"images": totals}
+        )
         assert os.listdir(tmp_path) == ["_SUCCESS.json"]
