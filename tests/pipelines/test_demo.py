@@ -3,9 +3,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+from PIL import Image, ImageColor
 
 from pipelines import demo as demo_module
 from pipelines.cli import main
+from pipelines.contact_sheet import _GIVEN, _SAID
 from pipelines.demo import demo
 from pipelines.evaluate import read_candidates
 from pipelines.scene_folders import write_data_set
@@ -65,6 +67,12 @@ def test_what_it_says_at_the_end_works(folder, capsys, tmp_path):
     image = eval(code[1], {"datasets": datasets})
     assert image.size == (224, 224)
     image.close()
+
+
+def test_the_sheet_shows_what_the_captioner_says(folder):
+    with Image.open(folder / "sheet.png") as sheet:
+        colours = {colour for _, colour in sheet.getcolors(1 << 24)}
+    assert {ImageColor.getrgb(_SAID), ImageColor.getrgb(_GIVEN)} <= colours
 
 
 def test_the_captioner_has_learnt_something(folder):
