@@ -1,246 +1,37 @@
-import itertools
-import math
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.util import assert_that, equal_to
-from hypothesis import given
-from hypothesis import strategies as st
 
 from models import spec as spec_module
-from models.base import Captions, Model, TextOptions, TextVector
+from models.base import TextModel, TextOptions, TextVector
 from models.errors import ModelError
 from models.spec import ModelSpec
-from transforms import infer as infer_module
-from transforms.chunk import Chunk, ChunkKey, reject_batch
+from transforms.chunk import Chunk, ChunkCoder, ChunkKey, reject_batch
 from transforms.errors import DiptychError, InputError
-from transforms.infer import Failure, ModelRunner, RunModel, Task, run_model
+from transforms.infer import RunModel, Task
 from transforms.schemas import TEXTS
 
 
-class Lengths(Model[str, TextVector]):
-    """A text becomes its length; what it is asked is kept, and some texts are trouble.
-
-    Attributes:
-        room: Rows for which there is memory.
-        prepared: Micro-batches that were prepared.
-        predicted: Micro-batches that were predicted.
-    """
+class Lengths(TextModel):
+    """A text becomes its length; those with `bad` in them are trouble."""
 
     digest, batch_size, dim = "d" * 16, 4, 1
 
-    def __init__(self, room: int = 10**6, by_cost: bool = False) -> None:
-        self.room, self.by_cost = room, by_cost
-        self.prepared: list[list[str]] = []
-        self.predicted: list[list[str]] = []
-
     def prepare(self, inputs: Sequence[str]) -> list[str]:
-        self.prepared.append(list(inputs))
-        if any("unreadable" in text for text in inputs):
-            raise ValueError("this text\ncannot be read")
         return list(inputs)
 
     def predict(self, prepared: list[str]) -> list[TextVector]:
-        self.predicted.append(prepared)
-        if len(prepared) > self.room or any("huge" in text for text in prepared):
-            raise torch.OutOfMemoryError("no room")
         if any("bad" in text for text in prepared):
             raise RuntimeError("bad row")
-        return [self.vector(text) for text in prepared]
-
-    def vector(self, text: str) -> TextVector:
-        value = {"nan": math.nan, "inf": math.inf}.get(text, len(text))
-        return TextVector(np.array([value], np.float32), known=text != "")
-
-    def cost(self, item: str) -> int:
-        return len(item) if self.by_cost else 0
-
-
-def lengths_of(results: Sequence[Any]) -> list[float | None]:
-    return [None if isinstance(result, Failure) else float(result.values[0]) for result in results]
-
-
-TEXTS_OF_LENGTHS = ["x" * length for length in (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5)]
-LENGTHS: list[float | None] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-
-
-class TestMicroBatches:
-    @pytest.mark.parametrize("batch_size", [None, 1, 3, 11, 100])
-    @pytest.mark.parametrize("by_cost", [False, True])
-    def test_results_come_in_the_order_of_the_inputs(self, batch_size, by_cost):
-        model = Lengths(by_cost=by_cost)
-        assert lengths_of(run_model(model, TEXTS_OF_LENGTHS, batch_size)) == LENGTHS
-        most = batch_size or 4
-        sizes = [len(batch) for batch in model.predicted]
-        assert sizes == [most] * (11 // most) + ([11 % most] if 11 % most else [])
-
-    def test_nothing_is_nothing(self):
-        assert run_model(Lengths(), []) == []
-
-    def test_equal_costs_keep_their_order(self):
-        model = Lengths()
-        run_model(model, list("abcdefghij"))
-        assert model.predicted == [list("abcd"), list("efgh"), list("ij")]
-
-    def test_inputs_of_one_cost_go_together(self):
-        model = Lengths(by_cost=True)
-        run_model(model, ["a", "xxx", "b", "yyy", "c", "zzz", "d", "www"])
-        assert model.predicted == [["xxx", "yyy", "zzz", "www"], ["a", "b", "c", "d"]]
-
-
-class TestOutOfMemory:
-    @pytest.mark.parametrize(("room", "left"), [(100, 4), (4, 4), (3, 2), (2, 2), (1, 1)])
-    def test_micro_batches_are_halved_and_stay_so(self, room, left):
-        model = Lengths(room)
-        runner = ModelRunner(model)
-        assert lengths_of(runner.run(TEXTS_OF_LENGTHS)) == LENGTHS
-        assert runner.batch_size == left
-        before = len(model.predicted)
-        assert lengths_of(runner.run(TEXTS_OF_LENGTHS)) == LENGTHS
-        assert {len(batch) for batch in model.predicted[before:]} <= {left, 11 % left}
-
-    def test_what_is_prepared_already_is_halved_before_it_is_tried(self):
-        model = Lengths(2)
-        run_model(model, TEXTS_OF_LENGTHS)
-        assert [len(batch) for batch in model.predicted if len(batch) > 2] == [4]
-
-    def test_one_row_that_has_no_room_leaves_the_others_theirs(self):
-        model = Lengths()
-        runner = ModelRunner(model, 8)
-        results = runner.run(["a", "b", "huge", *"defgh"])
-        assert lengths_of(results) == [1, 1, None, 1, 1, 1, 1, 1]
-        assert results[2] == Failure("OutOfMemoryError: no room", True)
-        assert runner.batch_size == 8
-
-    def test_a_device_without_room_for_any_fails_every_row(self):
-        assert lengths_of(run_model(Lengths(0), ["a", "b", "c"])) == [None] * 3
-
-
-class TestFailures:
-    @pytest.mark.parametrize("trouble", ["bad", "unreadable", "nan", "inf", "huge"])
-    @pytest.mark.parametrize("place", range(9))
-    def test_cost_the_row_at_fault(self, trouble, place):
-        texts = list("abcdefghi")
-        texts[place] = trouble
-        results = run_model(Lengths(), texts)
-        assert lengths_of(results) == [None if text == trouble else 1 for text in texts]
-
-    @given(st.lists(st.sampled_from(["a", "bb", "bad", "unreadable", "nan", "huge"])), st.integers(1, 9))
-    def test_however_many_there_are(self, texts, batch_size):
-        expected = [len(text) if text in ("a", "bb") else None for text in texts]
-        assert lengths_of(run_model(Lengths(by_cost=True), texts, batch_size)) == expected
-
-    def test_say_why_in_a_line(self):
-        bad, unreadable, nan = run_model(Lengths(), ["bad", "unreadable", "nan"])
-        assert bad == Failure("RuntimeError: bad row")
-        assert unreadable == Failure("ValueError: this text cannot be read")
-        assert nan == Failure("the result holds numbers that are not finite")
-
-    def test_rows_that_are_whole_are_not_tried_again(self):
-        model = Lengths()
-        run_model(model, ["a", "b", "c", "nan"])
-        assert model.predicted == [["a", "b", "c", "nan"]]
-
-    @pytest.mark.parametrize(
-        ("result", "is_whole"),
-        [
-            (Captions(("a",), (-1.5,)), True),
-            (Captions(("a", "b"), (-1.5, math.nan)), False),
-            (Captions(("a",), (-math.inf,)), False),
-            (Captions(("a",), (-1.5,), np.array([1, 2], np.float32)), True),
-            (Captions(("a",), (-1.5,), np.array([1, math.nan], np.float32)), False),
-        ],
-    )
-    def test_numbers_of_captions_are_looked_at_too(self, result, is_whole):
-        class Says(Lengths):
-            def predict(self, prepared: list[str]) -> list[Any]:
-                return [result for _ in prepared]
-
-        (found,) = run_model(Says(), ["x"])
-        assert isinstance(found, Captions) is is_whole
-
-    def test_a_model_that_loses_rows_is_a_bug(self):
-        class Loses(Lengths):
-            def predict(self, prepared: list[str]) -> list[TextVector]:
-                return [self.vector(text) for text in prepared[1:]]
-
-        with pytest.raises(AssertionError, match="gave 3 results for 4 inputs"):
-            run_model(Loses(), list("abcd"))
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert condition()
-
-
-class TestOverlap:
-    def test_the_next_are_prepared_while_one_is_predicted_and_no_more(self):
-        ahead = infer_module._LOOKAHEAD
-        seen: list[int] = []
-
-        class Slow(Lengths):
-            def predict(self, prepared: list[str]) -> list[TextVector]:
-                if len(self.predicted) == 2:  # in the middle, when all that may be is under way
-                    wait_for(lambda: len(self.prepared) == 3 + ahead)
-                    time.sleep(0.05)
-                seen.append(len(self.prepared) - len(self.predicted) - 1)
-                return super().predict(prepared)
-
-        run_model(Slow(), ["x"] * 4 * 20)
-        assert len(seen) == 20
-        assert seen[2] == ahead
-        assert max(seen) <= ahead
-
-    def test_the_next_chunk_is_begun_too(self):
-        model = Lengths()
-        runner = ModelRunner(model)
-        runner.begin(ChunkKey("a", 1), ["later"])
-        wait_for(lambda: model.prepared == [["later"]])
-        assert lengths_of(runner.run(["x"])) == [1]
-        never = iter(())
-        assert lengths_of(runner.run(lambda: next(never), ChunkKey("a", 1))) == [5]
-        assert model.prepared == [["later"], ["x"]]
-
-    def test_a_chunk_that_was_not_begun_is_run_all_the_same(self):
-        assert lengths_of(ModelRunner(Lengths()).run(lambda: ["abc"], ChunkKey("a", 0))) == [3]
-
-    def test_one_predict_at_a_time_whoever_asks(self):
-        inside = itertools.count()
-        most = 0
-
-        class Alone(Lengths):
-            running = 0
-
-            def predict(self, prepared: list[str]) -> list[TextVector]:
-                nonlocal most
-                self.running += 1
-                most = max(most, self.running)
-                time.sleep(0.001)
-                next(inside)
-                self.running -= 1
-                return super().predict(prepared)
-
-        model = Alone()
-        runners = [ModelRunner(model), ModelRunner(model)]
-        threads = [
-            threading.Thread(target=runners[number % 2].run, args=(["x"] * 40,)) for number in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert (most, next(inside)) == (1, 40)
+        return [TextVector(np.array([len(text)], np.float32), known=text != "") for text in prepared]
 
 
 TASK = Task(
@@ -333,8 +124,6 @@ class TestInBeam:
             run([chunk_of(0, ["a"])], spec, [])
 
     def test_chunks_are_never_coded(self, spec, monkeypatch):
-        from transforms.chunk import ChunkCoder
-
         class Source(beam.DoFn):
             def process(self, index: int) -> Iterator[Chunk]:
                 yield chunk_of(index, ["a"])

@@ -1,0 +1,215 @@
+"""A model at work: micro-batches, prepared ahead, halved where the device is too small, bisected to the row at fault.
+
+While the device is at one micro-batch, background threads prepare the next ones, those of the next chunk too; so a
+model loses nothing against the bare loop over the same rows.
+"""
+
+import collections
+import functools
+import math
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from models.base import Model
+from transforms.chunk import ChunkKey
+from transforms.cores import num_cores
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+# Micro-batches that are prepared ahead of the one on the device, a thread each
+_LOOKAHEAD = max(2, min(4, num_cores() // 2))
+
+
+class Failure(NamedTuple):
+    """What comes of a row that the model fails on.
+
+    Attributes:
+        message: Why, in one line.
+        out_of_memory: Whether the device is too small for the row alone.
+    """
+
+    message: str
+    out_of_memory: bool = False
+
+
+class _Bug(AssertionError):
+    """A model that breaks its contract: no row is at fault."""
+
+
+class _Work(NamedTuple):
+    """Inputs on their way through a model.
+
+    Attributes:
+        inputs: All of them.
+        order: Their ordinals in the order in which they go.
+        pending: Micro-batches that are being prepared, first come first: their ordinals and what becomes of them.
+    """
+
+    inputs: Sequence[Any]
+    order: list[int]
+    pending: collections.deque[tuple[list[int], "Future[Any]"]]
+
+
+class ModelRunner(Generic[Input, Output]):
+    """A model at work in this process, and the micro-batch that its device has room for.
+
+    Args:
+        model: The model.
+        batch_size: Most rows of a micro-batch; None takes the model's own.
+    """
+
+    def __init__(self, model: Model[Input, Output], batch_size: int | None = None) -> None:
+        self._model = model
+        self._batch_size = batch_size or model.batch_size
+        self._device_lock = _lock_of(model)
+        self._begun: dict[ChunkKey, _Work] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Most rows of a micro-batch, as far as is known by now."""
+        return self._batch_size
+
+    def begin(self, key: ChunkKey, inputs: Sequence[Input]) -> None:
+        """Starts to prepare the inputs of a chunk, which `run` will be given later."""
+        self._begun[key] = self._work(inputs)
+
+    def run(
+        self, inputs: Sequence[Input] | Callable[[], Sequence[Input]], key: ChunkKey | None = None
+    ) -> list[Output | Failure]:
+        """Returns what the model makes of each input, in their order.
+
+        Out of memory, micro-batches are halved, and stay so. Any other error is followed down to the row at fault.
+
+        Args:
+            inputs: The inputs, or what gives them where they were not begun.
+            key: The chunk that `begin` was given.
+        """
+        work = self._begun.pop(key, None) if key else None
+        work = work or self._work(inputs() if callable(inputs) else inputs)
+        results: list[Any] = [None] * len(work.inputs)
+        while work.pending:
+            ordinals, prepared = work.pending.popleft()
+            self._prepare_next(work)
+            items = [work.inputs[ordinal] for ordinal in ordinals]
+            for ordinal, result in zip(ordinals, self._finish(items, prepared), strict=True):
+                results[ordinal] = result
+        return results
+
+    def _work(self, inputs: Sequence[Input]) -> _Work:
+        costs = [self._model.cost(item) for item in inputs]
+        order = list(range(len(inputs)))
+        if len(set(costs)) > 1:
+            # The dearest first: a device that is too small shows at once
+            order.sort(key=lambda ordinal: -costs[ordinal])
+        work = _Work(inputs, order, collections.deque())
+        for _ in range(_LOOKAHEAD):
+            self._prepare_next(work)
+        return work
+
+    def _prepare_next(self, work: _Work) -> None:
+        ordinals = work.order[: self._batch_size]
+        if ordinals:
+            del work.order[: len(ordinals)]
+            items = [work.inputs[ordinal] for ordinal in ordinals]
+            work.pending.append((ordinals, _pool().submit(self._model.prepare, items)))
+
+    def _finish(self, items: list[Input], prepared: "Future[Any]") -> list[Output | Failure]:
+        """Returns the results of a micro-batch that is being prepared, or those of its halves."""
+        if len(items) > self._batch_size:  # halved since
+            return self._halves(items)
+        try:
+            return self._predict(prepared.result(), len(items))
+        except _Bug:
+            raise
+        except Exception as error:
+            failure = Failure(_one_line(error), _is_out_of_memory(error))
+        del prepared  # and with it what lies on the device
+        return self._after(failure, items)
+
+    def _run_now(self, items: list[Input]) -> list[Output | Failure]:
+        try:
+            return self._predict(self._model.prepare(items), len(items))
+        except _Bug:
+            raise
+        except Exception as error:
+            failure = Failure(_one_line(error), _is_out_of_memory(error))
+        return self._after(failure, items)
+
+    def _predict(self, prepared: Any, num_inputs: int) -> list[Output | Failure]:
+        with self._device_lock:
+            outputs = self._model.predict(prepared)
+        if len(outputs) != num_inputs:
+            raise _Bug(f"{type(self._model).__name__} gave {len(outputs)} results for {num_inputs} inputs")
+        return list(map(_checked, outputs, _are_finite(outputs)))
+
+    def _after(self, failure: Failure, items: list[Input]) -> list[Output | Failure]:
+        if len(items) == 1:
+            return [failure]
+        before = self._batch_size
+        if failure.out_of_memory:
+            self._batch_size = min(before, (len(items) + 1) // 2)
+        results = self._halves(items)
+        if any(isinstance(result, Failure) and result.out_of_memory for result in results):
+            self._batch_size = before  # it was that row: the others have room
+        return results
+
+    def _halves(self, items: list[Input]) -> list[Output | Failure]:
+        middle = (len(items) + 1) // 2
+        results = []
+        for half in (items[:middle], items[middle:]):
+            results += self._halves(half) if len(half) > self._batch_size else self._run_now(half)
+        return results
+
+
+def run_model(
+    model: Model[Input, Output], inputs: Sequence[Input], batch_size: int | None = None
+) -> list[Output | Failure]:
+    """Returns what a model makes of each input: `ModelRunner.run`, where there is no second chunk."""
+    return ModelRunner(model, batch_size).run(inputs)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Returns the threads that prepare, for all models of this process."""
+    return ThreadPoolExecutor(_LOOKAHEAD, thread_name_prefix="prepare")
+
+
+_locks: dict[int, threading.Lock] = {}
+
+
+def _lock_of(model: Model[Any, Any]) -> threading.Lock:
+    """Returns the one lock of a model: several transforms of a process may share it."""
+    return _locks.setdefault(id(model), threading.Lock())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # a model without it has no device to fill
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500].removesuffix(": ")
+
+
+def _checked(output: Output, is_finite: bool) -> Output | Failure:
+    return output if is_finite else Failure("the result holds numbers that are not finite")
+
+
+def _are_finite(outputs: Sequence[Any]) -> list[bool]:
+    """Tells of each result, a named tuple, whether its numbers are finite."""
+    finite = np.ones(len(outputs), np.bool_)
+    for column in zip(*outputs, strict=True):
+        if isinstance(column[0], np.ndarray):
+            finite &= np.isfinite(np.stack(column)).all(axis=1)
+        elif isinstance(column[0], tuple):
+            finite &= [
+                all(not isinstance(value, float) or math.isfinite(value) for value in values)
+                for values in column
+            ]
+    return list(map(bool, finite))
