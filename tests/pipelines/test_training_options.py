@@ -68,6 +68,7 @@ class TestFlags:
             beam_width=9,
             max_scored=10,
             precision="bfloat16",
+            captions_per_image=3,
             seed=11,
             flips=True,
         )
