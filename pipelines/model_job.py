@@ -67,7 +67,7 @@ def open_input(options: ModelJobOptions, with_images: bool) -> Input:
                 f"{root} holds no images, or not all: the run that writes them has not finished, or files were deleted "
                 "since. Run its `diptych prepare` again, then this."
             )
-    source = open_source(options.inputs, options.format, options.source)
+    source = open_source(options.inputs, options.format, options.source, texts_only=not with_images)
     is_prepared = all(outputs)
     asked = options.source.image_column, options.source.caption_column, options.source.key_column
     if isinstance(source, ParquetSource) and is_prepared and not with_images and not any(asked):

@@ -14,11 +14,12 @@ from transforms.sources.files import FilesSource
 from transforms.sources.flickr30k import Flickr30kSource
 from transforms.sources.karpathy import KarpathySource
 from transforms.sources.parquet import ParquetSource
+from transforms.sources.prompts import PromptsSource
 from transforms.sources.tfrecord import TfrecordSource
 from transforms.sources.webdataset import WebdatasetSource
 from transforms.storage import input_errors, join, locate
 
-FORMATS = ("coco", "flickr30k", "karpathy", "webdataset", "parquet", "tfrecord", "files")
+FORMATS = ("coco", "flickr30k", "karpathy", "webdataset", "parquet", "tfrecord", "files", "prompts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +43,16 @@ class SourceOptions:
     metadata_columns: tuple[str, ...] = ()
 
 
-def open_source(inputs: Sequence[str], format: str, options: SourceOptions) -> Source:
+def open_source(
+    inputs: Sequence[str], format: str, options: SourceOptions, texts_only: bool = False
+) -> Source:
     """Returns the source that reads these inputs.
 
     Args:
         inputs: Paths, fsspec URLs, globs or folders.
         format: One of `FORMATS`, or `auto`.
         options: What the user says about the input.
+        texts_only: The job reads captions alone, so that prompts will do.
 
     Raises:
         InputError: An input is not there, or nothing in it is of the format.
@@ -58,6 +62,10 @@ def open_source(inputs: Sequence[str], format: str, options: SourceOptions) -> S
     formats = sorted({kind for kind, _, _ in found})
     if len(formats) > 1:
         raise OptionError(f"The inputs are of several formats, {formats}. Give those of one format to a job.")
+    if formats == ["prompts"] and not texts_only:
+        raise OptionError(
+            f"{inputs[0]} holds prompts, which have no images. Prompts go with `diptych embed`."
+        )
     files = sorted({file for _, urls, _ in found for file in urls})
     root = found[0][2] if len(found) == 1 else _common_folder(files)
     return _open(formats[0], tuple(files), root, options)
@@ -97,6 +105,8 @@ def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions)
     if format == "parquet":
         names = options.image_column, options.caption_column, options.key_column
         return ParquetSource(urls, root, columns, *names)
+    if format == "prompts":
+        return PromptsSource(urls, root, columns, options.caption_column, options.key_column)
     if format == "tfrecord":
         return TfrecordSource(urls, root, columns)
     return FilesSource(urls, root)
@@ -109,6 +119,7 @@ _KINDS = {
     "flickr30k": re.compile(
         r"\.token(\.txt)?$|^results.*\.csv$|^captions\.(txt|csv)$|^flickr_annotations.*\.csv$", re.I
     ),
+    "prompts": re.compile(r"\.(jsonl|ndjson|tsv)(\.gz)?$", re.I),
     "files": re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.I),
 }
 _COCO_NAME = re.compile(r"^captions_.*\.json$", re.I)

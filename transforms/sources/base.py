@@ -160,5 +160,6 @@ def shard_names(paths: Iterable[str]) -> list[str]:
 
 
 _DATA_EXTENSION = re.compile(
-    r"\.(tar\.gz|tgz|tar|parquet|tfrecords?(\.gz)?|tfrec|json|csv|token(\.txt)?|txt)$", re.I
+    r"\.(tar\.gz|tgz|tar|parquet|tfrecords?(\.gz)?|tfrec|json|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
+    re.I,
 )

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transforms.errors import InputError, OptionError
+from transforms.sources import SourceOptions, open_source
 from transforms.sources.base import InputFile, Lost, Row
 from transforms.sources.prompts import PromptsSource
 
@@ -212,3 +213,20 @@ def test_every_line_is_a_record(tmp_path_factory, prompts):
     wanted = [prompt.lstrip("\ufeff") for prompt in prompts]
     assert len(found) == len(prompts)
     assert texts(found) == [prompt.strip() or "bad_annotation" for prompt in wanted]
+
+
+class TestOpenSource:
+    @pytest.mark.parametrize(
+        ("name", "format"), [("p.jsonl", "auto"), ("p.tsv", "auto"), ("p.txt", "prompts")]
+    )
+    def test_finds_prompts(self, tmp_path, name, format):
+        (tmp_path / name).write_text('{"prompt": "a cat"}\n' if name.endswith("l") else "prompt\na cat\n")
+        source = open_source([str(tmp_path / name)], format, SourceOptions(), texts_only=True)
+        [shard] = source.shards("", 0)
+        assert shard.name == "p"
+        assert list(shard.rows())[-1].captions == ["a cat"]
+
+    def test_a_job_that_reads_images_refuses_them(self, tmp_path):
+        (tmp_path / "p.jsonl").touch()
+        with pytest.raises(OptionError, match="diptych embed"):
+            open_source([str(tmp_path / "p.jsonl")], "auto", SourceOptions())
