@@ -87,9 +87,9 @@ def test_json_lines(tmp_path):
     assert [(row.key, row.captions) for row in shard.rows()] == [
         ("7", ["one"]),
         ("k2", ["two"]),
-        ("p.jsonl-00000002", ["three"]),
-        ("p.jsonl-00000003", ["four"]),
-        ("p.jsonl-00000004", ["? half"]),
+        ("p-00000002", ["three"]),
+        ("p-00000003", ["four"]),
+        ("p-00000004", ["? half"]),
     ]
 
 
