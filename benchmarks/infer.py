@@ -112,7 +112,7 @@ def make_captioner(folder: Path) -> str:
     torch.manual_seed(0)
     vocabulary = Vocabulary([f"word{i}" for i in range(4996)])
     encoder = create_encoder("resnet18", 224)
-    config = DecoderConfig(cell="lstm", attention=True, vocab_size=len(vocabulary), feature_dim=encoder.dim)
+    config = DecoderConfig("lstm", True, len(vocabulary), encoder.dim, encoder.num_regions)
     CaptionNetwork(encoder, Decoder(config), vocabulary).save(folder)
     return f"cnn-lstm:{folder}"
 

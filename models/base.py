@@ -97,7 +97,7 @@ class TextOptions:
     """What the user asks of a text model.
 
     Attributes:
-        pooling: `mean` or `cls`; None takes the model's own, `mean` where it says nothing.
+        pooling: `mean` or `cls`, of models that say nothing of it themselves; None is `mean`.
         normalize: Scale vectors to length 1.
     """
 

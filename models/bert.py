@@ -60,7 +60,7 @@ class Bert(TextModel):
         self.device = device
         self.digest = digest
         self.batch_size = _BATCH_SIZE[device.type]
-        self.pooling = (options.pooling,) if options.pooling else config.pooling or ("mean",)
+        self.pooling = config.pooling or (options.pooling or "mean",)
         self.max_tokens = _max_tokens(model, tokenizer, config.max_tokens)
         self._model = model.to(device).eval()
         self._steps = config.steps.to(device).eval()
@@ -75,7 +75,7 @@ class Bert(TextModel):
     def load(cls, location: str, options: TextOptions, device: str = "auto") -> "Bert":
         """Loads a model directory from anywhere, or a model of the Hugging Face hub.
 
-        Pooling is the user's choice, else what the model's own sentence-transformers files say, else the mean.
+        Pooling is what the model's own sentence-transformers files say, else the user's choice, else the mean.
 
         Args:
             location: Path, fsspec URL, or name on the hub.
@@ -83,13 +83,19 @@ class Bert(TextModel):
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
         Raises:
-            ModelError: There is no such model or device, or it is damaged, of another kind, or kept as a pickle.
+            ModelError: There is no such model or device, or it is damaged, of another kind, or kept as a pickle; or its
+                own pooling is not the one that is asked for.
         """
         if options.pooling not in _POOLING_OPTIONS:
             raise ModelError(f"--pooling {options.pooling!r} is not known. Expected mean or cls.")
         where = choose_device(device)
         folder = localise(location, hub=True)
         config = read_sentence_config(folder)
+        if options.pooling and config.pooling and config.pooling != (options.pooling,):
+            raise ModelError(
+                f"--pooling {options.pooling} is not what {location} was trained with: its own files say "
+                f"{' and '.join(config.pooling)}. Leave the flag out; it is for models that say nothing of pooling."
+            )
         _check_kind(config.transformer, of_sentences=config.pooling is not None)
         with quiet_transformers():
             tokenizer = _load_tokenizer(config.transformer)
@@ -100,7 +106,7 @@ class Bert(TextModel):
                 f"The vocabulary in {config.transformer} does not fit: the tokenizer has {len(tokenizer)} tokens, the "
                 f"model vectors for {num_rows}. Both must be of one training: fetch them again."
             )
-        content = f"{digest(folder)} {options.pooling} {options.normalize}"
+        content = f"{digest(folder)} {options.pooling if not config.pooling else None} {options.normalize}"
         name = hashlib.sha256(content.encode()).hexdigest()[:16]
         return cls(model, tokenizer, config, options, where, name)
 

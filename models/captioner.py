@@ -68,6 +68,11 @@ class CaptionNetwork(nn.Module):
         try:
             shape = DecoderConfig(**config["decoder"])
             encoder = restore_encoder(EncoderConfig(**config["encoder"]))
+            if (encoder.num_regions, encoder.dim) != (shape.num_regions, shape.feature_dim):
+                raise ValueError(
+                    f"the encoder gives {encoder.num_regions} regions of {encoder.dim} channels, the decoder takes "
+                    f"{shape.num_regions} of {shape.feature_dim}"
+                )
             decoder = Decoder(shape)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelError(

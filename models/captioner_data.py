@@ -48,6 +48,7 @@ class CaptionerTraining:
         encoder: Name of torchvision, or `timm:NAME`.
         encoder_weights: `imagenet` (the library's own), `none` (random), or a safetensors file of the library's names.
         encoder_size_px: Side of the pictures that the encoder reads.
+        encoder_stride_px: Side of a region of the encoder's grid; 0 is its last grid, 32 in most.
         fine_tune: Train the encoder too. If not, its features are made once, and cached.
         decoder: `lstm`, `gru` or `rnn`.
         attention: Attend to regions; else the pooled picture is the first input.
@@ -59,13 +60,16 @@ class CaptionerTraining:
         min_word_count: Rarer words are unknown.
         max_words: Captions are cut after this many words.
         epochs: At most.
+        cider_epochs: After them, that many of self-critical training, which rewards CIDEr (see `models.self_critical`).
+        cider_learning_rate: In these, constant; a frozen encoder stays frozen.
+        cider_samples: Captions drawn of each picture in these.
         batch_size: Images a step.
         captions_per_image: Captions of each that a step learns from, drawn anew each time; 0 takes all.
         learning_rate: Highest; warmed up, then lowered to zero by a cosine.
         encoder_learning_rate: The same, of the encoder where it is trained.
         weight_decay: AdamW's.
         ema: Decay of the average of the weights that is validated and saved.
-        patience: Epochs without a better CIDEr after which training stops.
+        patience: Epochs without a better CIDEr after which training stops, or goes on to `cider_epochs`.
         beam_width: Of the captions that are scored.
         max_scored: Images whose captions are scored at each validation; the loss is of all.
         precision: `float32` or `bfloat16` (autocast); `auto` is bfloat16 on a GPU that has it.
@@ -76,6 +80,7 @@ class CaptionerTraining:
     encoder: str = "resnet18"
     encoder_weights: str = "imagenet"
     encoder_size_px: int = 224
+    encoder_stride_px: int = 0
     fine_tune: bool = False
     decoder: str = "lstm"
     attention: bool = True
@@ -87,6 +92,9 @@ class CaptionerTraining:
     min_word_count: int = 5
     max_words: int = 20
     epochs: int = 15
+    cider_epochs: int = 0
+    cider_learning_rate: float = 2e-5
+    cider_samples: int = 5
     batch_size: int = 32
     captions_per_image: int = 0
     learning_rate: float = 1e-3
@@ -122,4 +130,6 @@ class Progress(NamedTuple):
 
 
 History = list[dict[str, float]]
-"""By epoch: `epoch` (from 1), `train_loss`, `validation_loss` (no smoothing), `seconds`, and each of `SCORES`."""
+"""By epoch: `epoch` (from 1), `train_loss`, `validation_loss` (no smoothing), `seconds`, and each of `SCORES`.
+
+Self-critical epochs have no `train_loss` but a `reward`, the mean CIDEr of what was drawn."""

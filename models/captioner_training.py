@@ -10,10 +10,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,24 +19,23 @@ from torch import Tensor
 
 from models.base import CaptionOptions
 from models.captioner import CaptionNetwork
-from models.captioner_cache import CaptionCache, Layout, open_cache
+from models.captioner_cache import CaptionCache, open_cache
 from models.captioner_data import SCORES, CaptionData, CaptionerTraining, History, Progress
+from models.captioner_steps import Pictures, Step, Steps
 from models.checkpoint import Checkpoint, Checkpoints, flatten_optimizer, restore_optimizer
 from models.decoder import Decoder, DecoderConfig
 from models.device import choose_device
 from models.encoder import Encoder, create_encoder, load_weights
 from models.errors import ModelError
-from models.pixels import decode_pixels
 from models.scores import score_captions
+from models.self_critical import CiderReward, advantages, sample_captions
 from models.store import digest, localise, read_tensors
-from models.vocabulary import END, PAD, START, Vocabulary
+from models.vocabulary import PAD, Vocabulary
 
 _CHECKPOINT_S = 120.0
 _WARMUP_STEPS = 200
 _MAX_GRADIENT = 5.0
-_VALIDATION_ROWS = 64
 _OnProgress = Callable[[Progress], None]
-_Array = np.ndarray[Any, Any]
 
 
 def train_captioner(
@@ -68,7 +65,7 @@ def train_captioner(
     chosen = choose_device(device)
     torch.manual_seed(options.seed)
     encoder, source = _make_encoder(options)
-    pictures = _Pictures(encoder.to(chosen), options, chosen)
+    pictures = Pictures(encoder.to(chosen), options, chosen)
     identity = f"{data.fingerprint} {source}"
     splits = []
     for name, batches, num_rows in (
@@ -104,8 +101,9 @@ def _make_encoder(options: CaptionerTraining) -> tuple[Encoder, str]:
             "--encoder_weights none without --fine_tune would caption from random features. Add --fine_tune to train "
             "the encoder from scratch, or give weights."
         )
-    encoder = create_encoder(options.encoder, options.encoder_size_px, pretrained=weights == "imagenet")
-    source = f"{options.encoder} {options.encoder_size_px}"
+    size_px, stride_px = options.encoder_size_px, options.encoder_stride_px
+    encoder = create_encoder(options.encoder, size_px, stride_px, pretrained=weights == "imagenet")
+    source = f"{options.encoder} {size_px} {stride_px}"
     if weights not in ("imagenet", "none"):
         path = localise(weights)
         load_weights(encoder, read_tensors(path), str(path))
@@ -116,7 +114,7 @@ def _make_encoder(options: CaptionerTraining) -> tuple[Encoder, str]:
             state.update(tensor.cpu().contiguous().numpy().data)
         source += f" {state.hexdigest()[:16]}"
     encoder.requires_grad_(options.fine_tune)
-    return encoder.eval(), source if not options.fine_tune else f"pixels {options.encoder_size_px}"
+    return encoder.eval(), source if not options.fine_tune else f"pixels {size_px}"
 
 
 def _decoder_config(options: CaptionerTraining, encoder: Encoder, vocabulary: Vocabulary) -> DecoderConfig:
@@ -125,67 +123,12 @@ def _decoder_config(options: CaptionerTraining, encoder: Encoder, vocabulary: Vo
         options.attention,
         len(vocabulary),
         encoder.dim,
+        encoder.num_regions,
         options.embedding_dim,
         options.hidden_dim,
         options.attention_dim,
         options.dropout,
     )
-
-
-class _Pictures:
-    """Images to what the cache keeps, and from there to regions."""
-
-    def __init__(self, encoder: Encoder, options: CaptionerTraining, device: torch.device) -> None:
-        self._encoder, self._options, self._device = encoder, options, device
-        self._pool = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode")
-        size = options.encoder_size_px
-        if options.fine_tune:
-            self.layout = Layout((size, size, 3), "uint8")
-        else:
-            self.layout = Layout((encoder.num_regions, encoder.dim), "float16", 2 if options.flips else 1)
-
-    def encode(self, images: Sequence[bytes]) -> list[_Array]:
-        size = self._options.encoder_size_px
-        pixels = np.stack(list(self._pool.map(lambda data: decode_pixels(data, size), images)))
-        if self._options.fine_tune:
-            return [pixels]
-        return [self._features(view) for view in (pixels, pixels[:, :, ::-1])[: self.layout.views]]
-
-    def _features(self, pixels: _Array) -> _Array:
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-        with torch.inference_mode():
-            parts = [self._encoder(part.to(self._device)) for part in torch.split(tensor, _VALIDATION_ROWS)]
-        return torch.cat(parts).cpu().numpy().astype(np.float16)
-
-    def load(self, split: CaptionCache, rows: Sequence[int], mirrored: Sequence[bool]) -> Tensor:
-        """Returns rows of the cache, in memory."""
-        last = len(split.pictures) - 1
-        found = np.stack(
-            [split.pictures[min(last, int(flip))][row] for row, flip in zip(rows, mirrored, strict=True)]
-        )
-        if self._options.fine_tune:
-            for i in np.flatnonzero(mirrored):
-                found[i] = found[i, :, ::-1].copy()
-        return torch.from_numpy(found)
-
-    def regions(self, loaded: Tensor) -> Tensor:
-        """Returns (N, L, D) regions of what `load` gave, on the device."""
-        loaded = loaded.to(self._device, non_blocking=True)
-        return self._encoder(loaded.permute(0, 3, 1, 2)) if self._options.fine_tune else loaded.float()
-
-
-class _Step(NamedTuple):
-    """A batch that is ready for the device.
-
-    Attributes:
-        pictures: As `_Pictures.load` gives them.
-        owners: (B,) the picture of each caption.
-        words: (B, T + 1) from `START` to `END`, then `PAD`.
-    """
-
-    pictures: Tensor
-    owners: Tensor
-    words: Tensor
 
 
 @dataclasses.dataclass
@@ -196,6 +139,7 @@ class _Position:
     loss_sum: float = 0.0
     best: float = -math.inf
     best_epoch: int = -1
+    rewarded_from: int | None = None
     seconds: float = 0.0
     history: History = dataclasses.field(default_factory=list)
 
@@ -204,7 +148,7 @@ class _Training:
     def __init__(
         self,
         network: CaptionNetwork,
-        pictures: _Pictures,
+        pictures: Pictures,
         train: CaptionCache,
         validation: CaptionCache,
         options: CaptionerTraining,
@@ -225,17 +169,23 @@ class _Training:
         self._best = dict(self._average)
         self._at = _Position()
         self._precision = _precision(options.precision, device)
+        self._make = Steps(pictures, network.vocabulary, options)
+        self._reward = (
+            CiderReward(map(self._make.number, train.all_captions())) if options.cider_epochs else None
+        )
 
     def run(self, output: Path) -> History:
         checkpoints = Checkpoints(output)
         if checkpoint := checkpoints.latest():
             self._restore(checkpoint)
-        options = self._options
         begun = last_saved = time.monotonic() - self._at.seconds
-        while self._at.step < options.epochs * self._steps and not self._is_over():
+        while not self._is_over():
             epoch, at = divmod(self._at.step, self._steps)
+            if not self._rewarded and not at and self._has_converged(epoch):
+                self._begin_rewards(epoch)
             self._set_training(True)
-            for step in self._epoch(epoch, at):
+            num_captions = 0 if self._rewarded else self._options.captions_per_image
+            for step in self._make.epoch(self._train, epoch, at, num_captions):
                 self._at.loss_sum += self._update(step)
                 self._at.step += 1
                 self._report("training", epoch, self._at.step - epoch * self._steps)
@@ -252,85 +202,101 @@ class _Training:
         self._network.save(output)
         return self._at.history
 
+    @property
+    def _rewarded(self) -> bool:
+        return self._at.rewarded_from is not None
+
     def _is_over(self) -> bool:
-        done = len(self._at.history)
-        return done - 1 - self._at.best_epoch >= self._options.patience if done else False
+        epoch, at = divmod(self._at.step, self._steps)
+        if self._at.rewarded_from is not None:
+            return epoch >= self._at.rewarded_from + self._options.cider_epochs
+        return not at and not self._options.cider_epochs and self._has_converged(epoch)
 
-    def _epoch(self, epoch: int, at: int) -> Iterator[_Step]:
-        """Yields the batches of an epoch from one on, the next one made ready in the background."""
-        order = np.random.default_rng((self._options.seed, epoch)).permutation(len(self._train))
-        starts = range(at * self._options.batch_size, len(order), self._options.batch_size)
-        rows = (order[start : start + self._options.batch_size].tolist() for start in starts)
+    def _has_converged(self, epoch: int) -> bool:
+        waited = epoch - 1 - self._at.best_epoch if epoch else 0
+        return epoch >= self._options.epochs or waited >= self._options.patience
 
-        def load(number: int, rows: list[int]) -> _Step:
-            draw = np.random.default_rng((self._options.seed, epoch, number))
-            flips = draw.random(len(rows)) < (0.5 if self._options.flips else 0.0)
-            captions = self._train.captions(rows)
-            if most := self._options.captions_per_image:
-                captions = [[texts[i] for i in draw.permutation(len(texts))[:most]] for texts in captions]
-            return self._load(self._train, rows, captions, flips.tolist())
+    def _begin_rewards(self, epoch: int) -> None:
+        """Goes on from the best weights so far, to learn from whole captions."""
+        self._at.rewarded_from = epoch
+        self._put(self._best)
+        self._average = {name: value.clone() for name, value in self._best.items()}
+        self._optimizer.state.clear()
 
-        with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-            ahead = None
-            for number, chosen in enumerate(rows, at):
-                ready, ahead = ahead, pool.submit(load, number, chosen)
-                if ready is not None:
-                    yield ready.result()
-            if ahead is not None:
-                yield ahead.result()
-
-    def _load(
-        self, split: CaptionCache, rows: list[int], captions: list[list[list[str]]], flips: list[bool]
-    ) -> _Step:
-        number, most = self._network.vocabulary.number, self._options.max_words
-        numbered = [
-            (owner, [START, *(number(word) for word in words[:most]), END])
-            for owner, texts in enumerate(captions)
-            for words in texts
-        ]
-        words = torch.full((len(numbered), max(len(numbers) for _, numbers in numbered)), PAD)
-        for i, (_, numbers) in enumerate(numbered):
-            words[i, : len(numbers)] = torch.tensor(numbers)
-        owners = torch.tensor([owner for owner, _ in numbered])
-        return _Step(self._pictures.load(split, rows, flips), owners, words)
-
-    def _loss(self, step: _Step, label_smoothing: float, reduction: str = "mean") -> Tensor:
+    def _loss(self, step: Step, label_smoothing: float, reduction: str = "mean") -> Tensor:
         words = step.words.to(self._device, non_blocking=True)
         owners = step.owners.to(self._device, non_blocking=True)
         with self._precision:
-            logits, targets = self._network.decoder(self._pictures.regions(step.pictures), owners, words)
+            logits, targets, _ = self._network.decoder(self._pictures.regions(step.pictures), owners, words)
         return torch.nn.functional.cross_entropy(
             logits.float(), targets, label_smoothing=label_smoothing, reduction=reduction
         )
 
-    def _update(self, step: _Step) -> float:
+    def _update(self, step: Step) -> float:
         options, at = self._options, self._at.step
         torch.manual_seed(options.seed * 1_000_003 + at)
-        total = options.epochs * self._steps
-        warmup = min(_WARMUP_STEPS, max(1, total // 10))
-        share = min(1.0, (at + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * at / total))
+        rate = options.cider_learning_rate / options.learning_rate if self._rewarded else self._share(at)
         for group in self._optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        loss = self._loss(step, options.label_smoothing)
+            group["lr"] = group["peak"] * rate
+        if self._rewarded:
+            try:
+                loss, found = self._reward_loss(step)
+            except FloatingPointError as error:
+                raise self._diverged(str(error)) from error
+        else:
+            loss = self._loss(step, options.label_smoothing)
+            found = float(loss.detach())
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT)
         self._optimizer.step()
-        decay = min(options.ema, (1 + at) / (10 + at))
+        age = at - (self._at.rewarded_from or 0) * self._steps
+        decay = min(options.ema, (1 + age) / (10 + age))
         with torch.no_grad():
             for name, value in self._trained().items():
                 if value.is_floating_point():
                     self._average[name].lerp_(value, 1 - decay)
                 else:
                     self._average[name].copy_(value)
-        found = float(loss.detach())
-        if not math.isfinite(found):
-            raise ModelError(
-                f"the training diverged: the loss is {found} at step {at}. Lower --learning_rate (it is "
-                f"{options.learning_rate}), and start anew with --overwrite."
-            )
+        if not math.isfinite(float(loss.detach())):
+            raise self._diverged(f"the loss is {float(loss.detach())}")
         return found
+
+    def _diverged(self, what: str) -> ModelError:
+        flag = "cider_learning_rate" if self._rewarded else "learning_rate"
+        return ModelError(
+            f"the training diverged: {what} at step {self._at.step}. Lower --{flag} (it is "
+            f"{getattr(self._options, flag)}), and start anew with --overwrite."
+        )
+
+    def _share(self, at: int) -> float:
+        """Returns the share of the highest learning rate at a step: warmed up, then a cosine."""
+        total = self._options.epochs * self._steps
+        warmup = min(_WARMUP_STEPS, max(1, total // 10))
+        return min(1.0, (at + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * at / total))
+
+    def _reward_loss(self, step: Step) -> tuple[Tensor, float]:
+        """Returns a loss whose gradient is that of the reward of captions drawn for a batch, and minus the reward."""
+        options, decoder = self._options, self._network.decoder
+        num, most = options.cider_samples, options.max_words
+        with self._precision:
+            regions = self._pictures.regions(step.pictures)
+            decoder.eval()  # the gradient must be that of the model that the captions are drawn from
+            with torch.no_grad():
+                words = sample_captions(decoder, decoder.look(regions), num, most)
+            owners = torch.arange(len(regions), device=self._device).repeat_interleave(num)
+            logits, targets, captions = decoder(regions, owners, words)
+        reward = self._reward
+        assert reward is not None
+        drawn = words.view(len(regions), num, -1)
+        wanted = (step.words[step.owners == i] for i in range(len(regions)))
+        rewards = np.array(
+            [reward(_plain(own), _plain(texts)) for own, texts in zip(drawn, wanted, strict=True)], np.float32
+        )
+        weights = torch.from_numpy(advantages(rewards).ravel()).to(self._device)
+        surprise = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        return (surprise * weights[captions]).mean(), -float(rewards.mean())
 
     def _validate(self, epoch: int) -> None:
         """Scores the averaged weights, and keeps them where they are the best so far."""
@@ -347,7 +313,7 @@ class _Training:
         self._at.history.append(
             {
                 "epoch": epoch + 1,
-                "train_loss": self._at.loss_sum / self._steps,
+                **self._mean_loss(),
                 "validation_loss": losses,
                 "seconds": round(self._at.seconds, 1),
                 **named,
@@ -358,23 +324,27 @@ class _Training:
         num_rows = len(self._validation)
         self._on_progress(Progress("validating", epoch, num_rows, num_rows, entry=self._at.history[-1]))
 
+    def _mean_loss(self) -> dict[str, float]:
+        mean = self._at.loss_sum / self._steps
+        return {"reward": -mean} if self._rewarded else {"train_loss": mean}
+
     def _caption_validation(self, epoch: int) -> tuple[float, list[list[str]], list[list[list[str]]]]:
         options, split, network = self._options, self._validation, self._network
         asked = CaptionOptions(options.beam_width, 1, options.max_words)
         total, count = 0.0, 0
         candidates: list[list[str]] = []
         references: list[list[list[str]]] = []
-        for rows in _groups(len(split)):
-            captions = split.captions(rows)
-            step = self._load(split, rows, captions, [False] * len(rows))
+        done = 0
+        for step, captions in self._make.validation(split):
             total += float(self._loss(step, 0.0, "sum"))
             count += int((step.words[:, 1:] != PAD).sum())
-            if rows[0] < options.max_scored:
+            if done < options.max_scored:
                 found = network.search(self._pictures.regions(step.pictures), asked)
                 candidates += [network.vocabulary.decode(best[0].words).split() for best in found]
                 references += captions
-            if rows[-1] + 1 < len(split):  # the last comes with the scores
-                self._report("validating", epoch, rows[-1] + 1)
+            done += len(captions)
+            if done < len(split):  # the last comes with the scores
+                self._report("validating", epoch, done)
         return total / count, candidates, references
 
     def _report(self, phase: str, epoch: int, done: int) -> None:
@@ -426,6 +396,6 @@ def _precision(name: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=is_auto or name == "bfloat16")
 
 
-def _groups(num_rows: int) -> Iterator[list[int]]:
-    for start in range(0, num_rows, _VALIDATION_ROWS):
-        yield list(range(start, min(num_rows, start + _VALIDATION_ROWS)))
+def _plain(words: Tensor) -> list[list[int]]:
+    """Returns captions without `START` and `PAD`."""
+    return [[number for number in caption if number != PAD] for caption in words[:, 1:].tolist()]

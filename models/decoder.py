@@ -2,8 +2,9 @@
 
 With attention it is the soft model of "Show, Attend and Tell" (Xu et al. 2015, 3.1.2 and 4.2.1: additive attention, the
 gate beta, the deep output layer); without, "Show and Tell" (Vinyals et al. 2015, 3.1: the pooled picture is the first
-input). The annotation vectors are projected once a picture, and the output layer shares its weights with the
-word embedding (Press and Wolf 2017).
+input). Other than there, the annotation vectors are projected once a picture, each with a learnt place (as in ViT,
+Dosovitskiy et al. 2021); the attention also knows the word that was just read; and the output layer shares its weights
+with the word embedding (Press and Wolf 2017).
 
 B captions, N pictures, T words, M words of all captions, L regions, D encoder channels, E embedding, H hidden,
 A attention, V vocabulary.
@@ -27,6 +28,7 @@ class DecoderConfig:
         attention: Attend to the regions at each word; else the pooled picture is the first input.
         vocab_size: V, with the special words.
         feature_dim: D.
+        num_regions: L.
         embedding_dim: E.
         hidden_dim: H.
         attention_dim: A.
@@ -37,6 +39,7 @@ class DecoderConfig:
     attention: bool
     vocab_size: int
     feature_dim: int
+    num_regions: int
     embedding_dim: int = 512
     hidden_dim: int = 512
     attention_dim: int = 256
@@ -61,6 +64,20 @@ class Picture(NamedTuple):
     def first(self, count: int) -> "Picture":
         """Returns the first so many pictures."""
         return Picture(self.values[:count], self.keys[:count])
+
+
+class Predictions(NamedTuple):
+    """What a decoder makes of captions that it is given.
+
+    Attributes:
+        logits: (M, V) of every next word.
+        targets: (M,) which word it is.
+        captions: (M,) ordinal of the caption.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    captions: Tensor
 
 
 class State(NamedTuple):
@@ -90,14 +107,17 @@ class Decoder(nn.Module):
         self.start = nn.Linear(embedding, 2 * hidden)
         inputs = embedding
         if config.attention:
+            self.places = nn.Parameter(torch.zeros(config.num_regions, embedding))
             self.keys = nn.Linear(embedding, attention)
-            self.query = nn.Linear(hidden, attention, bias=False)
+            self.query = nn.Linear(embedding + hidden, attention, bias=False)
             self.score = nn.Linear(attention, 1, bias=False)
             self.gate = nn.Linear(hidden, embedding)
             inputs += embedding
         cells = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
         self.cell = cells[config.cell](inputs, hidden)
         self.from_hidden = nn.Linear(hidden, embedding)
+        # not the embedding itself: the output layer shares its weights, and a word would call for itself again
+        self.from_word = nn.Linear(embedding, embedding, bias=False)
         if config.attention:
             self.from_context = nn.Linear(embedding, embedding, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -106,11 +126,11 @@ class Decoder(nn.Module):
 
     def look(self, regions: Tensor) -> Picture:
         """Returns what is kept of (N, L, D) regions."""
-        if not self.config.attention:
-            regions = regions.mean(dim=1, keepdim=True)
-        values = torch.relu(self.picture(self.dropout(regions)))  # (N, L, E)
-        keys = self.keys(values) if self.config.attention else values.new_empty(len(values), 0, 0)
-        return Picture(values, keys)
+        if self.config.attention:
+            values = torch.relu(self.picture(self.dropout(regions)) + self.places)  # (N, L, E)
+            return Picture(values, self.keys(values))
+        values = torch.relu(self.picture(self.dropout(regions.mean(dim=1, keepdim=True))))  # (N, 1, E)
+        return Picture(values, values.new_empty(len(values), 0, 0))
 
     def begin(self, picture: Picture) -> State:
         """Returns the state before the first word."""
@@ -132,22 +152,23 @@ class Decoder(nn.Module):
         Returns:
             (B, E) outputs, for `logits`, and the state after the word.
         """
-        return self._step(self.words(words), state, picture)
+        embedded = self.words(words)
+        state, context = self._read(embedded, state, picture)
+        return self._output(embedded, state.hidden, context), state
 
-    def _step(self, embedded: Tensor, state: State, picture: Picture) -> tuple[Tensor, State]:
+    def _read(self, embedded: Tensor, state: State, picture: Picture) -> tuple[State, Tensor]:
+        """Returns the state after a word, and the (B, E) context that it was read in: none without attention."""
         if not self.config.attention:
-            state = self._advance(embedded, state)
-            return embedded + self.from_hidden(self.dropout(state.hidden)), state
-        context = self._attend(state.hidden, picture)
-        state = self._advance(torch.cat([embedded, context], dim=1), state)
-        output = embedded + self.from_hidden(self.dropout(state.hidden)) + self.from_context(context)
-        return output, state
-
-    def _attend(self, hidden: Tensor, picture: Picture) -> Tensor:
-        query = self.query(hidden)[:, None]  # (B, 1, A)
+            return self._advance(embedded, state), embedded.new_empty(len(embedded), 0)
+        query = self.query(torch.cat([embedded, state.hidden], dim=1))[:, None]  # (B, 1, A)
         weights = torch.softmax(self.score(torch.tanh(picture.keys + query)), dim=1)  # (B, L, 1)
         context = torch.bmm(weights.transpose(1, 2), picture.values)[:, 0]  # (B, E)
-        return torch.sigmoid(self.gate(hidden)) * context
+        context = torch.sigmoid(self.gate(state.hidden)) * context
+        return self._advance(torch.cat([embedded, context], dim=1), state), context
+
+    def _output(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
+        output = self.from_word(embedded) + self.from_hidden(self.dropout(hidden))
+        return output + self.from_context(context) if self.config.attention else output
 
     def _advance(self, inputs: Tensor, state: State) -> State:
         if self.config.cell == "lstm":
@@ -158,8 +179,8 @@ class Decoder(nn.Module):
         """Returns (…, V) logits of the next word for (…, E) outputs."""
         return nn.functional.linear(self.dropout(torch.tanh(outputs)), self.words.weight, self.bias)
 
-    def forward(self, regions: Tensor, owners: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the logits of every next word, the words before it given, and which word it is.
+    def forward(self, regions: Tensor, owners: Tensor, words: Tensor) -> Predictions:
+        """Predicts every next word, the words before it given.
 
         Captions that have ended are left out of the steps that others still take: M is the number of words and ends.
 
@@ -167,9 +188,6 @@ class Decoder(nn.Module):
             regions: (N, L, D).
             owners: (B,) ordinal of each caption's picture.
             words: (B, T + 1) numbers, from `START` to `END`, then `PAD`.
-
-        Returns:
-            (M, V) logits, and (M,) numbers.
         """
         lengths = (words[:, 1:] != PAD).sum(dim=1)
         order = lengths.argsort(descending=True, stable=True)
@@ -180,12 +198,14 @@ class Decoder(nn.Module):
         picture = self.look(regions).select(owners[order])
         state = self.begin(picture)
         embedded = self.dropout(self.words(words[:, :-1]))  # (B, T, E)
-        outputs, targets = [], []
+        read, targets, captions = [], [], []
         for at, count in enumerate(alive):
             if not count:
                 break
             picture, state = picture.first(count), state.first(count)
-            output, state = self._step(embedded[:count, at], state, picture)
-            outputs.append(output)
+            state, context = self._read(embedded[:count, at], state, picture)
+            read.append((embedded[:count, at], state.hidden, context))
             targets.append(words[:count, at + 1])
-        return self.logits(torch.cat(outputs)), torch.cat(targets)
+            captions.append(order[:count])
+        outputs = self._output(*(torch.cat(parts) for parts in zip(*read, strict=True)))
+        return Predictions(self.logits(outputs), torch.cat(targets), torch.cat(captions))

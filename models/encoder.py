@@ -4,6 +4,7 @@ N pictures, S side in pixels, L regions, D channels.
 """
 
 import dataclasses
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -24,12 +25,14 @@ class EncoderConfig:
         size_px: S.
         mean: Per channel, RGB, of values in 0 to 1.
         std: The same.
+        stride_px: Side of a region. 0 is the network's last grid, 32 in most.
     """
 
     name: str
     size_px: int = 224
     mean: tuple[float, float, float] = _IMAGENET_MEAN
     std: tuple[float, float, float] = _IMAGENET_STD
+    stride_px: int = 0
 
 
 class Encoder(nn.Module):
@@ -66,18 +69,19 @@ class Encoder(nn.Module):
         return grid.flatten(2).transpose(1, 2)
 
 
-def create_encoder(name: str, size_px: int, pretrained: bool = False) -> Encoder:
+def create_encoder(name: str, size_px: int, stride_px: int = 0, pretrained: bool = False) -> Encoder:
     """Returns an encoder by name, as its library makes it.
 
     Args:
         name: Of torchvision, or `timm:NAME`.
         size_px: Side of the pictures.
+        stride_px: Side of a region; the layers after the last grid of this stride are left out. 0 takes all layers.
         pretrained: With the library's own ImageNet weights, fetched or from its cache; else random.
 
     Raises:
-        ModelError: There is no such network, it gives no grid of features, or its weights cannot be fetched.
+        ModelError: There is no such network, it gives no such grid of features, or its weights cannot be fetched.
     """
-    network, config = _create(name, size_px, pretrained)
+    network, config = _create(name, size_px, stride_px, pretrained)
     return _encoder(config, network)
 
 
@@ -87,10 +91,10 @@ def restore_encoder(config: EncoderConfig) -> Encoder:
     Raises:
         ModelError: There is no such network, or it gives no grid of features.
     """
-    return _encoder(config, _create(config.name, config.size_px, pretrained=False)[0])
+    return _encoder(config, _create(config.name, config.size_px, config.stride_px, pretrained=False)[0])
 
 
-def _create(name: str, size_px: int, pretrained: bool) -> tuple[nn.Module, EncoderConfig]:
+def _create(name: str, size_px: int, stride_px: int, pretrained: bool) -> tuple[nn.Module, EncoderConfig]:
     library, _, rest = name.rpartition(":")
     if library not in ("", "timm"):
         raise ModelError(
@@ -98,7 +102,7 @@ def _create(name: str, size_px: int, pretrained: bool) -> tuple[nn.Module, Encod
         )
     try:
         create = _from_timm if library == "timm" else _from_torchvision
-        return create(rest, size_px, pretrained)
+        return create(rest, size_px, stride_px, pretrained)
     except OSError as error:
         raise ModelError(
             f"the ImageNet weights of {name} cannot be fetched ({error}). Give a file with them "
@@ -136,7 +140,9 @@ def load_weights(encoder: Encoder, tensors: dict[str, Tensor], source: str) -> N
     encoder.network.load_state_dict({name: tensors[name] for name in own})
 
 
-def _from_torchvision(name: str, size_px: int, pretrained: bool) -> tuple[nn.Module, EncoderConfig]:
+def _from_torchvision(
+    name: str, size_px: int, stride_px: int, pretrained: bool
+) -> tuple[nn.Module, EncoderConfig]:
     import torchvision
 
     if name not in torchvision.models.list_models(module=torchvision.models):
@@ -146,22 +152,55 @@ def _from_torchvision(name: str, size_px: int, pretrained: bool) -> tuple[nn.Mod
     network: Any = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
     if isinstance(network, torchvision.models.ResNet):
         kept = [(name, child) for name, child in network.named_children() if name not in ("avgpool", "fc")]
+        grid = nn.Sequential(OrderedDict(_up_to(stride_px, kept, name)))
     elif hasattr(network, "features"):
-        kept = [("features", network.features)]
+        layers = _up_to(stride_px, list(network.features.named_children()), name)
+        grid = nn.Sequential(OrderedDict(features=nn.Sequential(OrderedDict(layers))))
     else:
         raise ModelError(
             f"{name} gives no grid of features. Choose a convolutional network, such as resnet50."
         )
     # under their own names, so that a file of the library's weights fits
-    return nn.Sequential(OrderedDict(kept)), EncoderConfig(name, size_px)
+    return grid, EncoderConfig(name, size_px, stride_px=stride_px)
 
 
-def _from_timm(name: str, size_px: int, pretrained: bool) -> tuple[nn.Module, EncoderConfig]:
+def _up_to(stride_px: int, layers: list[tuple[str, nn.Module]], name: str) -> list[tuple[str, nn.Module]]:
+    """Returns the layers up to the last whose grid has this stride; all for 0."""
+    if not stride_px:
+        return layers
+    side = 256
+    strides = []
+    grid = torch.zeros(1, 3, side, side)
+    with torch.inference_mode():
+        for _, layer in layers:
+            grid = layer.eval()(grid)
+            strides.append(2 ** round(math.log2(side / grid.shape[-1])))  # some do not pad
+    if stride_px not in strides:
+        raise _no_stride(name, stride_px, strides)
+    return layers[: len(strides) - strides[::-1].index(stride_px)]
+
+
+def _from_timm(name: str, size_px: int, stride_px: int, pretrained: bool) -> tuple[nn.Module, EncoderConfig]:
     import timm
     from timm.data import resolve_model_data_config
 
     if not timm.is_model(name):
         raise ModelError(f"timm has no network {name!r}. `timm.list_models()` names them.")
     network = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="")
+    if stride_px:
+        strides = [stage["reduction"] for stage in getattr(network, "feature_info", ())]
+        if stride_px not in strides or not hasattr(network, "prune_intermediate_layers"):
+            raise _no_stride(f"timm:{name}", stride_px, strides)
+        last = len(strides) - 1 - strides[::-1].index(stride_px)
+        network.prune_intermediate_layers([last], prune_norm=True)
     config = resolve_model_data_config(network)
-    return network, EncoderConfig(f"timm:{name}", size_px, tuple(config["mean"]), tuple(config["std"]))
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return network, EncoderConfig(f"timm:{name}", size_px, mean, std, stride_px)
+
+
+def _no_stride(name: str, stride_px: int, strides: list[int]) -> ModelError:
+    known = ", ".join(str(stride) for stride in sorted(set(strides))) or "none that can be chosen"
+    return ModelError(
+        f"the encoder {name} has no grid with a region every {stride_px} pixels. Expected --encoder_stride of {known}, "
+        "or none for its last."
+    )

@@ -165,7 +165,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(4)
+            head = file.read(9)
     except FileNotFoundError as error:
         folder = path.parent
         pickles = sorted(file for file in folder.glob("*") if file.suffix in (*PICKLE_SUFFIXES, ".bin"))
@@ -176,7 +176,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(
             f"{path} cannot be read: {error.strerror}. Expected the model's weights in it."
         ) from error
-    if head == b"PK\x03\x04" or head[:1] == b"\x80":
+    is_safetensors = head[8:] == b"{"  # after the length of its header, which may begin as a pickle does
+    if not is_safetensors and head.startswith((b"PK\x03\x04", b"\x80")):
         raise _is_pickle(path, path.with_suffix(".safetensors"))
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)

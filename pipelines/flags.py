@@ -37,7 +37,7 @@ def add_embed_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--pooling",
         choices=("mean", "cls"),
-        help="of word vectors (default: the model's own, mean where it says nothing)",
+        help="how token vectors become one, for models that say nothing of it themselves (default mean)",
     )
     model.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
 

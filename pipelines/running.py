@@ -52,9 +52,13 @@ def new_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:
             "--runner=FnApiRunner"
         )  # plain DirectRunner may look for another runner on the network first
     try:
-        return beam.Pipeline(options=PipelineOptions(args))
+        pipeline = beam.Pipeline(options=PipelineOptions(args))
     except ValueError as error:
         raise errors.OptionError(f"Apache Beam refuses its flags: {' '.join(str(error).split())}") from error
+    os.rmdir(
+        pipeline.local_tempdir
+    )  # for transforms in other languages; else every run would leave it behind
+    return pipeline
 
 
 def run_pipeline(pipeline: beam.Pipeline, num_shards: int, quiet: bool) -> None:

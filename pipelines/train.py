@@ -99,7 +99,8 @@ def _run(options: TrainOptions) -> State:
     if state is State.DONE:
         return state
     unit = "captions" if options.model == "word2vec" else "rows"
-    with Display(options.training.epochs, options.quiet, unit).shown() as display:
+    epochs = options.training.epochs + getattr(options.training, "cider_epochs", 0)
+    with Display(epochs, options.quiet, unit).shown() as display:
         if state is State.RESUMED:
             display.line("going on with the training that was stopped")
         rows = open_rows(options, folder.prepared)
@@ -126,10 +127,10 @@ def _check_model(options: TrainOptions) -> None:
         from models.store import read_tensors
 
         choose_device(options.device)
-        weights = options.training.encoder_weights
-        encoder = create_encoder(
-            options.training.encoder, options.training.encoder_size_px, pretrained=weights == "imagenet"
-        )
+        training = options.training
+        weights = training.encoder_weights
+        size_px, stride_px = training.encoder_size_px, training.encoder_stride_px
+        encoder = create_encoder(training.encoder, size_px, stride_px, pretrained=weights == "imagenet")
         if weights not in ("imagenet", "none"):
             path = localise(weights)
             load_weights(encoder, read_tensors(path), str(path))

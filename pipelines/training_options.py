@@ -88,7 +88,9 @@ def _check_captioner(training: CaptionerTraining) -> None:
         check(getattr(training, name) >= 1, f"--{name}", getattr(training, name), "at least 1")
     most = training.captions_per_image
     check(most >= 0, "--captions_per_image", most, "0 or more")
-    for name in ("learning_rate", "encoder_learning_rate"):
+    check(training.cider_epochs >= 0, "--cider_epochs", training.cider_epochs, "0 or more")
+    check(training.cider_samples >= 2, "--cider_samples", training.cider_samples, "at least 2")
+    for name in ("learning_rate", "encoder_learning_rate", "cider_learning_rate"):
         rate = getattr(training, name)
         check(rate > 0 and math.isfinite(rate), f"--{name}", rate, "above 0 and finite")
     for name in ("dropout", "label_smoothing", "ema"):
@@ -97,6 +99,13 @@ def _check_captioner(training: CaptionerTraining) -> None:
     check(decay >= 0 and math.isfinite(decay), "--weight_decay", decay, "0 or more, and finite")
     size_px = training.encoder_size_px
     check(32 <= size_px <= 1024, "--encoder_size", size_px, "from 32 to 1024 pixels")
+    stride_px = training.encoder_stride_px
+    check(
+        0 <= stride_px <= size_px,
+        "--encoder_stride",
+        stride_px,
+        "0 for the last, or pixels up to --encoder_size",
+    )
     check(
         bool(training.encoder.strip()),
         "--encoder",
@@ -197,6 +206,14 @@ def _add_captioner_flags(model: argparse._ArgumentGroup, training: argparse._Arg
         metavar="PX",
         help=f"side of the images that it sees (default {default.encoder_size_px})",
     )
+    model.add_argument(
+        "--encoder_stride",
+        dest="encoder_stride_px",
+        type=int,
+        default=default.encoder_stride_px,
+        metavar="PX",
+        help="side of a region: 16 sees finer than 32, which is the last grid of most (default 0, the last)",
+    )
     model.add_argument("--fine_tune", action="store_true", help="train the encoder as well")
     model.add_argument(
         "--decoder",
@@ -220,6 +237,13 @@ def _add_captioner_flags(model: argparse._ArgumentGroup, training: argparse._Arg
         ("captions_per_image", "N", "captions of each that a step learns from, 0 takes all"),
         ("learning_rate", "X", "the highest"),
         ("encoder_learning_rate", "X", "of the encoder, with --fine_tune"),
+        (
+            "cider_epochs",
+            "N",
+            "at the end, learn from the CIDEr of drawn captions (self-critical) for so many",
+        ),
+        ("cider_learning_rate", "X", "in these"),
+        ("cider_samples", "N", "captions drawn of each image in these"),
         ("weight_decay", "X", "of AdamW"),
         ("dropout", "X", "share of units"),
         ("label_smoothing", "X", "share of probability that is spread over all words"),

@@ -18,7 +18,7 @@ REGIONS = torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(3)) * 4
 def decoder():
     torch.manual_seed(4)
     model = Decoder(
-        DecoderConfig("lstm", True, VOCAB, 6, embedding_dim=8, hidden_dim=8, attention_dim=4)
+        DecoderConfig("lstm", True, VOCAB, 6, 3, embedding_dim=8, hidden_dim=8, attention_dim=4)
     ).eval()
     torch.nn.init.normal_(model.words.weight, std=2.0)
     torch.nn.init.normal_(model.bias, std=0.5)

@@ -246,10 +246,13 @@ class TestSentenceTransformers:
         assert model.pooling == ("cls",)
         np.testing.assert_allclose(vectors_of(model, CAPTIONS), sentences_of(folder, CAPTIONS), atol=1e-5)
 
-    def test_the_user_has_the_last_word(self, tiny):
+    def test_the_model_has_the_last_word(self, tiny):
         folder = self.save(tiny(), sentence_transformers.models.Pooling(16, "cls"))
-        assert load(folder).pooling == ("cls",)
-        assert load(folder, pooling="mean").pooling == ("mean",)
+        assert load(folder, pooling="cls").digest == load(folder).digest
+        with pytest.raises(
+            ModelError, match=r"--pooling mean is not what .* own files say cls. Leave the flag"
+        ):
+            load(folder, pooling="mean")
 
     def test_dense_and_normalize(self, tiny):
         names = sentence_transformers.models

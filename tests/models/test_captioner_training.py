@@ -119,12 +119,20 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize(("fine_tune", "at"), [(True, 4), (True, 8), (False, 5), (False, 13)])
+@pytest.mark.parametrize(
+    ("fine_tune", "at"), [(True, 4), (True, 8), (True, 16), (False, 5), (False, 13), (False, 18)]
+)
 def test_goes_on_to_the_same_weights(tmp_path, monkeypatch, encoder_weights, fine_tune, at):
     weights = "none" if fine_tune else encoder_weights
     options = dataclasses.replace(
-        OPTIONS, fine_tune=fine_tune, encoder_weights=weights, flips=True, captions_per_image=1
+        OPTIONS,
+        fine_tune=fine_tune,
+        encoder_weights=weights,
+        flips=True,
+        captions_per_image=1,
+        cider_epochs=2 if at >= 15 else 0,
     )
+    num_steps = 5 * (options.epochs + options.cider_epochs)
     undisturbed = train(tmp_path / "undisturbed", options)
     monkeypatch.setattr(captioner_training, "_CHECKPOINT_S", 0.0)
     steps = 0
@@ -139,7 +147,7 @@ def test_goes_on_to_the_same_weights(tmp_path, monkeypatch, encoder_weights, fin
         train(tmp_path / "killed", options, seen=kill)
     resumed = []
     history = train(tmp_path / "killed", options, seen=lambda progress: resumed.append(progress.phase))
-    assert resumed.count("training") <= 15 - at + 1
+    assert resumed.count("training") <= num_steps - at + 1
     assert "reading" not in resumed
     for name in ("model.safetensors", "vocabulary.txt", "config.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
@@ -163,9 +171,20 @@ def test_a_cache_serves_several_trainings(tmp_path, encoder_weights):
     assert not any(second)
 
 
-def test_stops_when_it_gets_no_better(tmp_path):
-    options = dataclasses.replace(OPTIONS, epochs=30, learning_rate=1e-12, patience=2)
-    assert len(train(tmp_path, options)) == 3
+@pytest.mark.parametrize("cider_epochs", [0, 2])
+def test_stops_when_it_gets_no_better(tmp_path, encoder_weights, cider_epochs):
+    stuck = {"encoder_weights": encoder_weights, "fine_tune": False, "learning_rate": 1e-12, "patience": 2}
+    history = train(tmp_path, dataclasses.replace(OPTIONS, epochs=30, cider_epochs=cider_epochs, **stuck))
+    assert ["reward" in entry for entry in history] == [False] * 3 + [True] * cider_epochs
+
+
+def test_learns_from_whole_captions(tmp_path):
+    more = {"cider_epochs": 6, "cider_learning_rate": 3e-3, "ema": 0.5}
+    options = dataclasses.replace(OPTIONS, epochs=8, patience=8, **more)
+    history = train(tmp_path, options)
+    assert ["reward" in entry for entry in history] == [False] * 8 + [True] * 6
+    assert all(("train_loss" in entry) != ("reward" in entry) for entry in history)
+    assert history[-1]["reward"] > history[8]["reward"] + 0.3
 
 
 def test_rows_without_captions_are_left_out(tmp_path):
@@ -191,7 +210,12 @@ def test_rows_without_captions_are_left_out(tmp_path):
         (data(), {"encoder": "vit_b_16"}, "vit_b_16"),
         (data(), {"encoder": "keras:resnet50"}, "keras"),
         (data(), {"encoder_weights": "/nowhere/x.safetensors"}, "/nowhere/x.safetensors"),
-        (data(), {"learning_rate": 1e12, "epochs": 30, "patience": 30}, "diverged"),
+        (data(), {"learning_rate": 1e12, "epochs": 30, "patience": 30}, "diverged.*--learning_rate"),
+        (
+            data(),
+            {"cider_learning_rate": 1e12, "epochs": 1, "cider_epochs": 9},
+            "diverged.*--cider_learning_rate",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_said(tmp_path, rows, options, message):

@@ -215,6 +215,14 @@ class TestTensors:
         subprocess.run([sys.executable, "-c", command], check=True, timeout=60)
         assert torch.equal(read_tensors(tmp_path / "model.safetensors")["b"], tied)
 
+    def test_a_header_whose_length_begins_as_a_pickle_does(self, tmp_path):
+        heads = set()
+        for length in range(0, 256, 8):
+            safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "w", {"x": "x" * (200 + length)})
+            heads.add((tmp_path / "w").read_bytes()[0])
+            assert torch.equal(read_tensors(tmp_path / "w")["a"], torch.ones(2))
+        assert 0x80 in heads
+
     @pytest.mark.parametrize("zipped", [True, False])
     def test_a_pickle_under_another_name(self, tmp_path, zipped):
         torch.save({"a": torch.ones(2)}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)

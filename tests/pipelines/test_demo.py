@@ -44,7 +44,7 @@ def test_says_what_it_does_and_what_comes_of_it(folder, capsys):
     ):
         assert line in shown.splitlines()
     assert shown.count("nothing to do: an earlier run has finished this") == 4
-    assert re.search(r"colour and shape of every group are right in \d+ of 10 scenes", shown)
+    assert re.search(r"right of the main object in \d+ of 10 scenes, .* of every group in \d+", shown)
     assert re.search(r"^train captioner +\d+\.\d s", shown, re.MULTILINE)
     assert {path.name for path in folder.iterdir()} == {"data", "train", "models", "out", "sheet.png"}
     assert verify(str(folder / "out")).problems == []

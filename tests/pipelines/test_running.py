@@ -1,4 +1,5 @@
 import os
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -24,6 +25,11 @@ class TestNewPipeline:
     )
     def test_takes_the_runner_that_is_named(self, flags):
         assert type(new_pipeline(flags).runner).__name__ == "BundleBasedDirectRunner"
+
+    def test_a_run_leaves_no_temporary_folder(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        run_pipeline(pipeline_that(str), 1, quiet=True)
+        assert os.listdir(tmp_path) == []
 
     @pytest.mark.parametrize(
         ("flag", "message"),

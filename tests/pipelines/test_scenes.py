@@ -15,6 +15,7 @@ from pipelines.scenes import (
     Scene,
     SceneObject,
     draw_scene,
+    named_groups,
 )
 
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
@@ -234,3 +235,26 @@ class TestCaptions:
         moon = SceneObject("moon", "orange", "large", 1, "right")
         with pytest.raises(AssertionError):
             _read(lie, (stars, moon))
+
+
+@pytest.mark.parametrize(
+    ("caption", "groups"),
+    [
+        ("a large red star", {("red", "star")}),
+        ("two small black crosses above an orange moon", {("black", "cross"), ("orange", "moon")}),
+        ("the two crosses are black and the moon is orange", {("black", "cross"), ("orange", "moon")}),
+        ("a red star and a red star", {("red", "star")}),
+        ("a star, red", set()),
+        ("a picture", set()),
+    ],
+)
+def test_groups_that_a_caption_names(caption: str, groups: set[tuple[str, str]]) -> None:
+    assert named_groups(caption) == groups
+
+
+def test_every_caption_names_the_main_object_and_no_other_than_is_there(drawn: list[Scene]) -> None:
+    for scene in drawn:
+        groups = [(thing.colour, thing.shape) for thing in scene.objects]
+        for caption in scene.captions:
+            assert named_groups(caption) <= set(groups)
+            assert groups[0] in named_groups(caption)

@@ -48,6 +48,7 @@ class TestFlags:
             encoder="timm:x",
             encoder_weights="w.safetensors",
             encoder_size_px=96,
+            encoder_stride_px=16,
             fine_tune=True,
             decoder="gru",
             attention=False,
@@ -59,6 +60,9 @@ class TestFlags:
             min_word_count=4,
             max_words=5,
             epochs=6,
+            cider_epochs=12,
+            cider_learning_rate=0.5,
+            cider_samples=13,
             batch_size=7,
             learning_rate=0.3,
             encoder_learning_rate=0.4,
@@ -74,7 +78,11 @@ class TestFlags:
         )
         default, renamed = (
             CaptionerTraining(),
-            {"encoder_size_px": "encoder_size", "attention": "no_attention"},
+            {
+                "encoder_size_px": "encoder_size",
+                "encoder_stride_px": "encoder_stride",
+                "attention": "no_attention",
+            },
         )
         flags = []
         for name, value in dataclasses.asdict(expected).items():
@@ -167,7 +175,14 @@ class TestBounds:
                 "--dropout=1",
                 "--ema=1",
             ),
-            *("--label_smoothing=-0.1", "--weight_decay=-1", "--encoder_size=16", "--encoder_size=5000"),
+            *(
+                "--label_smoothing=-0.1",
+                "--weight_decay=-1",
+                "--encoder_size=16",
+                "--encoder_size=5000",
+                "--encoder_stride=-1",
+            ),
+            *("--cider_epochs=-1", "--cider_samples=1", "--cider_learning_rate=0"),
             *(
                 "--encoder= ",
                 "--encoder_weights= ",
