@@ -7,6 +7,7 @@ import sys
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 
 from models.errors import ModelError
