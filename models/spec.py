@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 from models.base import CaptionOptions, Model, TextOptions
+from models.compute import compute
 from models.errors import ModelError
 
 TEXT_KINDS = ("word2vec", "bert")
@@ -43,7 +44,7 @@ def load_model(spec: ModelSpec) -> Model[Any, Any]:
     """
     with _lock:
         if spec not in _loaded:
-            _loaded[spec] = _load(spec)
+            _loaded[spec] = compute(_load, spec)
         return _loaded[spec]
 
 

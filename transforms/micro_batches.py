@@ -8,7 +8,6 @@ import collections
 import functools
 import math
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from models.base import Model
+from models.compute import compute
 from transforms.chunk import ChunkKey
 from transforms.cores import num_cores
 
@@ -67,7 +67,6 @@ class ModelRunner(Generic[Input, Output]):
     def __init__(self, model: Model[Input, Output], batch_size: int | None = None) -> None:
         self._model = model
         self._batch_size = batch_size or model.batch_size
-        self._device_lock = _lock_of(model)
         self._begun: dict[ChunkKey, _Work] = {}
 
     @property
@@ -142,8 +141,7 @@ class ModelRunner(Generic[Input, Output]):
         return self._after(failure, items)
 
     def _predict(self, prepared: Any, num_inputs: int) -> list[Output | Failure]:
-        with self._device_lock:
-            outputs = self._model.predict(prepared)
+        outputs = compute(self._model.predict, prepared)
         if len(outputs) != num_inputs:
             raise _Bug(f"{type(self._model).__name__} gave {len(outputs)} results for {num_inputs} inputs")
         return list(map(_checked, outputs, _are_finite(outputs)))
@@ -178,14 +176,6 @@ def run_model(
 def _pool() -> ThreadPoolExecutor:
     """Returns the threads that prepare, for all models of this process."""
     return ThreadPoolExecutor(_LOOKAHEAD, thread_name_prefix="prepare")
-
-
-_locks: dict[int, threading.Lock] = {}
-
-
-def _lock_of(model: Model[Any, Any]) -> threading.Lock:
-    """Returns the one lock of a model: several transforms of a process may share it."""
-    return _locks.setdefault(id(model), threading.Lock())
 
 
 def _is_out_of_memory(error: Exception) -> bool:
