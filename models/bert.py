@@ -20,6 +20,8 @@ from models.store import digest, localise
 
 _BATCH_SIZE = {"cpu": 64, "cuda": 512}
 _EXPECTED = "a BERT-family encoder with its tokenizer, as transformers or sentence-transformers save it"
+# Not to be asked, in the middle of a night, whether to run the code that a model brings
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _POOLING_OPTIONS = (None, "mean", "cls")
 
 
@@ -69,7 +71,13 @@ class Bert(TextModel):
         self._tokenizer = tokenizer
         # a fast tokenizer keeps its cutting and padding in itself, so that two threads would borrow it at a time
         self._tokenizer_lock = threading.Lock()
-        self.dim = self.predict(self.prepare([""]))[0].values.shape[0]
+        try:
+            self.dim = self.predict(self.prepare([""]))[0].values.shape[0]
+        except Exception as error:  # torch and transformers raise what their many parts raise
+            raise ModelError(
+                f"The model in {model.name_or_path} makes no vector of a text: {_one_line(error)}. Expected "
+                f"{_EXPECTED}, whose files belong together: fetch it again."
+            ) from error
 
     @classmethod
     def load(cls, location: str, options: TextOptions, device: str = "auto") -> "Bert":
@@ -90,7 +98,13 @@ class Bert(TextModel):
             raise ModelError(f"--pooling {options.pooling!r} is not known. Expected mean or cls.")
         where = choose_device(device)
         folder = localise(location, hub=True)
-        config = read_sentence_config(folder)
+        try:
+            config = read_sentence_config(folder)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"The files of sentence-transformers in {folder} are damaged: {type(error).__name__} {error}. Fetch "
+                "the model again."
+            ) from error
         if options.pooling and config.pooling and config.pooling != (options.pooling,):
             raise ModelError(
                 f"--pooling {options.pooling} is not what {location} was trained with: its own files say "
@@ -143,7 +157,7 @@ def _check_kind(folder: Path, of_sentences: bool) -> None:
     """Raises `ModelError` unless a folder holds an encoder of text with safetensors."""
     try:
         with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
     except Exception as error:  # transformers raises what its many parts raise
         raise ModelError(
             f"{folder} holds no model that can be loaded: {_one_line(error)}. Expected {_EXPECTED}."
@@ -167,7 +181,7 @@ def _check_kind(folder: Path, of_sentences: bool) -> None:
 
 def _load_tokenizer(folder: Path) -> Any:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
     except Exception as error:
         raise ModelError(
             f"The tokenizer in {folder} cannot be loaded: {_one_line(error)}. Expected {_EXPECTED}."
@@ -183,7 +197,7 @@ def _load_tokenizer(folder: Path) -> Any:
 def _load_encoder(folder: Path) -> Any:
     try:
         model, found = transformers.AutoModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder, **_LOCAL, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:
         raise ModelError(

@@ -35,7 +35,7 @@ _STALE_S = 86_400
 class _RemoteFile:
     path: str
     name: str  # below the model's folder
-    size_bytes: int
+    size_bytes: int | None  # a web server may not say
     version: str
 
 
@@ -122,7 +122,11 @@ def is_model_file(name: str) -> bool:
 
 def _remote_file(info: dict[str, Any], name: str) -> _RemoteFile:
     version = "|".join(f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key) is not None)
-    return _RemoteFile(info["name"], name, int(info.get("size") or 0), version)
+    return _RemoteFile(info["name"], name, _size(info), version)
+
+
+def _size(info: dict[str, Any]) -> int | None:
+    return None if info.get("size") is None else int(info["size"])
 
 
 @contextlib.contextmanager
@@ -140,7 +144,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _fetch_files(fs: fsspec.AbstractFileSystem, url: str, files: list[_RemoteFile], folder: Path) -> None:
-    needed_bytes = sum(file.size_bytes for file in files)
+    needed_bytes = sum(file.size_bytes or 0 for file in files)
     _remove_stale(folder.parent)
     if shutil.disk_usage(folder.parent).free < needed_bytes:
         _refuse(folder.parent, needed_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
@@ -171,7 +175,7 @@ def _fetch_file(
             f"{url} cannot be read at {file.name}: {_one_line(error)}. Run again once the storage answers."
         ) from error
     size_bytes = local.stat().st_size
-    if size_bytes != file.size_bytes:
+    if file.size_bytes is not None and size_bytes != file.size_bytes:
         raise ModelError(
             f"{url} changed while it was fetched: {file.name} has {size_bytes} bytes, {file.size_bytes} were "
             "announced. Run again once it is complete."

@@ -113,6 +113,13 @@ class Captioner(CaptionModel):
         self._network, self._options, self._device = network.to(device), options, device
         self.digest = digest
         self.feature_dim = network.encoder.dim if options.features else None
+        broken = [name for name, value in network.state_dict().items() if not torch.isfinite(value).all()]
+        if broken or not all(network.encoder.config.std):
+            what = f"{len(broken)} tensors hold numbers that are not finite ({', '.join(broken[:3])})"
+            raise ModelError(
+                f"the captioner cannot be used: {what if broken else 'its pixels would be divided by 0'}. Train "
+                "or fetch it again."
+            )
 
     @classmethod
     def load(cls, location: str, options: CaptionOptions, device: str, kind: str) -> "Captioner":
@@ -156,6 +163,8 @@ class Captioner(CaptionModel):
             features: Any = [None] * len(found)
             if self._options.features:
                 features = regions.float().mean(dim=1).cpu().numpy()
+        if not all(found):
+            raise ValueError("the model's probabilities are not finite")
         decode = self._network.vocabulary.decode
         return [
             Captions(

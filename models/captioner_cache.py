@@ -5,6 +5,7 @@ pixels, (N, S, S, 3) uint8. The captions are an Arrow file, mapped as well.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from models.store import write_file
 from models.tokens import tokenize
 
 _Array = np.ndarray[Any, Any]
+_OWN = re.compile(r"(cache\.json|captions\.arrow|pictures-\d+\.bin)(\..*)?|\..*\.tmp")
 _CAPTIONS = pa.schema([("key", pa.string()), ("captions", pa.list_(pa.list_(pa.string())))])
 
 
@@ -107,8 +109,7 @@ def open_cache(
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         pass
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        _empty(folder)
         _check_room(folder, layout.num_bytes(num_rows))
         meta = {"identity": identity, **_write(folder, layout, batches, encode, on_rows)}
     except OSError as error:
@@ -118,6 +119,20 @@ def open_cache(
         ) from error
     write_file(folder / "cache.json", json.dumps(meta).encode())
     return CaptionCache(folder, layout)
+
+
+def _empty(folder: Path) -> None:
+    """Makes a folder that holds nothing, of one that holds no more than an earlier cache."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = sorted(folder.iterdir())
+    foreign = [file.name for file in files if not _OWN.fullmatch(file.name)]
+    if foreign:
+        raise ModelError(
+            f"{folder} is where the cache would be, but it holds {', '.join(foreign[:3])}, which no training put "
+            "there. Name another folder with --cache."
+        )
+    for file in files:
+        file.unlink()
 
 
 def _check_room(folder: Path, needed: int) -> None:

@@ -73,6 +73,7 @@ class CaptionerTraining:
         beam_width: Of the captions that are scored.
         max_scored: Images whose captions are scored at each validation; the loss is of all.
         precision: `float32` or `bfloat16` (autocast); `auto` is bfloat16 on a GPU that has it.
+        threads: CPU threads that a step computes with, 0 for all; a small model is faster with 1.
         seed: Of everything drawn.
         flips: Half of the pictures are mirrored; not where captions say left and right.
     """
@@ -105,6 +106,7 @@ class CaptionerTraining:
     beam_width: int = 3
     max_scored: int = 1000
     precision: str = "auto"
+    threads: int = 0
     seed: int = 0
     flips: bool = False
 

@@ -90,7 +90,12 @@ def train_captioner(
     decoder = Decoder(_decoder_config(options, encoder, vocabulary))
     network = CaptionNetwork(encoder, decoder, vocabulary).to(chosen)
     training = _Training(network, pictures, splits[0], splits[1], options, chosen, on_progress)
-    return training.run(output)
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads or before)
+    try:
+        return training.run(output)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _make_encoder(options: CaptionerTraining) -> tuple[Encoder, str]:
@@ -138,6 +143,7 @@ class _Position:
     step: int = 0
     loss_sum: float = 0.0
     best: float = -math.inf
+    best_loss: float = math.inf
     best_epoch: int = -1
     rewarded_from: int | None = None
     seconds: float = 0.0
@@ -307,8 +313,9 @@ class _Training:
             losses, candidates, references = self._caption_validation(epoch)
         scores = score_captions(candidates, references)
         named = dict(zip(SCORES, (scores["bleu_1"], scores["bleu_4"], scores["cider"]), strict=True))
-        if named["CIDEr"] > self._at.best:
-            self._at.best, self._at.best_epoch = named["CIDEr"], epoch
+        # of equals, such as CIDErs of 0 at the beginning, the one that is less surprised
+        if (named["CIDEr"], -losses) > (self._at.best, -self._at.best_loss):
+            self._at.best, self._at.best_loss, self._at.best_epoch = named["CIDEr"], losses, epoch
             self._best = {name: value.clone() for name, value in self._average.items()}
         self._at.history.append(
             {

@@ -8,7 +8,7 @@ import torch
 
 from models.errors import ModelError
 
-_NAME = re.compile(r"auto|cpu|cuda(:\d+)?")
+_NAME = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 def choose_device(name: str) -> torch.device:

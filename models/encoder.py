@@ -5,6 +5,7 @@ N pictures, S side in pixels, L regions, D channels.
 
 import dataclasses
 import math
+import pickle
 from collections import OrderedDict
 from typing import Any
 
@@ -79,7 +80,7 @@ def create_encoder(name: str, size_px: int, stride_px: int = 0, pretrained: bool
         pretrained: With the library's own ImageNet weights, fetched or from its cache; else random.
 
     Raises:
-        ModelError: There is no such network, it gives no such grid of features, or its weights cannot be fetched.
+        ModelError: There is no such network, it gives no such grid of features, or its weights cannot be had.
     """
     network, config = _create(name, size_px, stride_px, pretrained)
     return _encoder(config, network)
@@ -103,17 +104,17 @@ def _create(name: str, size_px: int, stride_px: int, pretrained: bool) -> tuple[
     try:
         create = _from_timm if library == "timm" else _from_torchvision
         return create(rest, size_px, stride_px, pretrained)
-    except OSError as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ModelError(
-            f"the ImageNet weights of {name} cannot be fetched ({error}). Give a file with them "
-            "(--encoder_weights FILE.safetensors), or check the network."
+            f"the ImageNet weights of {name} cannot be had ({' '.join(str(error).split())[:300]}). Give a file with "
+            "them (--encoder_weights FILE.safetensors), or check the network."
         ) from error
 
 
 def _encoder(config: EncoderConfig, network: nn.Module) -> Encoder:
     try:
         return Encoder(config, network.to(memory_format=torch.channels_last))
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise ModelError(
             f"the encoder {config.name!r} cannot read pictures of {config.size_px} pixels as a grid: "
             f"{' '.join(str(error).split())[:300]}. Choose a convolutional network, or another --encoder_size."
@@ -149,7 +150,14 @@ def _from_torchvision(
         raise ModelError(
             f"torchvision has no network {name!r}. Expected one such as resnet18 or resnet50, or timm:NAME."
         )
-    network: Any = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+    network: Any = torchvision.models.get_model(name, weights=None)
+    if pretrained:
+        url = torchvision.models.get_model_weights(name).DEFAULT.url
+        # tensors and nothing else: what lies in the cache under this name might be anything
+        state = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", weights_only=True, check_hash=True
+        )
+        network.load_state_dict(state)
     if isinstance(network, torchvision.models.ResNet):
         kept = [(name, child) for name, child in network.named_children() if name not in ("avgpool", "fc")]
         grid = nn.Sequential(OrderedDict(_up_to(stride_px, kept, name)))

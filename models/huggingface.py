@@ -215,7 +215,12 @@ def _flags(options: CaptionOptions) -> dict[str, Any]:
         flags["length_penalty"] = options.length_penalty
     if options.no_repeat_ngram:
         flags["no_repeat_ngram_size"] = options.no_repeat_ngram
-    return {**dict(options.generation), **flags, **_OUTPUTS}
+    return {**{name: _lists(value) for name, value in options.generation}, **flags, **_OUTPUTS}
+
+
+def _lists(value: Any) -> Any:
+    """Returns a value with lists for tuples, which transformers refuses."""
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _find_encoder(model: Any) -> nn.Module:

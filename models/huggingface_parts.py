@@ -9,6 +9,9 @@ import transformers
 
 from models.errors import ModelError
 
+_MOST_ROWS = 1.1  # a token: a vocabulary may be rounded up, for speed, and have room for words to come
+# Not to be asked, in the middle of a night, whether to run the code that a model brings
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 EXPECTED = "an image captioner (BLIP, GIT, ViT-GPT2, …) as transformers saves it, weights as safetensors"
 
 
@@ -23,13 +26,15 @@ def load_parts(folder: Path) -> tuple[Any, Callable[..., Any], Any]:
     """
     _check_folder(folder)
     images, tokenizer = _load_processor(folder)
-    return _load_model(folder), images, tokenizer
+    model = _load_model(folder)
+    _check_vocabulary(folder, model, tokenizer)
+    return model, images, tokenizer
 
 
 def _check_folder(folder: Path) -> None:
     """Raises `ModelError` unless a folder holds a model that makes text of images, with safetensors."""
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
     except Exception as error:
         raise ModelError(
             f"{folder} holds no model that can be loaded: {one_line(error)}. Expected {EXPECTED}."
@@ -66,12 +71,12 @@ def _load_processor(folder: Path) -> tuple[Callable[..., Any], Any]:
 
 
 def _read_processor(folder: Path) -> tuple[Callable[..., Any], Any]:
-    processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, **_LOCAL)
     # Older models have the two, and nothing that joins them: then this is one of them, or neither
     if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
         return processor, processor.tokenizer
-    images = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    return images, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    images = transformers.AutoImageProcessor.from_pretrained(folder, **_LOCAL)
+    return images, transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
 
 
 def _no_processor(folder: Path, why: str) -> ModelError:
@@ -84,7 +89,7 @@ def _no_processor(folder: Path, why: str) -> ModelError:
 def _load_model(folder: Path) -> Any:
     try:
         model, found = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder, **_LOCAL, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:
         raise ModelError(
@@ -92,12 +97,24 @@ def _load_model(folder: Path) -> Any:
         ) from error
     # A pooler is for other tasks. Without anything else the captions would be noise.
     missing = sorted(name for name in found["missing_keys"] if "pooler." not in name)
-    if missing:
-        raise ModelError(
-            f"The weights in {folder} do not fit its config.json: {len(missing)} tensors are missing "
-            f"({', '.join(missing[:3])}). Fetch or convert it again."
-        )
+    foreign = sorted(name for name in found["unexpected_keys"] if "pooler." not in name)
+    for names, what in ((missing, "missing"), (foreign, "foreign")):
+        if names:
+            raise ModelError(
+                f"The weights in {folder} do not fit its config.json: {len(names)} tensors are {what} "
+                f"({', '.join(names[:3])}). Fetch or convert it again."
+            )
     return model
+
+
+def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
+    outputs = model.get_output_embeddings()
+    num_rows = None if outputs is None else outputs.weight.shape[0]
+    if num_rows is not None and not len(tokenizer) <= num_rows <= 8 + _MOST_ROWS * len(tokenizer):
+        raise ModelError(
+            f"The vocabulary in {folder} does not fit: the tokenizer has {len(tokenizer)} tokens, the model says "
+            f"{num_rows}. Both must be of one training: fetch them again."
+        )
 
 
 def one_line(error: BaseException) -> str:

@@ -81,7 +81,7 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
         transformer,
         pooling,
         steps,
-        settings.get("max_seq_length"),
+        int(settings["max_seq_length"]) if settings.get("max_seq_length") else None,
         bool(settings.get("do_lower_case")),
         _read_prompt(folder),
     )

@@ -40,7 +40,7 @@ def localise(location: str, hub: bool = False) -> Path:
     if "://" in location:
         return fetch(location)
     path = Path(location).expanduser()
-    if location and path.exists():
+    if location and os.path.exists(path):  # what is too long for a path is none
         return path
     if hub and _HUB_NAME.fullmatch(location):
         return _fetch_from_hub(location)

@@ -36,6 +36,9 @@ Captions = Callable[[], Iterable[str]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
+_MAX_VECTOR_SIZE = 10_000
+
+
 @dataclasses.dataclass(frozen=True)
 class Word2VecTraining:
     """Options of a training.
@@ -75,6 +78,11 @@ class Word2VecTraining:
         for name in ("vector_size", "window", "min_count", "epochs", "negative"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}. Expected 1 or more.")
+        if self.vector_size > _MAX_VECTOR_SIZE:
+            raise ModelError(f"vector_size is {self.vector_size}. Expected {_MAX_VECTOR_SIZE:,} or less.")
+        for name in ("sample", "alpha", "min_alpha"):
+            if not math.isfinite(getattr(self, name)):
+                raise ModelError(f"{name} is {getattr(self, name)}. Expected a number.")
         for name in ("sample", "patience", "seed", "min_alpha"):
             if getattr(self, name) < 0:
                 raise ModelError(f"{name} is {getattr(self, name)}. Expected 0 or more.")

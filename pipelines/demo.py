@@ -53,6 +53,7 @@ CAPTIONER = CaptionerTraining(
     learning_rate=4e-3,
     ema=0.98,
     max_scored=100,
+    threads=1,
 )
 WORD2VEC = Word2VecTraining(vector_size=64, epochs=5, patience=5)
 

@@ -120,6 +120,11 @@ def open_output(
         if fs.isfile(path):
             raise OutputError(f"{root} is a file. --output must be a folder; it is made where there is none.")
     jobs = read_jobs(root)
+    if jobs and (others := sorted(set(jobs) - set(DATASETS))):
+        raise OutputError(
+            f"{root} is where `diptych train` wrote a model, or is at it ({join(root, JOB)} names {_listed(others)}). "
+            "Choose another --output."
+        )
     if jobs is None:
         _refuse_ownerless(root, (*DATASETS, "rejects"), f"{root} has no {JOB}")
     elif overwrite and dataset == "images":

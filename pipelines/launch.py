@@ -76,9 +76,9 @@ def launch(job: Job, options: JobOptions, source: Source, pipeline: beam.Pipelin
     return Result.of(options.output, state, job.dataset)
 
 
-def source_options(options: JobOptions) -> dict[str, Any]:
-    """Returns, as JSON values, what of the source's options decides an output's bytes."""
-    values = options_to_json(options.source)
+def source_options(options: JobOptions, source: Source) -> dict[str, Any]:
+    """Returns, as JSON values, what of the source and its options decides an output's bytes."""
+    values = options_to_json(options.source) | {"format": source.format}
     if options.source.images:  # where the folder is decides no byte, here or on a store
         values["images"] = posixpath.basename(options.source.images.rstrip("/"))
     return values

@@ -118,7 +118,7 @@ def model_job(
     asked: dict[str, Any] = {
         "chunk_rows": options.chunk_rows,
         "model": {"kind": spec.kind, "digest": model.digest, **dataclasses.asdict(spec.options)},
-        "source": source_options(options),
+        "source": source_options(options, found.source),
         **steps,
     }
     print_of_run = fingerprint(name, found.source.inputs(), asked, _LIBRARIES[spec.kind])

@@ -16,7 +16,7 @@ from transforms.resize import ResizeImages
 from transforms.schemas import images_schema
 from transforms.sink import Sink, WriteChunks
 from transforms.sources import open_source
-from transforms.sources.base import Shard
+from transforms.sources.base import Shard, Source
 from transforms.sources.planned import plan_counters
 
 
@@ -32,7 +32,7 @@ def prepare(options: PrepareOptions) -> Result:
     job = Job(
         "images",
         images_schema(options.source.metadata_columns, options.resize.size_px, options.resize.pixels),
-        fingerprint("prepare", source.inputs(), _bytes_options(options)),
+        fingerprint("prepare", source.inputs(), _bytes_options(options, source)),
         options.rows_per_chunk,
     )
 
@@ -69,7 +69,7 @@ def prepare_graph(pipeline: beam.Pipeline, shards: list[Shard], options: Prepare
     )
 
 
-def _bytes_options(options: PrepareOptions) -> dict[str, object]:
+def _bytes_options(options: PrepareOptions, source: Source) -> dict[str, object]:
     """Returns the options that decide the output's bytes."""
-    values = options_to_json(options) | {"source": source_options(options)}
+    values = options_to_json(options) | {"source": source_options(options, source)}
     return {name: values[name] for name in ("chunk_rows", "clean", "resize", "source")}

@@ -10,6 +10,7 @@ from models.captioner_data import CaptionerTraining
 from models.errors import ModelError
 from models.word2vec_training import Word2VecTraining
 from pipelines.flags import add_source_flags
+from pipelines.job import is_same_place
 from pipelines.options import check
 from transforms.errors import OptionError
 from transforms.sources import SourceOptions
@@ -88,6 +89,7 @@ def _check_captioner(training: CaptionerTraining) -> None:
         check(getattr(training, name) >= 1, f"--{name}", getattr(training, name), "at least 1")
     most = training.captions_per_image
     check(most >= 0, "--captions_per_image", most, "0 or more")
+    check(training.threads >= 0, "--threads", training.threads, "0 or more")
     check(training.cider_epochs >= 0, "--cider_epochs", training.cider_epochs, "0 or more")
     check(training.cider_samples >= 2, "--cider_samples", training.cider_samples, "at least 2")
     for name in ("learning_rate", "encoder_learning_rate", "cider_learning_rate"):
@@ -250,6 +252,7 @@ def _add_captioner_flags(model: argparse._ArgumentGroup, training: argparse._Arg
         ("ema", "X", "decay of the average of the weights that is kept"),
         ("beam_width", "N", "of the captions that are scored"),
         ("max_scored", "N", "score the captions of so many validation images"),
+        ("threads", "N", "CPU threads of a step, 0 for all; a small model is faster with 1"),
     ):
         _add_value(training, default, name, metavar, text)
     training.add_argument(
@@ -306,7 +309,7 @@ def _validation(args: argparse.Namespace) -> RowSource | None:
             )
         return None
     inputs = tuple(args.validation or args.input)
-    is_same = set(inputs) == set(args.input)
+    is_same = all(any(is_same_place(url, other) for other in args.input) for url in inputs)
     if is_same and args.validation_split == args.split:
         raise OptionError(
             "The rows to validate by are those to train on. Give others with --validation, another "

@@ -150,6 +150,10 @@ def read_success(root: str) -> dict[str, Totals] | None:
         OutputError: It says something else.
     """
     values = read_json(root, SUCCESS)
+    if isinstance(values, dict) and "model" in values:
+        raise OutputError(
+            f"{root} holds a model that `diptych train` wrote, not data sets. Name another folder."
+        )
     try:
         return None if values is None else {dataset: Totals(**total) for dataset, total in values.items()}
     except (AttributeError, TypeError) as error:

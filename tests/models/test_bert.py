@@ -254,6 +254,28 @@ class TestSentenceTransformers:
         ):
             load(folder, pooling="mean")
 
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("modules.json", "[{}]"),
+            ("modules.json", '["x"]'),
+            ("sentence_bert_config.json", '{"max_seq_length": "abc"}'),
+            ("config_sentence_transformers.json", '{"default_prompt_name": "x", "prompts": ["a"]}'),
+            ("2_Dense/config.json", "{}"),
+        ],
+    )
+    def test_damaged_files(self, tiny, name, content):
+        names = sentence_transformers.models
+        folder = self.save(tiny(), names.Pooling(16), names.Dense(16, 4))
+        (folder / name).write_text(content)
+        with pytest.raises(ModelError, match="Fetch the model again"):
+            load(folder)
+
+    def test_a_dense_layer_of_another_width(self, tiny):
+        names = sentence_transformers.models
+        with pytest.raises(ModelError, match="makes no vector of a text"):
+            load(self.save(tiny(), names.Pooling(16), names.Dense(12, 4)))
+
     def test_dense_and_normalize(self, tiny):
         names = sentence_transformers.models
         steps = (

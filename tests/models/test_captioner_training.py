@@ -115,6 +115,14 @@ def test_frozen_encoder(tmp_path, encoder_weights, decoder, attention):
         assert torch.equal(saved[f"encoder.network.{name}"], value)
 
 
+def test_threads_are_those_that_are_asked_for(tmp_path):
+    before, seen = torch.get_num_threads(), set()
+    options = dataclasses.replace(OPTIONS, epochs=1, threads=1)
+    train(tmp_path, options, seen=lambda p: p.phase == "training" and seen.add(torch.get_num_threads()))
+    assert seen == {1}
+    assert torch.get_num_threads() == before
+
+
 class Killed(Exception):
     pass
 
@@ -248,3 +256,44 @@ def test_no_room_for_the_cache_is_said_before_anything_is_read(tmp_path, monkeyp
     with pytest.raises(ModelError, match="free"):
         train(tmp_path, seen=seen.append)
     assert seen == []
+
+
+def test_a_cache_folder_with_other_files_is_left_alone(tmp_path):
+    photo = tmp_path / "data" / "train" / "photo.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"train is where the cache would be, but it holds photo\.jpg"):
+        train(tmp_path / "model", cache=tmp_path / "data")
+    assert photo.read_bytes() == b"x"
+
+
+def test_a_cache_of_other_data_is_made_anew(tmp_path, encoder_weights):
+    options = dataclasses.replace(OPTIONS, encoder_weights=encoder_weights, fine_tune=False, epochs=1)
+    train(tmp_path / "one", options, cache=tmp_path / "cache")
+    train(tmp_path / "two", options, data(20), cache=tmp_path / "cache")
+    assert json.loads((tmp_path / "cache/train/cache.json").read_bytes())["rows"] == 40
+    other = dataclasses.replace(data(20), fingerprint="others")
+    train(tmp_path / "three", options, other, cache=tmp_path / "cache")
+    assert json.loads((tmp_path / "cache/train/cache.json").read_bytes())["rows"] == 20
+
+
+def test_of_equal_scores_the_least_surprised_is_kept(tmp_path):
+    rows = data(num_validation=1)  # of one picture every CIDEr is 0
+    history = train(tmp_path, dataclasses.replace(OPTIONS, epochs=6, patience=2), rows)
+    assert [entry["CIDEr"] for entry in history] == [0] * len(history)
+    assert len(history) > 3
+
+
+@pytest.mark.parametrize("broken", ["weights", "std"])
+def test_a_captioner_that_cannot_count_is_not_loaded(tmp_path, broken):
+    train(tmp_path, dataclasses.replace(OPTIONS, epochs=1))
+    if broken == "weights":
+        tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+        tensors["decoder.bias"][3] = float("nan")
+        safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    else:
+        config = json.loads((tmp_path / "config.json").read_bytes())
+        config["encoder"]["std"] = [0, 0, 0]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"cannot be used: .*(not finite|divided by 0)"):
+        Captioner.load(str(tmp_path), CaptionOptions(), "cpu", "cnn-lstm")

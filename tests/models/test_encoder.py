@@ -85,3 +85,18 @@ def test_weights_of_another_network():
     encoder = create_encoder("resnet18", 64)
     with pytest.raises(ModelError, match=r"does not fit the encoder resnet18: .* have another shape"):
         load_weights(encoder, torchvision.models.resnet50().state_dict(), "file")
+
+
+class _Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('it ran')",)
+
+
+@pytest.mark.parametrize("content", [_Evil(), {"conv1.weight": torch.zeros(2)}, "text"])
+def test_what_lies_in_the_cache_of_weights_is_not_run(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub/checkpoints/resnet18-f37072fd.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(content, path)
+    with pytest.raises(ModelError, match="the ImageNet weights of resnet18 cannot be had"):
+        create_encoder("resnet18", 64, pretrained=True)

@@ -1,11 +1,13 @@
 import dataclasses
 import io
 import itertools
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from PIL import Image
@@ -391,3 +393,31 @@ class TestFolders:
     def test_a_device_that_there_is_not(self, folders):
         with pytest.raises(ModelError, match="--device"):
             HuggingFaceCaptioner.load(str(folders / "blip"), CaptionOptions(), "cuda:99")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_do_not_fit(folders, family, tmp_path):
+    folder = shutil.copytree(folders / family, tmp_path / family)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    safetensors.torch.save_file(
+        {**tensors, "foo.bar": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ModelError, match=r"1 tensors are foreign \(foo\.bar\)"):
+        load(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("words", [8, 50])
+def test_a_vocabulary_that_does_not_fit(folders, family, words, tmp_path):
+    folder = shutil.copytree(folders / family, tmp_path / family)
+    saved = json.loads((folder / "tokenizer.json").read_bytes())
+    vocabulary = saved["model"]["vocab"]
+    more = {f"word{i}": i for i in range(len(vocabulary), words)}
+    saved["model"]["vocab"] = {w: n for w, n in vocabulary.items() if n < words} | more
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(ModelError, match=f"does not fit: the tokenizer has {words} tokens, the model says 2"):
+        load(folder)
+
+
+def test_lists_of_generation_stay_lists(folders):
+    load(folders / "git", dataclasses.replace(OPTIONS["beam"], generation=(("bad_words_ids", ((5,), (6,))),)))

@@ -254,3 +254,11 @@ def test_nothing_to_learn_from(tmp_path, texts, message):
 def test_options_that_cannot_be(name, value):
     with pytest.raises(ModelError, match=f"alpha is|{name} is {value}"):
         replaced(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "values", [{"alpha": float("inf")}, {"sample": float("nan")}, {"vector_size": 2_000_000_000}]
+)
+def test_numbers_that_gensim_would_break_on(values):
+    with pytest.raises(ModelError, match=next(iter(values))):
+        Word2VecTraining(**values)

@@ -21,9 +21,11 @@ from models.errors import ModelError
 from models.word2vec import Word2Vec
 from pipelines import train as train_module
 from pipelines.cli import main
+from pipelines.job import open_output, read_success
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import SceneFolders, write_data_set
+from transforms.errors import OutputError
 from transforms.resize import ResizeOptions
 
 SMALL = ("--encoder=squeezenet1_1", "--encoder_weights=none", "--fine_tune", "--encoder_size=64")
@@ -386,3 +388,14 @@ def test_module_docstring_has_a_command_that_parses() -> None:
     options = train_module.train_options(parser.parse_args(shlex.split(line)[2:]))
     assert options.validation is not None
     assert options.output == "captioner"
+
+
+def test_other_jobs_leave_the_folder_of_a_model_alone(tmp_path):
+    folder = str(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "_job.json").write_text('{"model": {}}')
+    with pytest.raises(OutputError, match="is where `diptych train` wrote a model, or is at it"):
+        open_output(folder, "captions", {"job": "caption"}, overwrite=True)
+    (tmp_path / "model" / "_SUCCESS.json").write_text('{"model": {"best_epoch": 1}}')
+    with pytest.raises(OutputError, match="holds a model that `diptych train` wrote, not data sets"):
+        read_success(folder)

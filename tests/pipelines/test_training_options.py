@@ -73,6 +73,7 @@ class TestFlags:
             max_scored=10,
             precision="bfloat16",
             captions_per_image=3,
+            threads=14,
             seed=11,
             flips=True,
         )
@@ -183,6 +184,7 @@ class TestBounds:
                 "--encoder_stride=-1",
             ),
             *("--cider_epochs=-1", "--cider_samples=1", "--cider_learning_rate=0"),
+            "--threads=-1",
             *(
                 "--encoder= ",
                 "--encoder_weights= ",

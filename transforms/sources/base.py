@@ -123,6 +123,11 @@ class Shard(abc.ABC):
 class Source(abc.ABC):
     """Input of one format: what the launcher knows of it, and the shards that workers read."""
 
+    @property
+    def format(self) -> str:
+        """What the input is read as."""
+        return type(self).__name__.removesuffix("Source").lower()
+
     @abc.abstractmethod
     def inputs(self) -> list[InputFile]:
         """Returns the files that decide the output, for the fingerprint of the run."""

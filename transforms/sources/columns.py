@@ -72,9 +72,13 @@ def find_columns(
         image = _find(schema, url, "image", image, IMAGE_COLUMNS, _holds_images, _IMAGE_TYPES)
         if image is None:
             raise _mismatch(schema, url, "image", f"no column {', '.join(IMAGE_COLUMNS)}", _IMAGE_TYPES)
+    caption = _find(schema, url, "caption", caption, CAPTION_COLUMNS, _holds_captions, _CAPTION_TYPES)
+    if caption is None and not with_images:
+        why = f"no column {', '.join(CAPTION_COLUMNS)}"
+        raise _mismatch(schema, url, "caption", why, _CAPTION_TYPES)
     return Columns(
         image if with_images else None,
-        _find(schema, url, "caption", caption, CAPTION_COLUMNS, _holds_captions, _CAPTION_TYPES),
+        caption,
         _find(schema, url, "key", key, KEY_COLUMNS, _holds_keys, _KEY_TYPES),
         _ERROR_COLUMN if _ERROR_COLUMN in schema.names else None,
         tuple(name if name in schema.names else None for name in metadata),

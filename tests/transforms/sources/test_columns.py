@@ -141,3 +141,11 @@ def test_metadata():
     assert metadata(batch(pa.array([at], pa.timestamp("ns"))), "c") == ["2024-01-02 00:00:00.000000000"]
     assert metadata(batch(pa.array([{"a": 1}])), "c") == [{"a": 1}]
     assert metadata(batch(pa.array([1, 2])), None) == [None, None]
+
+
+def test_a_file_without_captions_for_a_job_that_reads_them_alone():
+    schema = pa.schema([("prompt", pa.string()), ("id", pa.int64())])
+    with pytest.raises(OptionError, match=r"no column captions, .* Name one with --caption_column"):
+        find_columns(schema, "x.parquet", None, None, None, (), with_images=False)
+    found = find_columns(schema, "x.parquet", None, "prompt", None, (), with_images=False)
+    assert found.caption == "prompt"
