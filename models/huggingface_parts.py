@@ -108,8 +108,7 @@ def _load_model(folder: Path) -> Any:
 
 
 def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
-    outputs = model.get_output_embeddings()
-    num_rows = None if outputs is None else outputs.weight.shape[0]
+    num_rows = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     if num_rows is not None and not len(tokenizer) <= num_rows <= 8 + _MOST_ROWS * len(tokenizer):
         raise ModelError(
             f"The vocabulary in {folder} does not fit: the tokenizer has {len(tokenizer)} tokens, the model says "
