@@ -23,6 +23,8 @@ import fsspec
 import hypothesis
 import pytest
 
+# Read when torch is imported: its threads would wait for each other at full speed, and this machine may be busy
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # No deadline, because the machine may be busy; the same examples each time, so that a red run is red again
 hypothesis.settings.register_profile("diptych", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("diptych")
