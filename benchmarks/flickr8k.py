@@ -28,7 +28,7 @@ MODELS = {
 TRAINING = (
     f"--encoder {ENCODER} --encoder_size 224 --flips --embedding_dim 384 --hidden_dim 384 --attention_dim 256 "
     "--dropout 0.5 --label_smoothing 0.05 --min_word_count 5 --batch_size 16 --learning_rate 1e-3 --ema 0.999 "
-    "--epochs 8 --cider_epochs 3 --precision bfloat16"
+    "--epochs 8 --cider_epochs 2 --precision bfloat16"
 ).split()
 PUBLISHED = {"bleu_1": 0.67, "bleu_4": 0.195}
 

@@ -94,7 +94,7 @@ class CaptionerTraining:
     max_words: int = 20
     epochs: int = 15
     cider_epochs: int = 0
-    cider_learning_rate: float = 2e-5
+    cider_learning_rate: float = 1e-5
     cider_samples: int = 5
     batch_size: int = 32
     captions_per_image: int = 0
