@@ -58,47 +58,22 @@ def main() -> None:
     weights = out / "efficientnet_lite0.safetensors"
     if not weights.exists():
         write_lite0_weights(weights)
-    rows = {}
+    found = {}
     for name in args.models.split(","):
         kind, flags = MODELS[name]
         begun = time.monotonic()
-        data = [
-            "--input",
-            str(out / "train"),
-            "--validation",
-            str(out / "validation"),
-            "--cache",
-            str(out / "cache"),
-        ]
-        model = str(out / "models" / name)
-        diptych(
-            "train",
-            "captioner",
-            *data,
-            "--encoder_weights",
-            str(weights),
-            *TRAINING,
-            *flags,
-            *shlex.split(args.more),
-            "--output",
-            model,
-        )
+        model, captions = str(out / "models" / name), str(out / "captions" / name)
+        rows = ["--input", str(out / "train"), "--validation", str(out / "validation")]
+        encoder = ["--encoder_weights", str(weights), "--cache", str(out / "cache")]
+        more = [*TRAINING, *flags, *shlex.split(args.more)]
+        diptych("train", "captioner", *rows, *encoder, *more, "--output", model)
         trained_s = time.monotonic() - begun
-        captions, scores = str(out / "captions" / name), out / f"{name}.json"
-        search = ["--beam_width", "3"]
-        diptych(
-            "caption",
-            "--input",
-            str(out / "test"),
-            "--model",
-            f"{kind}:{model}",
-            *search,
-            "--output",
-            captions,
-        )
+        described = ["--input", str(out / "test"), "--model", f"{kind}:{model}", "--output", captions]
+        diptych("caption", *described, "--beam_width", "3")
+        scores = out / f"{name}.json"
         diptych("evaluate", "captions", "--input", captions, "--scores", str(scores))
-        rows[name] = (json.loads(scores.read_text())["scores"], trained_s)
-    report(rows, time.monotonic() - start)
+        found[name] = (json.loads(scores.read_text())["scores"], trained_s)
+    report(found, time.monotonic() - start)
 
 
 def report(rows: dict[str, tuple[dict[str, float], float]], seconds: float) -> None:

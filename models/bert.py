@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from models.base import TextModel, TextOptions, TextVector
 from models.device import choose_device, half_precision
-from models.errors import ModelError
+from models.errors import FlagError, ModelError
 from models.quiet import quiet_transformers
 from models.sentence import SentenceConfig, pool, read_sentence_config
 from models.store import digest, localise
@@ -95,7 +95,7 @@ class Bert(TextModel):
                 own pooling is not the one that is asked for.
         """
         if options.pooling not in _POOLING_OPTIONS:
-            raise ModelError(f"--pooling {options.pooling!r} is not known. Expected mean or cls.")
+            raise FlagError(f"--pooling {options.pooling!r} is not known. Expected mean or cls.")
         where = choose_device(device)
         folder = localise(location, hub=True)
         try:
@@ -106,7 +106,7 @@ class Bert(TextModel):
                 "the model again."
             ) from error
         if options.pooling and config.pooling and config.pooling != (options.pooling,):
-            raise ModelError(
+            raise FlagError(
                 f"--pooling {options.pooling} is not what {location} was trained with: its own files say "
                 f"{' and '.join(config.pooling)}. Leave the flag out; it is for models that say nothing of pooling."
             )

@@ -19,7 +19,7 @@ from models.beam import Hypothesis, search
 from models.decoder import Decoder, DecoderConfig
 from models.device import choose_device, half_precision
 from models.encoder import Encoder, EncoderConfig, restore_encoder
-from models.errors import ModelError
+from models.errors import FlagError, ModelError
 from models.pixels import decode_pixels
 from models.store import digest, load_state, localise, read_config, read_tensors, write_file, write_tensors
 from models.vocabulary import Vocabulary
@@ -136,7 +136,7 @@ class Captioner(CaptionModel):
         """
         if options.generation:
             names = ", ".join(name for name, _ in options.generation)
-            raise ModelError(
+            raise FlagError(
                 f"--generation {names}: these flags go with kind hf; {kind} has no others than its own."
             )
         chosen = choose_device(device)

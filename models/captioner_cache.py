@@ -125,7 +125,7 @@ def _empty(folder: Path) -> None:
     """Makes a folder that holds nothing, of one that holds no more than an earlier cache."""
     folder.mkdir(parents=True, exist_ok=True)
     files = sorted(folder.iterdir())
-    foreign = [file.name for file in files if not _OWN.fullmatch(file.name)]
+    foreign = [file.name for file in files if not _OWN.fullmatch(file.name) or file.is_dir()]
     if foreign:
         raise ModelError(
             f"{folder} is where the cache would be, but it holds {', '.join(foreign[:3])}, which no training put "

@@ -105,6 +105,9 @@ def _create(name: str, size_px: int, stride_px: int, pretrained: bool) -> tuple[
         create = _from_timm if library == "timm" else _from_torchvision
         return create(rest, size_px, stride_px, pretrained)
     except (OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        if not pretrained:
+            what = " ".join(str(error).split())[:300]
+            raise ModelError(f"the encoder {name} cannot be made: {what}. Choose another.") from error
         raise ModelError(
             f"the ImageNet weights of {name} cannot be had ({' '.join(str(error).split())[:300]}). Give a file with "
             "them (--encoder_weights FILE.safetensors), or check the network."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.base import CaptionModel, CaptionOptions, Captions
 from models.device import choose_device, half_precision
-from models.errors import ModelError
+from models.errors import FlagError, ModelError
 from models.huggingface_parts import EXPECTED, load_parts, one_line
 from models.quiet import quiet_transformers
 from models.store import digest, localise
@@ -94,6 +94,7 @@ class HuggingFaceCaptioner(CaptionModel):
         self.feature_dim = None
         self._model = model.to(device).eval()
         self._processor, self._tokenizer = processor, tokenizer
+        _check_length(model, options.max_words)
         self._flags = _flags(options)
         self._encoder = _find_encoder(model) if options.features else None
         self._end_tokens = _end_tokens(model, self._flags)
@@ -184,25 +185,34 @@ class HuggingFaceCaptioner(CaptionModel):
 
 def _check_options(options: CaptionOptions) -> None:
     if not 1 <= options.num_captions <= options.beam_width:
-        raise ModelError(
+        raise FlagError(
             f"--num_captions is {options.num_captions}. It must be between 1 and --beam_width {options.beam_width}."
         )
     if options.max_words < 1:
-        raise ModelError(f"--max_words is {options.max_words}. It must be at least 1.")
+        raise FlagError(f"--max_words is {options.max_words}. It must be at least 1.")
     known = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
     for name, value in options.generation:
         if name in _NAMED:
-            raise ModelError(f"Flag {name!r} of generation is {_NAMED[name]} here. Give it as that.")
+            raise FlagError(f"Flag {name!r} of generation is {_NAMED[name]} here. Give it as that.")
         if name in _SAMPLING or (name == "do_sample" and value):
-            raise ModelError(
+            raise FlagError(
                 f"Flag {name!r} of generation is for captions that differ from run to run, and these do not. Leave it "
                 "out; for several captions an image there are --beam_width and --num_captions."
             )
         if name not in known or name.startswith(("return_", "output_")):
-            raise ModelError(
+            raise FlagError(
                 f"{name!r} is no flag of generation that can be set. Expected one of transformers' GenerationConfig, "
                 "such as repetition_penalty, min_new_tokens or early_stopping."
             )
+
+
+def _check_length(model: Any, max_words: int) -> None:
+    config = model.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_words >= positions:
+        raise FlagError(
+            f"--max_words is {max_words}. It must be below {positions}, as many positions as the model has."
+        )
 
 
 def _flags(options: CaptionOptions) -> dict[str, Any]:
@@ -229,7 +239,7 @@ def _find_encoder(model: Any) -> nn.Module:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _ENCODERS:
             return module
-    raise ModelError(
+    raise FlagError(
         f"--features: no encoder of images is known in a {type(model).__name__}. Leave the flag out."
     )
 
@@ -271,7 +281,7 @@ def _pool(output: Any, num_images: int) -> np.ndarray[Any, np.dtype[np.float32]]
     """Returns the mean over an encoder's places, (N, D)."""
     hidden = output[0] if not isinstance(output, Tensor) else output
     if hidden.ndim != 3 or len(hidden) % num_images:
-        raise ModelError(
+        raise FlagError(
             f"--features: the encoder's output is of shape {tuple(hidden.shape)}. Expected a vector for each of "
             "some places of each image. Leave the flag out."
         )

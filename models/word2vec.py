@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from models.base import TextModel, TextOptions, TextVector
-from models.errors import ModelError
+from models.errors import FlagError, ModelError
 from models.store import localise, read_config, read_tensors, write_file, write_tensors
 from models.word_vectors import Vectors, read_word_vectors
 
@@ -96,7 +96,7 @@ class Word2Vec(TextModel):
         """
         self.options = options or TextOptions()
         if self.options.pooling not in (None, "mean"):
-            raise ModelError(
+            raise FlagError(
                 f"--pooling {self.options.pooling} does not go with word2vec, which has no such token. Expected mean, "
                 "or a model of kind bert."
             )

@@ -11,14 +11,13 @@ import apache_beam as beam
 from models.base import CaptionModel
 from pipelines.job import options_to_json
 from pipelines.launch import launch
-from pipelines.model_job import load_here, model_job, open_input
+from pipelines.model_job import load_here, model_job, open_input, run_model_of
 from pipelines.options import ModelJobOptions
 from pipelines.running import Result, new_pipeline
 from transforms.caption import caption_task
 from transforms.clean import CleanCaptions, CleanOptions
-from transforms.failures import FailureLimit
 from transforms.finish import FinishJob
-from transforms.infer import RunModel, Task
+from transforms.infer import RunModel
 from transforms.read import ReadShards
 from transforms.resize import ResizeImages, ResizeOptions
 from transforms.schemas import captions_schema
@@ -54,10 +53,10 @@ def caption(options: ModelJobOptions) -> Result:
     job = model_job(
         "caption", "captions", schema, model, options, found, {"raw": raw and options_to_json(raw)}
     )
-    task = caption_task(model.feature_dim)
+    run_model = run_model_of(options, caption_task(model.feature_dim), model.digest)
 
     def graph(pipeline: beam.Pipeline, shards: list[Shard], sink: Sink) -> None:
-        caption_graph(pipeline, shards, options, sink, raw, task)
+        caption_graph(pipeline, shards, options.chunk_rows, sink, raw, run_model)
 
     return launch(job, options, found.source, pipeline, graph)
 
@@ -65,40 +64,36 @@ def caption(options: ModelJobOptions) -> Result:
 def caption_graph(
     pipeline: beam.Pipeline,
     shards: list[Shard],
-    options: ModelJobOptions,
+    chunk_rows: int,
     sink: Sink,
     raw: RawSteps | None,
-    task: Task,
+    run_model: RunModel,
 ) -> None:
     """Adds the job to a pipeline: one fused stage from reading to writing, and a small one that adds up.
 
     Args:
         pipeline: The pipeline.
         shards: What is read.
-        options: The job's.
+        chunk_rows: Most rows a chunk.
         sink: Where the rows go.
         raw: What is done to raw rows; None leaves those of an earlier output as they are.
-        task: What the model does.
+        run_model: The model at work.
     """
     read = (
         pipeline
         | "Shards" >> beam.Create(shards, reshuffle=False)
         | "Spread" >> beam.Reshuffle()
-        | "ReadShards" >> ReadShards(sink, options.chunk_rows)
+        | "ReadShards" >> ReadShards(sink, chunk_rows)
     )
     chunks = read.chunks
     if raw:
         chunks = (
             chunks | "CleanCaptions" >> CleanCaptions(raw.clean) | "ResizeImages" >> ResizeImages(raw.resize)
         )
-    written = (
-        chunks
-        | "RunModel" >> RunModel(options.model, task, options.batch_size, options.max_failure_rate)
-        | "WriteChunks" >> WriteChunks(sink)
-    )
-    limit = FailureLimit(task.stage, options.max_failure_rate)
+    written = chunks | "RunModel" >> run_model | "WriteChunks" >> WriteChunks(sink)
     _ = (
         (written, read.committed)
         | "AllCommits" >> beam.Flatten()
-        | "FinishJob" >> FinishJob(sink.root, sink.dataset, len(shards), plan_counters(shards), limit)
+        | "FinishJob"
+        >> FinishJob(sink.root, sink.dataset, len(shards), plan_counters(shards), run_model.limit)
     )

@@ -55,6 +55,7 @@ CAPTIONER = CaptionerTraining(
     max_scored=100,
     threads=1,
 )
+NUM_SCENES = 5400
 WORD2VEC = Word2VecTraining(vector_size=64, epochs=5, patience=5)
 
 
@@ -62,9 +63,8 @@ def add_demo_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `diptych demo`."""
     parser.add_argument("--output", default="demo", metavar="DIR", help="local folder (default demo)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings (default 0)")
-    parser.add_argument(
-        "--scenes", type=int, default=5400, metavar="N", help="how many to draw (default 5400)"
-    )
+    text = f"how many to draw (default {NUM_SCENES})"
+    parser.add_argument("--scenes", type=int, default=NUM_SCENES, metavar="N", help=text)
 
 
 class _Steps:
@@ -87,7 +87,7 @@ class _Steps:
         yield f"{'in all':16} {total:6.1f} s"
 
 
-def demo(output: str, seed: int = 0, num_scenes: int = 5400) -> None:
+def demo(output: str, seed: int = 0, num_scenes: int = NUM_SCENES) -> None:
     """Draws a data set, prepares it, trains on a part of it, and describes the rest, which the models never saw.
 
     Args:

@@ -10,14 +10,13 @@ import apache_beam as beam
 from models.base import TextModel
 from pipelines.job import options_to_json
 from pipelines.launch import launch
-from pipelines.model_job import load_here, model_job, open_input
+from pipelines.model_job import load_here, model_job, open_input, run_model_of
 from pipelines.options import ModelJobOptions
 from pipelines.running import Result, new_pipeline
 from transforms.clean import CleanCaptions, CleanOptions
 from transforms.embed import ExplodeCaptions, embed_task
-from transforms.failures import FailureLimit
 from transforms.finish import FinishJob
-from transforms.infer import RunModel, Task
+from transforms.infer import RunModel
 from transforms.read import ReadShards
 from transforms.schemas import embeddings_schema
 from transforms.sink import Sink, WriteChunks
@@ -39,10 +38,10 @@ def embed(options: ModelJobOptions) -> Result:
     schema = embeddings_schema(model.dim, flags_unknown)
     steps = {"clean": clean and options_to_json(clean)}
     job = model_job("embed", "embeddings", schema, model, options, found, steps)
-    task = embed_task(model.dim, flags_unknown)
+    run_model = run_model_of(options, embed_task(model.dim, flags_unknown), model.digest)
 
     def graph(pipeline: beam.Pipeline, shards: list[Shard], sink: Sink) -> None:
-        embed_graph(pipeline, shards, options, sink, clean, task)
+        embed_graph(pipeline, shards, options.chunk_rows, sink, clean, run_model)
 
     return launch(job, options, found.source, pipeline, graph)
 
@@ -50,26 +49,26 @@ def embed(options: ModelJobOptions) -> Result:
 def embed_graph(
     pipeline: beam.Pipeline,
     shards: list[Shard],
-    options: ModelJobOptions,
+    chunk_rows: int,
     sink: Sink,
     clean: CleanOptions | None,
-    task: Task,
+    run_model: RunModel,
 ) -> None:
     """Adds the job to a pipeline: one fused stage from reading to writing, and a small one that adds up.
 
     Args:
         pipeline: The pipeline.
         shards: What is read.
-        options: The job's.
+        chunk_rows: Most rows a chunk.
         sink: Where the rows go.
         clean: What captions become; None leaves those of an earlier output as they are.
-        task: What the model does.
+        run_model: The model at work.
     """
     read = (
         pipeline
         | "Shards" >> beam.Create(shards, reshuffle=False)
         | "Spread" >> beam.Reshuffle()
-        | "ReadShards" >> ReadShards(sink, options.chunk_rows, with_images=False)
+        | "ReadShards" >> ReadShards(sink, chunk_rows, with_images=False)
     )
     chunks = read.chunks
     if clean:
@@ -77,12 +76,12 @@ def embed_graph(
     written = (
         chunks
         | "ExplodeCaptions" >> ExplodeCaptions()
-        | "RunModel" >> RunModel(options.model, task, options.batch_size, options.max_failure_rate)
+        | "RunModel" >> run_model
         | "WriteChunks" >> WriteChunks(sink)
     )
-    limit = FailureLimit(task.stage, options.max_failure_rate)
     _ = (
         (written, read.committed)
         | "AllCommits" >> beam.Flatten()
-        | "FinishJob" >> FinishJob(sink.root, sink.dataset, len(shards), plan_counters(shards), limit)
+        | "FinishJob"
+        >> FinishJob(sink.root, sink.dataset, len(shards), plan_counters(shards), run_model.limit)
     )

@@ -9,12 +9,13 @@ import pyarrow as pa
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from models.base import Model
-from models.errors import ModelError
+from models.errors import FlagError, ModelError
 from models.spec import ModelSpec, load_model
 from pipelines.job import data_files, fingerprint, is_same_place, read_success, refuse_overlap
 from pipelines.launch import Job, source_options
 from pipelines.options import ModelJobOptions
-from transforms.errors import InputError
+from transforms.errors import InputError, OptionError
+from transforms.infer import RunModel, Task
 from transforms.sources import open_source, output_of
 from transforms.sources.base import Source
 from transforms.sources.parquet import ParquetSource
@@ -82,6 +83,7 @@ def load_here(spec: ModelSpec, pipeline: beam.Pipeline) -> Model[Any, Any]:
 
     Raises:
         InputError: It cannot be loaded.
+        OptionError: A flag does not go with it.
     """
     if not isinstance(pipeline.runner, FnApiRunner) and spec.device.startswith("cuda"):
         import torch
@@ -90,8 +92,21 @@ def load_here(spec: ModelSpec, pipeline: beam.Pipeline) -> Model[Any, Any]:
             spec = dataclasses.replace(spec, device="cpu")
     try:
         return load_model(spec)
+    except FlagError as error:
+        raise OptionError(str(error)) from error
     except ModelError as error:
         raise InputError(str(error)) from error
+
+
+def run_model_of(options: ModelJobOptions, task: Task, digest: str) -> RunModel:
+    """Returns the step of a job in which its model works.
+
+    Args:
+        options: The job's.
+        task: What the model does.
+        digest: Of the model, as it is loaded here: a worker refuses another.
+    """
+    return RunModel(options.model, task, options.batch_size, options.max_failure_rate, digest)
 
 
 def model_job(

@@ -183,9 +183,8 @@ def _train_captioner(
     )
     cache = None if options.cache is None else Path(options.cache)
     history = train_captioner(given, folder, options.training, options.device, _shows(display), cache)
-    best = max(
-        history, key=lambda entry: (entry["CIDEr"], -entry["validation_loss"])
-    )  # as the training keeps it
+    # as the training keeps it
+    best = max(history, key=lambda entry: (entry["CIDEr"], -entry["validation_loss"]))
     scores = {name: best[name] for name in ("validation_loss", *SCORES)}
     return Trained(_KINDS[options.training.decoder], history, int(best["epoch"]), scores)
 

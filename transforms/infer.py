@@ -57,11 +57,19 @@ class ChunkModelHandler(ModelHandler[Chunk, Chunk, ModelRunner[Any, Any]]):
         task: What it does.
         batch_size: Most rows of a micro-batch; None takes the model's own.
         max_failure_rate: The share of rows that it may fail on.
+        digest: Of the model where the job started; None takes what is there.
     """
 
-    def __init__(self, spec: ModelSpec, task: Task, batch_size: int | None, max_failure_rate: float) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        task: Task,
+        batch_size: int | None,
+        max_failure_rate: float,
+        digest: str | None = None,
+    ) -> None:
         super().__init__()
-        self._spec, self._task, self._batch_size = spec, task, batch_size
+        self._spec, self._task, self._batch_size, self._digest = spec, task, batch_size, digest
         self._limit = FailureLimit(task.stage, max_failure_rate)
         self._shared_runner, self._shared_count = Shared(), Shared()
         self._count: FailureCount | None = None
@@ -70,15 +78,21 @@ class ChunkModelHandler(ModelHandler[Chunk, Chunk, ModelRunner[Any, Any]]):
         """Returns the model of this process, loaded once.
 
         Raises:
-            InputError: It cannot be loaded.
+            InputError: It cannot be loaded, or is another than where the job started.
         """
         return self._shared_runner.acquire(self._load)
 
     def _load(self) -> ModelRunner[Any, Any]:
         try:
-            return ModelRunner(load_model(self._spec), self._batch_size)
+            model = load_model(self._spec)
         except ModelError as error:
             raise InputError(str(error)) from error
+        if self._digest not in (None, model.digest):
+            raise InputError(
+                f"{self._spec} is another model on a worker (digest {model.digest}) than where the job started "
+                f"({self._digest}). Keep the model as it is while a job runs, or give a place that all workers see."
+            )
+        return ModelRunner(model, self._batch_size)
 
     def begin(self, chunk: Chunk, model: ModelRunner[Any, Any]) -> None:
         """Starts to prepare a chunk that `run_inference` will be given later."""
@@ -124,16 +138,23 @@ class RunModel(beam.PTransform[PCollection[Chunk], PCollection[Chunk]]):
         task: What it does.
         batch_size: Most rows of a micro-batch; None takes the model's own.
         max_failure_rate: The share of rows that it may fail on.
+        digest: Of the model where the job started; None takes what is there.
     """
 
     spec: ModelSpec
     task: Task
     batch_size: int | None = None
     max_failure_rate: float = 0.1
+    digest: str | None = None
+
+    @property
+    def limit(self) -> FailureLimit:
+        """On how many rows the model may fail."""
+        return FailureLimit(self.task.stage, self.max_failure_rate)
 
     def expand(self, chunks: PCollection[Chunk]) -> PCollection[Chunk]:
         """Applies the model by Beam's `RunInference`, a chunk behind what is being prepared."""
-        handler = ChunkModelHandler(self.spec, self.task, self.batch_size, self.max_failure_rate)
+        handler = ChunkModelHandler(self.spec, self.task, self.batch_size, self.max_failure_rate, self.digest)
         return (
             chunks
             | "Prepare" >> beam.ParDo(_Prepare(handler)).with_output_types(Chunk)

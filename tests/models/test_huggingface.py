@@ -302,6 +302,7 @@ class TestOptions:
             ({"num_captions": 4}, r"--num_captions is 4\. It must be between 1 and --beam_width 3"),
             ({"num_captions": 0}, "--num_captions is 0"),
             ({"max_words": 0}, "--max_words is 0"),
+            ({"max_words": 512}, r"--max_words is 512\. It must be below \d+, as many positions as"),
         ],
     )
     def test_what_cannot_be_is_refused_at_once(self, folders, options, message):
@@ -420,4 +421,6 @@ def test_a_vocabulary_that_does_not_fit(folders, family, words, tmp_path):
 
 
 def test_lists_of_generation_stay_lists(folders):
-    load(folders / "git", dataclasses.replace(OPTIONS["beam"], generation=(("bad_words_ids", ((5,), (6,))),)))
+    given = (("bad_words_ids", ((5,), (6,))),)
+    captioner = load(folders / "git", dataclasses.replace(OPTIONS["beam"], generation=given))
+    assert captioner._flags["bad_words_ids"] == [[5], [6]]

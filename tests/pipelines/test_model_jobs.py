@@ -43,6 +43,7 @@ from transforms import storage
 from transforms.clean import CleanOptions
 from transforms.embed import embed_task
 from transforms.errors import DiptychError, InputError, OptionError, OutputError
+from transforms.infer import RunModel
 from transforms.schemas import captions_schema, embeddings_schema
 from transforms.sink import Sink
 from transforms.sources import SourceOptions, open_source
@@ -107,13 +108,6 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(spec_module, "_load", load_fake)
     monkeypatch.setattr(spec_module, "_loaded", {})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet_readers() -> Iterator[None]:
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
@@ -662,7 +656,7 @@ class TestCommandLine:
             (["--model=word2vec"], 2, "It must be KIND:LOCATION"),
             (["--model=word2vec:"], 2, "It must be KIND:LOCATION"),
             (["--model=word2vec:nowhere"], 1, "There is no model at 'nowhere'"),
-            (["--model=word2vec:MODEL", "--pooling=cls"], 1, "--pooling cls does not go with word2vec"),
+            (["--model=word2vec:MODEL", "--pooling=cls"], 2, "--pooling cls does not go with word2vec"),
             (["--model=word2vec:MODEL", "--device=gpu"], 2, "--device is gpu"),
             (["--model=word2vec:MODEL", "--batch_size=0"], 2, "--batch_size is 0"),
             (["--model=word2vec:MODEL", "--max_failure_rate=2"], 2, "--max_failure_rate is 2"),
@@ -696,7 +690,8 @@ class TestLaws:
         shards = open_source(options.inputs, "auto", SourceOptions()).shards("", 10)
         pipeline = new_pipeline(())
         sink = Sink(str(tmp_path), "embeddings", {"fingerprint": ""}, embeddings_schema(3))
-        embed_graph(pipeline, shards, options, sink, CleanOptions(), embed_task(3, False))
+        run_model = RunModel(spec, embed_task(3, False))
+        embed_graph(pipeline, shards, options.chunk_rows, sink, CleanOptions(), run_model)
         return pipeline.to_runner_api()
 
     def test_reading_to_writing_is_one_fused_stage(self, graph):

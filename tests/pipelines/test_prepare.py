@@ -47,13 +47,6 @@ REPOSITORY = Path(__file__).parents[2]
 CHUNK_ROWS = 5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quiet_readers() -> Iterator[None]:
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> SceneFolders:
     """300 scenes; the tar files hold 30 each."""

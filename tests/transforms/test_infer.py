@@ -16,7 +16,7 @@ from models.errors import ModelError
 from models.spec import ModelSpec
 from transforms.chunk import Chunk, ChunkCoder, ChunkKey, reject_batch
 from transforms.errors import DiptychError, InputError
-from transforms.infer import RunModel, Task
+from transforms.infer import ChunkModelHandler, RunModel, Task
 from transforms.schemas import TEXTS
 
 
@@ -182,3 +182,10 @@ class TestFailureRate:
         message = rf"fails on {failures} of {rows} rows, more than --max_failure_rate {rate:g} .* first: "
         with pytest.raises(DiptychError, match=message + "RuntimeError: bad row"):
             self.run(chunks_with(bad, count, chunk_rows), spec, rate)
+
+
+def test_a_worker_refuses_another_model_than_the_launcher_had(spec):
+    right, wrong = (ChunkModelHandler(spec, TASK, None, 0.5, digest) for digest in ("d" * 16, "e" * 16))
+    assert right.load_model().batch_size == 4
+    with pytest.raises(InputError, match=r"is another model on a worker \(digest d{16}\) than .* \(e{16}\)"):
+        wrong.load_model()
