@@ -1,9 +1,9 @@
-"""What every model is to the pipeline: two steps that it overlaps, and results one a row."""
+"""What every model is to the pipeline: steps that it overlaps, and results one a row."""
 
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -14,7 +14,7 @@ Output = TypeVar("Output")
 class Model(abc.ABC, Generic[Input, Output]):
     """A model that is loaded and ready.
 
-    Both steps may be called from any thread; the pipeline never calls `predict` of one model twice at a time. Neither
+    Its steps may be called from any thread; the pipeline never calls `predict` of one model twice at a time. None
     may keep anything between calls, and the result of a row does not depend on the rows beside it (up to rounding).
 
     Attributes:
@@ -34,12 +34,20 @@ class Model(abc.ABC, Generic[Input, Output]):
         """
 
     @abc.abstractmethod
-    def predict(self, prepared: Any) -> Sequence[Output]:
+    def predict(self, prepared: Any) -> Sequence[Any]:
         """Runs the model on what `prepare` returned; gives one result an input, in order, on the host.
 
         Raises:
             torch.OutOfMemoryError: The device is too small for the micro-batch; the pipeline halves it.
         """
+
+    def finish(self, predicted: Any) -> Output:
+        """Does what the CPU can do afterwards (encode) for one of the results of `predict`.
+
+        Raises:
+            Exception: It cannot be done; that row fails.
+        """
+        return cast(Output, predicted)
 
     def cost(self, item: Input) -> int:
         """Returns what an input costs relative to others: micro-batches are made of inputs of about one cost."""
@@ -92,6 +100,43 @@ class CaptionModel(Model[bytes, Captions]):
     feature_dim: int | None
 
 
+class Prompt(NamedTuple):
+    """What an image is to be made of.
+
+    Attributes:
+        text: What is to be seen.
+        seed: 64 bits that decide all that is drawn for the image: the same in any batch, in any order.
+    """
+
+    text: str
+    seed: int
+
+
+class GeneratedImage(NamedTuple):
+    """An image that was made.
+
+    Attributes:
+        data: Encoded, as PNG or JPEG.
+        fault: Why it is none to keep: `no_known_word` (of the prompt), `flagged` (blanked by the model's own safety
+            checker); None of all others.
+    """
+
+    data: bytes
+    fault: str | None = None
+
+
+class ImageModel(Model[Prompt, GeneratedImage]):
+    """Text to images.
+
+    Attributes:
+        size_px: (width, height) of the images.
+        text_model: `KIND:LOCATION` of the text model whose vectors it draws from; None where it brings its own.
+    """
+
+    size_px: tuple[int, int]
+    text_model: str | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class TextOptions:
     """What the user asks of a text model.
@@ -126,3 +171,22 @@ class CaptionOptions:
     no_repeat_ngram: int = 0
     features: bool = False
     generation: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOptions:
+    """What the user asks of a model that makes images.
+
+    Attributes:
+        size_px: Side of the images; None takes the model's own.
+        image_format: `png` (lossless) or `jpeg`.
+        quality: JPEG quality, 1 to 100.
+        text_model: `KIND:LOCATION` of the text model that a model was trained with, where it lies elsewhere now.
+        settings: Settings of a diffusers pipeline's call, as (name, value).
+    """
+
+    size_px: int | None = None
+    image_format: Literal["png", "jpeg"] = "png"
+    quality: int = 95
+    text_model: str | None = None
+    settings: tuple[tuple[str, Any], ...] = ()

@@ -20,7 +20,7 @@ from models.store import write_file
 from models.tokens import tokenize
 
 _Array = np.ndarray[Any, Any]
-_OWN = re.compile(r"(cache\.json|captions\.arrow|pictures-\d+\.bin)(\..*)?|\..*\.tmp")
+_OWN = re.compile(r"(cache\.json|captions\.arrow|(pictures-\d+|vectors)\.bin)(\..*)?|\..*\.tmp")
 _CAPTIONS = pa.schema([("key", pa.string()), ("captions", pa.list_(pa.list_(pa.string())))])
 
 
@@ -87,6 +87,7 @@ def open_cache(
     batches: Callable[[], Iterable[Batch]],
     encode: Callable[[Sequence[bytes]], Sequence[_Array]],
     on_rows: Callable[[int], None],
+    words: Callable[[str], list[str]] = tokenize,
 ) -> CaptionCache:
     """Returns a split's cache, made first where it is not there yet.
 
@@ -98,6 +99,7 @@ def open_cache(
         batches: Yields the rows.
         encode: Images to an array of pictures a view, (N, …) each.
         on_rows: Is told how many rows have been read.
+        words: Cuts a caption; of one that gives nothing, nothing is kept.
 
     Raises:
         ModelError: There is no room for it, or it cannot be written.
@@ -111,7 +113,7 @@ def open_cache(
     try:
         _empty(folder)
         _check_room(folder, layout.num_bytes(num_rows))
-        meta = {"identity": identity, **_write(folder, layout, batches, encode, on_rows)}
+        meta = {"identity": identity, **_write(folder, layout, batches, encode, on_rows, words)}
     except OSError as error:
         raise ModelError(
             f"the cache {folder} cannot be written: {error.strerror or error}. It takes "
@@ -150,6 +152,7 @@ def _write(
     batches: Callable[[], Iterable[Batch]],
     encode: Callable[[Sequence[bytes]], Sequence[_Array]],
     on_rows: Callable[[int], None],
+    words: Callable[[str], list[str]],
 ) -> dict[str, Any]:
     """Writes pictures and captions; returns the number of rows, and where each batch of captions starts."""
     read, starts = 0, [0]
@@ -160,9 +163,7 @@ def _write(
             pa.ipc.new_file(file, _CAPTIONS) as writer,
         ):
             for batch in batches():
-                captions = [
-                    [words for text in texts if (words := tokenize(text))] for texts in batch.captions
-                ]
+                captions = [[cut for text in texts if (cut := words(text))] for texts in batch.captions]
                 kept = [i for i, texts in enumerate(captions) if texts]
                 read += len(captions)
                 on_rows(read)

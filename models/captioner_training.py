@@ -24,7 +24,7 @@ from models.captioner_data import SCORES, CaptionData, CaptionerTraining, Histor
 from models.captioner_steps import Pictures, Step, Steps
 from models.checkpoint import Checkpoint, Checkpoints, flatten_optimizer, restore_optimizer
 from models.decoder import Decoder, DecoderConfig
-from models.device import choose_device
+from models.device import choose_device, training_precision
 from models.encoder import Encoder, create_encoder, load_weights
 from models.errors import ModelError
 from models.scores import score_captions
@@ -174,7 +174,7 @@ class _Training:
         self._average = {name: value.clone() for name, value in self._trained().items()}
         self._best = dict(self._average)
         self._at = _Position()
-        self._precision = _precision(options.precision, device)
+        self._precision = training_precision(options.precision, device)
         self._make = Steps(pictures, network.vocabulary, options)
         self._reward = (
             CiderReward(map(self._make.number, train.all_captions())) if options.cider_epochs else None
@@ -394,13 +394,6 @@ class _Training:
         self._at = _Position(**state)
         self._average, self._best = values("average"), values("best")
         self._put(values("now"))
-
-
-def _precision(name: str, device: torch.device) -> torch.autocast:
-    is_auto = (
-        name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_auto or name == "bfloat16")
 
 
 def _plain(words: Tensor) -> list[list[int]]:

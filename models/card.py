@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ModelError
-from models.spec import TEXT_KINDS
+from models.spec import IMAGE_KINDS, TEXT_KINDS
 
 CARD = "model_card.json"
 README = "README.md"
 CURVES = "loss.png"
 # Scores that are drawn, in this order; more lines than these few cannot be told apart
-_DRAWN = ("CIDEr", "BLEU-4", "top1_accuracy", "recall_at_1")
+_DRAWN = ("CIDEr", "BLEU-4", "top1_accuracy", "recall_at_1", "sample_distance", "text_distance")
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b")
 
 
@@ -89,6 +89,8 @@ def _markdown(card: Mapping[str, Any]) -> str:
 
 
 def _command(kind: str) -> str:
+    if kind in IMAGE_KINDS:
+        return f"diptych generate --model {kind}:FOLDER --prompts SRC --output OUT"
     job = "embed" if kind in TEXT_KINDS else "caption"
     return f"diptych {job} --model {kind}:FOLDER --input SRC --output OUT"
 
@@ -97,7 +99,8 @@ def _front_matter(card: Mapping[str, Any], title: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     kind = str(card["kind"])
-    task = "feature-extraction" if kind in TEXT_KINDS else "image-to-text"
+    made = "text-to-image" if kind in IMAGE_KINDS else "image-to-text"
+    task = "feature-extraction" if kind in TEXT_KINDS else made
     scores = [
         (name, value) for name, value in card.get("scores", {}).items() if isinstance(value, int | float)
     ]

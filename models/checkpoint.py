@@ -135,26 +135,28 @@ def _write_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-_PREFIX = "optimizer"
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def flatten_optimizer(
+    optimizer: torch.optim.Optimizer, name: str = "optimizer"
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Returns an optimizer's state as named tensors and JSON values, to be saved with others in one checkpoint.
 
+    Args:
+        optimizer: The optimizer.
+        name: Its own among those of the checkpoint.
+
     Returns:
-        Tensors whose names begin with `optimizer.`, and a state with the one key `optimizer`.
+        Tensors whose names begin with its name, and a state with its name as the one key.
     """
     found = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     parameters = {
-        str(index): _split(values, f"{_PREFIX}.state.{index}", tensors)
+        str(index): _split(values, f"{name}.state.{index}", tensors)
         for index, values in found["state"].items()
     }
     groups = [
-        _split(group, f"{_PREFIX}.groups.{index}", tensors)
-        for index, group in enumerate(found["param_groups"])
+        _split(group, f"{name}.groups.{index}", tensors) for index, group in enumerate(found["param_groups"])
     ]
-    return tensors, {_PREFIX: {"state": parameters, "groups": groups}}
+    return tensors, {name: {"state": parameters, "groups": groups}}
 
 
 def _split(values: Mapping[str, Any], name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -169,7 +171,10 @@ def _split(values: Mapping[str, Any], name: str, tensors: dict[str, torch.Tensor
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    name: str = "optimizer",
 ) -> None:
     """Puts back what `flatten_optimizer` returned; training goes on as if it had never stopped.
 
@@ -177,16 +182,17 @@ def restore_optimizer(
         optimizer: Made as the other one was, over the same parameters in the same order.
         tensors: Of a checkpoint; those of other names are passed over.
         state: Of the same checkpoint.
+        name: As `flatten_optimizer` was given it.
 
     Raises:
         ModelError: The state is of an optimizer over other parameters.
     """
     now = optimizer.state_dict()["param_groups"]
     try:
-        saved = state[_PREFIX]
-        groups = [_join(group, f"{_PREFIX}.groups.{i}", tensors) for i, group in enumerate(saved["groups"])]
+        saved = state[name]
+        groups = [_join(group, f"{name}.groups.{i}", tensors) for i, group in enumerate(saved["groups"])]
         parameters = {
-            int(index): _join(values, f"{_PREFIX}.state.{index}", tensors)
+            int(index): _join(values, f"{name}.state.{index}", tensors)
             for index, values in saved["state"].items()
         }
         for group, own in zip(groups, now, strict=True):

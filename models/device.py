@@ -34,6 +34,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def training_precision(name: str, device: torch.device) -> torch.autocast:
+    """Returns the context to train in: autocast to bfloat16, or none.
+
+    Args:
+        name: `float32`, `bfloat16`, or `auto`, which is bfloat16 on a GPU that has it.
+        device: Where the training runs.
+    """
+    is_auto = (
+        name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_auto or name == "bfloat16")
+
+
 def half_precision(device: torch.device) -> AbstractContextManager[None]:
     """Returns the context to run a model in: autocast on CUDA (bfloat16 where the GPU has it, else float16).
 

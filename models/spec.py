@@ -2,14 +2,29 @@
 
 import dataclasses
 import threading
-from typing import Any
+from typing import Any, cast
 
-from models.base import CaptionOptions, Model, TextOptions
+from models.base import CaptionModel, CaptionOptions, ImageOptions, Model, TextModel, TextOptions
 from models.compute import compute
 from models.errors import ModelError
+from models.text_model import TEXT_KINDS as TEXT_KINDS
+from models.text_model import load_text_model
 
-TEXT_KINDS = ("word2vec", "bert")
 CAPTION_KINDS = ("cnn-lstm", "cnn-rnn", "hf")
+IMAGE_KINDS = ("vae", "gan", "diffusers")
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchOptions:
+    """What images are compared with their prompts by.
+
+    Attributes:
+        captioner: Describes the image.
+        text: Compares the description with the prompt.
+    """
+
+    captioner: "ModelSpec"
+    text: "ModelSpec"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +32,7 @@ class ModelSpec:
     """Names a model and what is asked of it; it travels to the workers, the model does not.
 
     Attributes:
-        kind: One of `TEXT_KINDS` or `CAPTION_KINDS`.
+        kind: One of `TEXT_KINDS`, `CAPTION_KINDS` or `IMAGE_KINDS`; or `match`, which is made of two.
         location: Path, fsspec URL, or name on the Hugging Face hub.
         options: What is asked of it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`, chosen where the model is loaded.
@@ -25,7 +40,7 @@ class ModelSpec:
 
     kind: str
     location: str
-    options: TextOptions | CaptionOptions
+    options: TextOptions | CaptionOptions | ImageOptions | MatchOptions
     device: str = "auto"
 
     def __str__(self) -> str:
@@ -44,22 +59,22 @@ def load_model(spec: ModelSpec) -> Model[Any, Any]:
     """
     with _lock:
         if spec not in _loaded:
-            _loaded[spec] = compute(_load, spec)
+            compute(_load_once, spec)
         return _loaded[spec]
+
+
+def _load_once(spec: ModelSpec) -> Model[Any, Any]:
+    if spec not in _loaded:
+        _loaded[spec] = _load(spec)
+    return _loaded[spec]
 
 
 def _load(spec: ModelSpec) -> Model[Any, Any]:
     # imported here: a job pays only for the libraries of its own model
+    kinds: tuple[str, ...] = CAPTION_KINDS
     if isinstance(spec.options, TextOptions):
-        if spec.kind == "word2vec":
-            from models.word2vec import Word2Vec
-
-            return Word2Vec.load(spec.location, spec.options)
-        if spec.kind == "bert":
-            from models.bert import Bert
-
-            return Bert.load(spec.location, spec.options, spec.device)
-    else:
+        return load_text_model(spec.kind, spec.location, spec.options, spec.device)
+    if isinstance(spec.options, CaptionOptions):
         if spec.kind in ("cnn-lstm", "cnn-rnn"):
             from models.captioner import Captioner
 
@@ -68,7 +83,21 @@ def _load(spec: ModelSpec) -> Model[Any, Any]:
             from models.huggingface import HuggingFaceCaptioner
 
             return HuggingFaceCaptioner.load(spec.location, spec.options, spec.device)
-    kinds = TEXT_KINDS if isinstance(spec.options, TextOptions) else CAPTION_KINDS
+    if isinstance(spec.options, MatchOptions):
+        from models.matching import Matcher
+
+        captioner, text = _load_once(spec.options.captioner), _load_once(spec.options.text)
+        return Matcher(cast(CaptionModel, captioner), cast(TextModel, text))
+    if isinstance(spec.options, ImageOptions):
+        kinds = IMAGE_KINDS
+        if spec.kind in ("vae", "gan"):
+            from models.image_generator import ImageGenerator
+
+            return ImageGenerator.load(spec.location, spec.options, spec.device, kind=spec.kind)
+        if spec.kind == "diffusers":
+            from models.diffusion import DiffusionPipeline
+
+            return DiffusionPipeline.load(spec.location, spec.options, spec.device)
     raise ModelError(
         f"--model {spec} is of kind {spec.kind!r}. Expected KIND:LOCATION with one of {', '.join(kinds)}."
     )

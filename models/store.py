@@ -6,7 +6,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ _NUM_NAMED = 3
 _READ_BYTES = 1 << 20
 
 
-def localise(location: str, hub: bool = False) -> Path:
+def localise(location: str, hub: bool = False, download: Callable[[str], Any] | None = None) -> Path:
     """Returns the local path of a model; what lies elsewhere is fetched first.
 
     Args:
         location: A local file or folder, an fsspec URL (`gs://`, `s3://`, …: fetched to the cache, see
             `models.cache`), or, with `hub`, a name on the Hugging Face hub.
         hub: The model may be on the Hugging Face hub.
+        download: Fetches it from there by its name, and returns its local folder; None fetches all that models are
+            made of.
 
     Raises:
         ModelError: There is no such model, it is out of reach, or there is no room for it.
@@ -43,14 +45,23 @@ def localise(location: str, hub: bool = False) -> Path:
     if location and os.path.exists(path):  # what is too long for a path is none
         return path
     if hub and _HUB_NAME.fullmatch(location):
-        return _fetch_from_hub(location)
+        return _fetch_from_hub(location, download or _download)
     expected = "a local file or folder, or a URL such as gs://BUCKET/FOLDER"
     expected += ", or a name on the Hugging Face hub" if hub else ""
     raise ModelError(f"There is no model at {location!r}. Expected {expected}: check the spelling.")
 
 
-def _fetch_from_hub(name: str) -> Path:
+def _download(name: str) -> str:
     from huggingface_hub import snapshot_download
+
+    return snapshot_download(
+        name,
+        allow_patterns=[f"*{suffix}" for suffix in MODEL_SUFFIXES],
+        ignore_patterns=[f"{folder}/*" for folder in OTHER_FOLDERS],
+    )
+
+
+def _fetch_from_hub(name: str, download: Callable[[str], Any]) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -61,11 +72,7 @@ def _fetch_from_hub(name: str) -> Path:
     )
 
     try:
-        folder = snapshot_download(
-            name,
-            allow_patterns=[f"*{suffix}" for suffix in MODEL_SUFFIXES],
-            ignore_patterns=[f"{folder}/*" for folder in OTHER_FOLDERS],
-        )
+        folder = download(name)
     except GatedRepoError as error:
         why, remedy = (
             "the hub gives it only to those who agreed to its terms",

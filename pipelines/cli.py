@@ -98,6 +98,7 @@ _JOBS = {
     "prepare": "read, clean, resize, write OUT/images",
     "embed": "text vectors of captions, write OUT/embeddings",
     "caption": "captions of images, write OUT/captions",
+    "generate": "images from text, write OUT/generated",
 }
 _OTHERS = {
     "train": "fit a model on prepared or raw data",
@@ -135,12 +136,13 @@ def _main(argv: list[str]) -> int:
 
 def _add_flags(name: str, parser: argparse.ArgumentParser) -> None:
     if name in _JOBS:
-        from pipelines import flags
+        from pipelines import flags, model_flags
 
         adders = {
             "prepare": flags.add_prepare_flags,
-            "embed": flags.add_embed_flags,
-            "caption": flags.add_caption_flags,
+            "embed": model_flags.add_embed_flags,
+            "caption": model_flags.add_caption_flags,
+            "generate": model_flags.add_generate_flags,
         }
         adders[name](parser)
     elif name == "train":
@@ -160,7 +162,7 @@ def _add_flags(name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def _run_job(args: argparse.Namespace, beam_args: list[str]) -> int:
-    from pipelines import flags
+    from pipelines import flags, model_flags
     from pipelines.summary import summary
 
     sys.stderr = cast(TextIO, _OwnWords(sys.stderr))
@@ -171,11 +173,15 @@ def _run_job(args: argparse.Namespace, beam_args: list[str]) -> int:
     elif args.command == "embed":
         from pipelines.embed import embed
 
-        result = embed(flags.embed_options(args, beam_args))
-    else:
+        result = embed(model_flags.embed_options(args, beam_args))
+    elif args.command == "caption":
         from pipelines.caption import caption
 
-        result = caption(flags.caption_options(args, beam_args))
+        result = caption(model_flags.caption_options(args, beam_args))
+    else:
+        from pipelines.generate import generate
+
+        result = generate(model_flags.generate_options(args, beam_args))
     if not args.quiet:
         print(summary(result, time.monotonic() - _START))
     return 0

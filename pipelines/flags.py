@@ -1,17 +1,12 @@
-"""The flags of each job, from the command line to its options."""
+"""The flags that jobs share, and those of `diptych prepare`, from the command line to its options."""
 
 import argparse
-import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from models.base import CaptionOptions, TextOptions
-from models.spec import CAPTION_KINDS, TEXT_KINDS, ModelSpec
-from pipelines.options import ModelJobOptions, PrepareOptions
+from pipelines.options import PrepareOptions
 from transforms.clean import CleanOptions
 from transforms.decode import Limits
-from transforms.errors import OptionError
 from transforms.resize import IMAGENET_MEAN, IMAGENET_STD, ResizeOptions
 from transforms.sources import FORMATS, SourceOptions
 
@@ -28,83 +23,15 @@ def add_prepare_flags(parser: argparse.ArgumentParser) -> None:
     _add_image_flags(parser.add_argument_group("images"))
 
 
-def add_embed_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `diptych embed`."""
-    add_shared_flags(parser)
-    add_source_flags(parser.add_argument_group("input"))
-    model = parser.add_argument_group("model")
-    add_model_flags(model, TEXT_KINDS)
-    model.add_argument(
-        "--pooling",
-        choices=("mean", "cls"),
-        help="how token vectors become one, for models that say nothing of it themselves (default mean)",
-    )
-    model.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
+def add_source_flags(source: argparse._ArgumentGroup, flag: str = "--input") -> None:
+    """Adds the flags that say where the input is, and what.
 
-
-def add_caption_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `diptych caption`."""
-    add_shared_flags(parser)
-    add_source_flags(parser.add_argument_group("input"))
-    model = parser.add_argument_group("model")
-    add_model_flags(model, CAPTION_KINDS)
-    options = CaptionOptions()
-    for flag, default, metavar, text in (
-        ("--beam_width", options.beam_width, "N", "hypotheses kept at each step, 1 is greedy"),
-        ("--num_captions", options.num_captions, "N", "candidates an image, at most --beam_width"),
-        ("--max_words", options.max_words, "N", "longest caption, in words (hf: new tokens)"),
-        ("--no_repeat_ngram", options.no_repeat_ngram, "N", "let no N words occur twice, 0 allows any"),
-    ):
-        help = f"{text} (default {default})"
-        model.add_argument(flag, type=type(default), default=default, metavar=metavar, help=help)
-    model.add_argument(
-        "--length_penalty",
-        type=float,
-        metavar="X",
-        help="divide log-probabilities by length to the power X (default 0.7; hf: the model's own)",
-    )
-    model.add_argument("--features", action="store_true", help="also write the encoder's pooled vectors")
-    model.add_argument(
-        "--generation",
-        action="append",
-        type=_setting,
-        default=[],
-        metavar="NAME=VALUE",
-        help="a flag for `generate` of a model of kind hf, its value as JSON; may repeat",
-    )
-
-
-def add_model_flags(model: argparse._ArgumentGroup, kinds: Sequence[str]) -> None:
-    """Adds the flags that all jobs with a model share."""
-    model.add_argument(
-        "--model",
-        required=True,
-        metavar="KIND:LOC",
-        help=f"KIND is {_either(kinds)}; LOC a path, URL or name",
-    )
-    model.add_argument(
-        "--device",
-        default="auto",
-        metavar="DEVICE",
-        help="auto, cpu, cuda or cuda:N, on the worker (default auto)",
-    )
-    model.add_argument(
-        "--batch_size", type=int, metavar="N", help="most rows of a micro-batch (default: the model's own)"
-    )
-    model.add_argument(
-        "--max_failure_rate",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="stop where the model fails on more than this share of rows (default 0.1)",
-    )
-
-
-def add_source_flags(source: argparse._ArgumentGroup) -> None:
-    """Adds the flags that say where the input is, and what."""
-    source.add_argument(
-        "--input", action="append", required=True, metavar="SRC", help="path, URL, glob or folder; may repeat"
-    )
+    Args:
+        source: Group of the flags.
+        flag: The one that says where.
+    """
+    text = "path, URL, glob or folder; may repeat"
+    source.add_argument(flag, dest="input", action="append", required=True, metavar="SRC", help=text)
     source.add_argument("--format", default="auto", choices=("auto", *FORMATS), help="default: find out")
     source.add_argument("--images", metavar="DIR", help="images of an annotation file: a folder, tar or zip")
     source.add_argument("--split", metavar="A[,B]", help="splits of a Karpathy file (default: all)")
@@ -186,7 +113,7 @@ def prepare_options(args: argparse.Namespace, beam_args: Sequence[str]) -> Prepa
     """
     keep_bytes = args.keep_rejected_bytes
     return PrepareOptions(
-        **_job_options(args, beam_args),
+        **job_values(args, beam_args),
         clean=CleanOptions(
             args.lowercase, args.min_caption_chars, args.max_caption_chars, args.require_caption, keep_bytes
         ),
@@ -204,72 +131,8 @@ def prepare_options(args: argparse.Namespace, beam_args: Sequence[str]) -> Prepa
     )
 
 
-def embed_options(args: argparse.Namespace, beam_args: Sequence[str]) -> ModelJobOptions:
-    """Returns the options of `diptych embed` from its parsed flags.
-
-    Raises:
-        OptionError: A value is out of bounds.
-    """
-    return _model_options(args, beam_args, TEXT_KINDS, TextOptions(args.pooling, args.normalize))
-
-
-def caption_options(args: argparse.Namespace, beam_args: Sequence[str]) -> ModelJobOptions:
-    """Returns the options of `diptych caption` from its parsed flags.
-
-    Raises:
-        OptionError: A value is out of bounds.
-    """
-    options = CaptionOptions(
-        args.beam_width,
-        args.num_captions,
-        args.max_words,
-        args.length_penalty,
-        args.no_repeat_ngram,
-        args.features,
-        tuple(args.generation),
-    )
-    return _model_options(args, beam_args, CAPTION_KINDS, options)
-
-
-def _model_options(
-    args: argparse.Namespace,
-    beam_args: Sequence[str],
-    kinds: Sequence[str],
-    asked: TextOptions | CaptionOptions,
-) -> ModelJobOptions:
-    return ModelJobOptions(
-        **_job_options(args, beam_args),
-        model=parse_model(args.model, kinds, asked, args.device),
-        batch_size=args.batch_size,
-        max_failure_rate=args.max_failure_rate,
-    )
-
-
-def parse_model(
-    text: str, kinds: Sequence[str], asked: TextOptions | CaptionOptions, device: str, flag: str = "--model"
-) -> ModelSpec:
-    """Returns the model that `KIND:LOCATION` names.
-
-    Raises:
-        OptionError: It names none of these kinds, or the device is no device.
-    """
-    kind, colon, location = text.partition(":")
-    if kind not in kinds or not colon or not location.strip():
-        raise OptionError(
-            f"{flag} is {text!r}. It must be KIND:LOCATION, where KIND is {_either(kinds)} and LOCATION is a path, "
-            "a URL or a name."
-        )
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise OptionError(f"--device is {device}. It must be auto, cpu, cuda or cuda:N.")
-    return ModelSpec(kind, location, asked, device)
-
-
-def _either(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _job_options(args: argparse.Namespace, beam_args: Sequence[str]) -> dict[str, Any]:
-    """Returns the values of `JobOptions`."""
+def job_values(args: argparse.Namespace, beam_args: Sequence[str]) -> dict[str, Any]:
+    """Returns the values of `JobOptions` from the parsed flags."""
     columns = args.image_column, args.caption_column, args.key_column
     carried = getattr(args, "metadata_columns", ())
     return {
@@ -282,25 +145,6 @@ def _job_options(args: argparse.Namespace, beam_args: Sequence[str]) -> dict[str
         "quiet": args.quiet,
         "beam_args": tuple(beam_args),
     }
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, as temperature=0.7 is")
-    try:
-        return name, _frozen(json.loads(value))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: the value is not JSON that can be passed on; a text wants quotes, as in {name}='\"{value}\"'"
-        ) from error
-
-
-def _frozen(value: Any) -> Any:
-    """Returns a JSON value that can be a part of a `ModelSpec`, which is hashed."""
-    if isinstance(value, dict):
-        raise ValueError("an object")
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _names(text: str) -> tuple[str, ...]:

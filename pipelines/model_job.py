@@ -28,6 +28,9 @@ _LIBRARIES = {
     "cnn-lstm": ("torch", "torchvision", "timm"),
     "cnn-rnn": ("torch", "torchvision", "timm"),
     "hf": ("torch", "transformers"),
+    "vae": ("torch",),
+    "gan": ("torch",),
+    "diffusers": ("torch", "diffusers", "transformers"),
 }
 
 
@@ -130,9 +133,11 @@ def model_job(
         steps: Options of the transforms before the model, as JSON values.
     """
     spec = options.model
+    of_model = dataclasses.asdict(spec.options)
+    of_model.pop("text_model", None)  # where it lies decides no byte; what it is is in the digest
     asked: dict[str, Any] = {
         "chunk_rows": options.chunk_rows,
-        "model": {"kind": spec.kind, "digest": model.digest, **dataclasses.asdict(spec.options)},
+        "model": {"kind": spec.kind, "digest": model.digest, **of_model},
         "source": source_options(options, found.source),
         **steps,
     }

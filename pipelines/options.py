@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from models.base import CaptionOptions
+from models.base import CaptionOptions, ImageOptions
 from models.spec import ModelSpec
 from transforms.clean import CleanOptions
 from transforms.errors import OptionError
@@ -13,6 +13,8 @@ from transforms.sources import SourceOptions
 
 # Samples of pictures and tensors that a chunk may hold; writing a tensor takes some ten times its memory
 _IMAGE_SAMPLES, _TENSOR_SAMPLES = 400_000_000, 40_000_000
+# Captions that a row of an earlier output may have
+_PROMPTS_A_ROW = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ class PrepareOptions(JobOptions):
 
 @dataclasses.dataclass(frozen=True)
 class ModelJobOptions(JobOptions):
-    """Options of `diptych embed` and `diptych caption`.
+    """Options of `diptych embed` and `diptych caption`, and of all jobs with a model.
 
     Attributes:
         model: The model, and what is asked of it.
@@ -115,6 +117,63 @@ class ModelJobOptions(JobOptions):
         check(0 <= self.max_failure_rate <= 1, "--max_failure_rate", self.max_failure_rate, "between 0 and 1")
         if isinstance(self.model.options, CaptionOptions):
             _check_caption(self.model.options)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions(ModelJobOptions):
+    """Options of `diptych generate`; its inputs are prompts.
+
+    Attributes:
+        images_per_prompt: How many images are made of each.
+        seed: Of all that is drawn.
+        min_match: The least similarity of an image, as `match_with` describes it, to its prompt; the rest is rejected.
+        match_with: The captioner.
+        match_by: The text model that compares; None takes the one that the model draws from.
+    """
+
+    images_per_prompt: int = 1
+    seed: int = 0
+    min_match: float | None = None
+    match_with: ModelSpec | None = None
+    match_by: ModelSpec | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number = self.images_per_prompt
+        check(1 <= number <= 10_000, "--images_per_prompt", number, "between 1 and 10000")
+        check(0 <= self.seed < 2**63, "--seed", self.seed, "0 or more, and below 2 ** 63")
+        asked = self.model.options
+        assert isinstance(asked, ImageOptions)
+        size_px = asked.size_px
+        check(size_px is None or 8 <= size_px <= 4096, "--size", size_px, "between 8 and 4096 pixels")
+        check(1 <= asked.quality <= 100, "--quality", asked.quality, "between 1 and 100")
+        kind = self.model.kind
+        is_told = asked.text_model is None or kind != "diffusers"
+        least = self.min_match
+        check(least is None or -1 <= least <= 1, "--min_match", least, "between -1 and 1")
+        goes = least is None or self.match_with is not None
+        check(
+            goes, "--min_match", least, "beside a captioner that describes the images, --match_with KIND:LOC"
+        )
+        check(
+            least is not None or not self.match_with, "--match_with", self.match_with, "beside a --min_match"
+        )
+        check(
+            self.match_with is not None or not self.match_by,
+            "--match_by",
+            self.match_by,
+            "beside --match_with",
+        )
+        check(is_told, "--text_model", asked.text_model, "left out: a diffusers pipeline brings its own")
+
+    def rows_per_chunk(self, size_px: tuple[int, int]) -> int:
+        """Returns the most prompts a chunk: `chunk_rows`, or fewer where so many images would not fit in memory.
+
+        Args:
+            size_px: (width, height) of the images.
+        """
+        of_prompt = 3 * size_px[0] * size_px[1] * self.images_per_prompt
+        return min(self.chunk_rows, max(1, _IMAGE_SAMPLES // (_PROMPTS_A_ROW * of_prompt)))
 
 
 def _check_caption(options: CaptionOptions) -> None:

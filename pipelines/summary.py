@@ -5,7 +5,7 @@ from pipelines.running import Result
 from transforms.progress import progress
 from transforms.storage import join
 
-_UNITS = {"embeddings": "captions"}
+_UNITS = {"embeddings": "captions", "generated": "images"}
 
 
 def summary(result: Result, seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Rows to a model: `diptych train word2vec|captioner --input SRC --output MODEL_DIR`.
+"""Rows to a model: `diptych train word2vec|captioner|vae|gan --input SRC --output MODEL_DIR`.
 
 diptych train captioner --input dataset_flickr8k.json --split train --validation_split val --output captioner
 
@@ -20,11 +20,13 @@ from models.captioner_data import SCORES, CaptionData, CaptionerTraining, Progre
 from models.card import CURVES, README, draw_curves, write_card
 from models.device import choose_device
 from models.errors import ModelError
+from models.image_options import GanTraining, VaeTraining
 from models.store import digest as digest_of
 from models.store import localise
 from models.word2vec_training import Word2VecTraining
 from pipelines.job import State, digest, fingerprint, options_to_json
-from pipelines.training_options import TrainOptions, add_train_flags, train_options
+from pipelines.training_flags import add_train_flags, train_options
+from pipelines.training_options import TrainOptions
 from pipelines.training_output import ModelFolder, refuse_own_input
 from pipelines.training_progress import Display, describe_entry
 from pipelines.training_rows import Rows, describe, open_rows
@@ -33,11 +35,22 @@ from transforms.storage import join
 
 __all__ = ["Trained", "add_train_flags", "run_training", "train"]
 
+# Of an epoch, what the card says
+IMAGE_FIGURES = (
+    "validation_loss",
+    "error",
+    "divergence",
+    "sample_distance",
+    "text_distance",
+    "real_distance",
+)
 _KINDS = {"lstm": "cnn-lstm", "gru": "cnn-rnn", "rnn": "cnn-rnn"}
 _SUMMARIES = {
     "word2vec": "Word vectors for captions: a caption is the mean of its words' vectors.",
     "cnn-lstm": "Describes images: a convolutional encoder with an LSTM decoder.",
     "cnn-rnn": "Describes images: a convolutional encoder with a recurrent decoder.",
+    "vae": "Makes images of text: a variational autoencoder that is told of the text.",
+    "gan": "Makes images of text: the generator of a generative adversarial network.",
 }
 
 
@@ -109,8 +122,7 @@ def _run(options: TrainOptions) -> State:
             f"{train_rows.num_rows:,} rows ({train_rows.num_captions:,} captions) to train on, "
             f"{validation_rows.num_rows:,} to validate by"
         )
-        trainer = _train_captioner if isinstance(options.training, CaptionerTraining) else _train_word2vec
-        trained = trainer(options, rows, digest(data), folder.model, display)
+        trained = _TRAINERS[options.model](options, rows, digest(data), folder.model, display)
     _describe_model(folder.model, options, rows, trained)
     folder.finish({"kind": trained.kind, "best_epoch": trained.best_epoch, "scores": dict(trained.scores)})
     return state
@@ -134,6 +146,11 @@ def _check_model(options: TrainOptions) -> None:
         if weights not in ("imagenet", "none"):
             path = localise(weights)
             load_weights(encoder, read_tensors(path), str(path))
+    elif isinstance(options.training, VaeTraining | GanTraining):
+        from models.image_training import check_models
+
+        choose_device(options.device)
+        check_models(options.training)
 
 
 def _describe_data(options: TrainOptions) -> dict[str, Any]:
@@ -148,6 +165,9 @@ def _fingerprint(options: TrainOptions, data: Mapping[str, Any]) -> dict[str, An
     weights = values.get("encoder_weights", "none")
     if weights not in ("imagenet", "none"):  # the same file elsewhere is the same
         values["encoder_weights"] = digest_of(localise(weights))
+    for name in ("text_model", "generator"):
+        if location := values.get(name, "").partition(":")[2]:
+            values[name] = digest_of(localise(location, hub=name == "text_model"))
     library = "gensim" if isinstance(options.training, Word2VecTraining) else "torch"
     found = fingerprint(f"train {options.model}", [], values)
     found["versions"][library] = metadata.version(library)
@@ -187,6 +207,31 @@ def _train_captioner(
     best = max(history, key=lambda entry: (entry["CIDEr"], -entry["validation_loss"]))
     scores = {name: best[name] for name in ("validation_loss", *SCORES)}
     return Trained(_KINDS[options.training.decoder], history, int(best["epoch"]), scores)
+
+
+def _train_image_model(
+    options: TrainOptions, rows: tuple[Rows, Rows], data: str, folder: Path, display: Display
+) -> Trained:
+    from models.image_training import train_image_model
+
+    assert isinstance(options.training, VaeTraining | GanTraining)
+    train_rows, validation_rows = rows
+    given = CaptionData(
+        train_rows.batches, validation_rows.batches, train_rows.num_rows, validation_rows.num_rows, data
+    )
+    cache = None if options.cache is None else Path(options.cache)
+    history = train_image_model(given, folder, options.training, options.device, _shows(display), cache)
+    best = min(history, key=lambda entry: entry.get("validation_loss", -entry["epoch"]))  # of a GAN the last
+    scores = {name: best[name] for name in IMAGE_FIGURES if name in best}
+    return Trained(options.model, history, int(best["epoch"]), scores)
+
+
+_TRAINERS = {
+    "word2vec": _train_word2vec,
+    "captioner": _train_captioner,
+    "vae": _train_image_model,
+    "gan": _train_image_model,
+}
 
 
 def _shows(display: Display) -> Callable[[Progress], None]:
@@ -240,7 +285,7 @@ def _describe_model(folder: Path, options: TrainOptions, rows: tuple[Rows, Rows]
 def _summary(options: TrainOptions, state: State, seconds: float) -> list[str]:
     """Returns what a training came to, in a few lines."""
     found = ModelFolder(options.output).summary()
-    kind, job = found["kind"], "embed" if options.model == "word2vec" else "caption"
+    kind, job = found["kind"], _JOBS[options.model]
     lines = [
         f"trained   {kind}; kept epoch {found['best_epoch']}: {describe_entry(found['scores'])}",
         f"model     {options.output}",
@@ -253,4 +298,8 @@ def _summary(options: TrainOptions, state: State, seconds: float) -> list[str]:
         took = f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
         lines.append(f"took      {took}")
     model = f"{kind}:{os.fspath(options.output)}"
-    return [*lines, f"next      diptych {job} --model {model} --input SRC --output OUT"]
+    source = "--prompts" if job == "generate" else "--input"
+    return [*lines, f"next      diptych {job} --model {model} {source} SRC --output OUT"]
+
+
+_JOBS = {"word2vec": "embed", "captioner": "caption", "vae": "generate", "gan": "generate"}

@@ -1,22 +1,27 @@
 """The flags of `diptych train` as one frozen dataclass, checked before anything is read."""
 
-import argparse
 import dataclasses
 import math
 import re
-from typing import Any
 
 from models.captioner_data import CaptionerTraining
-from models.errors import ModelError
+from models.generator import SIZES, is_size
+from models.image_options import GanTraining, VaeTraining
+from models.text_model import TEXT_KINDS
 from models.word2vec_training import Word2VecTraining
-from pipelines.flags import add_source_flags
-from pipelines.job import is_same_place
 from pipelines.options import check
-from transforms.errors import OptionError
 from transforms.sources import SourceOptions
 
-_SHARE = 0.05
+SHARE = 0.05
 _SEED_BELOW = 2**32
+
+Training = CaptionerTraining | Word2VecTraining | VaeTraining | GanTraining
+_NAMES = {
+    Word2VecTraining: "word2vec",
+    CaptionerTraining: "captioner",
+    VaeTraining: "vae",
+    GanTraining: "gan",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +57,9 @@ class TrainOptions:
 
     rows: RowSource
     output: str
-    training: CaptionerTraining | Word2VecTraining
+    training: Training
     validation: RowSource | None = None
-    validation_share: float = _SHARE
+    validation_share: float = SHARE
     device: str = "auto"
     cache: str | None = None
     overwrite: bool = False
@@ -62,8 +67,15 @@ class TrainOptions:
 
     @property
     def model(self) -> str:
-        """What is trained: `captioner` or `word2vec`."""
-        return "captioner" if isinstance(self.training, CaptionerTraining) else "word2vec"
+        """What is trained: `word2vec`, `captioner`, `vae` or `gan`."""
+        return _NAMES[type(self.training)]
+
+    @property
+    def size_px(self) -> int | None:
+        """Side of the images that the training reads; None where it reads none."""
+        if isinstance(self.training, CaptionerTraining):
+            return self.training.encoder_size_px
+        return None if isinstance(self.training, Word2VecTraining) else self.training.size_px
 
     def __post_init__(self) -> None:
         places = [("--output", self.output), *(("--input", url) for url in self.rows.inputs)]
@@ -80,6 +92,40 @@ class TrainOptions:
         check(0 <= self.training.seed < _SEED_BELOW, "--seed", self.training.seed, "from 0 to 4294967295")
         if isinstance(self.training, CaptionerTraining):
             _check_captioner(self.training)
+        elif isinstance(self.training, VaeTraining | GanTraining):
+            _check_image_model(self.training)
+
+
+def _check_image_model(training: VaeTraining | GanTraining) -> None:
+    kind, colon, location = training.text_model.partition(":")
+    is_named = kind in TEXT_KINDS and colon and location.strip()
+    check(
+        bool(is_named),
+        "--text_model",
+        repr(training.text_model),
+        f"KIND:LOC, of kind {' or '.join(TEXT_KINDS)}",
+    )
+    check(is_size(training.size_px), "--size", training.size_px, f"another: {SIZES}")
+    for name in ("latent_dim", "condition_dim", "channels", "max_channels", "epochs", "batch_size"):
+        check(getattr(training, name) >= 1, f"--{name}", getattr(training, name), "at least 1")
+    check(training.threads >= 0, "--threads", training.threads, "0 or more")
+    check(0 <= training.ema < 1, "--ema", training.ema, "from 0 to below 1")
+    rates = ["learning_rate"]
+    if isinstance(training, VaeTraining):
+        check(training.patience >= 1, "--patience", training.patience, "at least 1")
+        rates.append("divergence_weight")
+    else:
+        kind, colon, location = training.generator.partition(":")
+        is_named = not training.generator or (kind in ("vae", "gan") and colon and location.strip())
+        check(bool(is_named), "--generator", repr(training.generator), "KIND:LOC, of kind vae or gan")
+        check(training.batch_size >= 2, "--batch_size", training.batch_size, "at least 2: texts are swapped")
+        check(training.r1_every >= 1, "--r1_every", training.r1_every, "at least 1")
+        weight = training.r1_weight
+        check(weight >= 0 and math.isfinite(weight), "--r1_weight", weight, "0 or more, and finite")
+        rates.append("discriminator_learning_rate")
+    for name in rates:
+        rate = getattr(training, name)
+        check(rate > 0 and math.isfinite(rate), f"--{name}", rate, "above 0 and finite")
 
 
 def _check_captioner(training: CaptionerTraining) -> None:
@@ -123,198 +169,3 @@ def _check_captioner(training: CaptionerTraining) -> None:
         "none",
         "imagenet or a file without --fine_tune: random features say little",
     )
-
-
-def add_train_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `diptych train`, of each model under its name."""
-    models = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
-    text = models.add_parser("word2vec", help="word vectors, for `diptych embed`", allow_abbrev=False)
-    _add_shared_flags(text, Word2VecTraining())
-    _add_word2vec_flags(text.add_argument_group("model"))
-    captioner = models.add_parser(
-        "captioner",
-        help="an image encoder with a recurrent decoder, for `diptych caption`",
-        allow_abbrev=False,
-    )
-    _add_shared_flags(captioner, CaptionerTraining())
-    _add_captioner_flags(captioner.add_argument_group("model"), captioner.add_argument_group("training"))
-
-
-def _add_shared_flags(parser: argparse.ArgumentParser, default: CaptionerTraining | Word2VecTraining) -> None:
-    job = parser.add_argument_group("job")
-    job.add_argument(
-        "--output", required=True, metavar="MODEL_DIR", help="folder or URL; made where there is none"
-    )
-    job.add_argument("--overwrite", action="store_true", help="delete what an earlier training wrote there")
-    job.add_argument("--quiet", action="store_true", help="show neither progress nor summary")
-    _add_value(job, default, "epochs", "N", "at most so many")
-    _add_value(job, default, "patience", "N", "stop after so many epochs that were not better")
-    _add_value(job, default, "seed", "N", "of all that is drawn")
-    rows = parser.add_argument_group("input", "outputs of `diptych prepare`, or what it reads")
-    add_source_flags(rows)
-    rows.add_argument(
-        "--validation",
-        action="append",
-        metavar="SRC",
-        help="rows to choose the best epoch by; may repeat (default: a share of --input)",
-    )
-    rows.add_argument(
-        "--validation_split", metavar="A[,B]", help="of a Karpathy file: of --validation, or of --input"
-    )
-    rows.add_argument("--validation_images", metavar="DIR", help="as --images, of --validation")
-    rows.add_argument(
-        "--validation_share",
-        type=float,
-        metavar="X",
-        help=f"hold out this share of --input, chosen by key (default {_SHARE})",
-    )
-
-
-def _add_value(group: argparse._ArgumentGroup, default: Any, name: str, metavar: str, text: str) -> None:
-    """Adds a flag named as an option, with its type and default."""
-    value = getattr(default, name)
-    group.add_argument(
-        f"--{name}", type=type(value), default=value, metavar=metavar, help=f"{text} (default {value})"
-    )
-
-
-def _add_word2vec_flags(model: argparse._ArgumentGroup) -> None:
-    default = Word2VecTraining()
-    for name, metavar, text in (
-        ("vector_size", "N", "length of the vectors"),
-        ("window", "N", "words on each side that a word is learnt with"),
-        ("min_count", "N", "leave out words that are rarer"),
-        ("negative", "N", "random words that each is told from"),
-        ("sample", "X", "thin out words of a greater share of the text, 0 keeps all"),
-        ("alpha", "X", "learning rate at the start"),
-    ):
-        _add_value(model, default, name, metavar, text)
-    kind = model.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--sg", dest="skip_gram", action="store_true", default=True, help="skip-gram (the default)"
-    )
-    kind.add_argument("--cbow", dest="skip_gram", action="store_false", help="continuous bag of words")
-
-
-def _add_captioner_flags(model: argparse._ArgumentGroup, training: argparse._ArgumentGroup) -> None:
-    default = CaptionerTraining()
-    _add_value(model, default, "encoder", "NAME", "of torchvision, or timm:NAME")
-    _add_value(model, default, "encoder_weights", "W", "imagenet, none, or a safetensors file or URL")
-    model.add_argument(
-        "--encoder_size",
-        dest="encoder_size_px",
-        type=int,
-        default=default.encoder_size_px,
-        metavar="PX",
-        help=f"side of the images that it sees (default {default.encoder_size_px})",
-    )
-    model.add_argument(
-        "--encoder_stride",
-        dest="encoder_stride_px",
-        type=int,
-        default=default.encoder_stride_px,
-        metavar="PX",
-        help="side of a region: 16 sees finer than 32, which is the last grid of most (default 0, the last)",
-    )
-    model.add_argument("--fine_tune", action="store_true", help="train the encoder as well")
-    model.add_argument(
-        "--decoder",
-        default=default.decoder,
-        choices=("lstm", "gru", "rnn"),
-        help=f"recurrent cell (default {default.decoder})",
-    )
-    model.add_argument(
-        "--no_attention", dest="attention", action="store_false", help="see the mean of all regions only"
-    )
-    for name, metavar, text in (
-        ("embedding_dim", "N", "of a word"),
-        ("hidden_dim", "N", "of the recurrent state"),
-        ("attention_dim", "N", "of the attention's hidden layer"),
-        ("min_word_count", "N", "leave rarer words out of the vocabulary"),
-        ("max_words", "N", "longest caption"),
-    ):
-        _add_value(model, default, name, metavar, text)
-    for name, metavar, text in (
-        ("batch_size", "N", "images a step"),
-        ("captions_per_image", "N", "captions of each that a step learns from, 0 takes all"),
-        ("learning_rate", "X", "the highest"),
-        ("encoder_learning_rate", "X", "of the encoder, with --fine_tune"),
-        (
-            "cider_epochs",
-            "N",
-            "at the end, learn from the CIDEr of drawn captions (self-critical) for so many",
-        ),
-        ("cider_learning_rate", "X", "in these"),
-        ("cider_samples", "N", "captions drawn of each image in these"),
-        ("weight_decay", "X", "of AdamW"),
-        ("dropout", "X", "share of units"),
-        ("label_smoothing", "X", "share of probability that is spread over all words"),
-        ("ema", "X", "decay of the average of the weights that is kept"),
-        ("beam_width", "N", "of the captions that are scored"),
-        ("max_scored", "N", "score the captions of so many validation images"),
-        ("threads", "N", "CPU threads of a step, 0 for all; a small model is faster with 1"),
-    ):
-        _add_value(training, default, name, metavar, text)
-    training.add_argument(
-        "--precision",
-        default=default.precision,
-        choices=("auto", "float32", "bfloat16"),
-        help="auto is bfloat16 on a GPU that has it (default auto)",
-    )
-    training.add_argument("--flips", action="store_true", help="mirror half of the images")
-    training.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
-    training.add_argument(
-        "--cache", metavar="DIR", help="keep the encoded images in this local folder, for the next training"
-    )
-
-
-def train_options(args: argparse.Namespace) -> TrainOptions:
-    """Returns the options of `diptych train` from its parsed flags.
-
-    Raises:
-        OptionError: A value is out of bounds, or flags contradict each other.
-    """
-    kind: type[Any] = CaptionerTraining if args.model == "captioner" else Word2VecTraining
-    names = [field.name for field in dataclasses.fields(kind) if hasattr(args, field.name)]
-    try:
-        training = kind(**{name: getattr(args, name) for name in names})
-    except ModelError as error:
-        raise OptionError(f"--{error}") from error
-    columns = args.image_column, args.caption_column, args.key_column
-    validation = _validation(args)
-    if validation is not None and args.validation_share is not None:
-        raise OptionError(
-            f"--validation_share {args.validation_share} holds rows of --input out, and there are others to validate "
-            "by. Give the one or the other."
-        )
-    return TrainOptions(
-        rows=RowSource(tuple(args.input), args.format, SourceOptions(args.images, args.split, *columns)),
-        output=args.output,
-        training=training,
-        validation=validation,
-        validation_share=_SHARE if args.validation_share is None else args.validation_share,
-        device=getattr(args, "device", "auto"),
-        cache=getattr(args, "cache", None),
-        overwrite=args.overwrite,
-        quiet=args.quiet,
-    )
-
-
-def _validation(args: argparse.Namespace) -> RowSource | None:
-    if args.validation is None and args.validation_split is None:
-        if args.validation_images is not None:
-            raise OptionError(
-                f"--validation_images {args.validation_images} are the images of --validation, which is not given. "
-                "Name it, or leave both out."
-            )
-        return None
-    inputs = tuple(args.validation or args.input)
-    is_same = all(any(is_same_place(url, other) for other in args.input) for url in inputs)
-    if is_same and args.validation_split == args.split:
-        raise OptionError(
-            "The rows to validate by are those to train on. Give others with --validation, another "
-            "--validation_split, or hold out a --validation_share."
-        )
-    images = args.validation_images or (args.images if is_same else None)
-    columns = args.image_column, args.caption_column, args.key_column
-    return RowSource(inputs, args.format, SourceOptions(images, args.validation_split, *columns))

@@ -146,7 +146,7 @@ def open_rows(options: TrainOptions, folder: Path) -> tuple[Rows, Rows]:
 def _prepared(source: RowSource, folder: Path, options: TrainOptions) -> tuple[PreparedImages, ...]:
     if _is_prepared(source):
         return tuple(map(PreparedImages.open, source.inputs))
-    size_px = getattr(options.training, "encoder_size_px", _UNSEEN_SIZE_PX)
+    size_px = options.size_px or _UNSEEN_SIZE_PX
     asked = PrepareOptions(
         inputs=source.inputs,
         output=os.fspath(folder),

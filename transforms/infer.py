@@ -30,20 +30,29 @@ class Task:
         stage: Stage of the rejects, one of `transforms.schemas.REASONS`.
         inputs: Gives what the model gets of rows.
         outputs: Gives, of rows and the model's results, the rows to write and counters.
+        fault: Gives the reason and the message of a result that is a reject nevertheless, None of others.
     """
 
     stage: str
     inputs: Callable[[pa.RecordBatch], list[Any]]
     outputs: Callable[[pa.RecordBatch, list[Any]], tuple[pa.RecordBatch, Mapping[str, int]]]
+    fault: Callable[[Any], tuple[str, str] | None] | None = None
+
+    def fault_of(self, result: Any) -> tuple[str, str] | None:
+        """Returns reason and message of a result that is a reject, None of others."""
+        if isinstance(result, Failure):
+            return MODEL_ERROR, result.message
+        return self.fault(result) if self.fault else None
 
 
 def add_results(chunk: Chunk, results: Sequence[Any], task: Task) -> Chunk:
     """Returns a chunk with a model's results; rows that it failed on are rejects, `model_error`."""
-    kept = [i for i, result in enumerate(results) if not isinstance(result, Failure)]
+    faults = [task.fault_of(result) for result in results]
+    kept = [i for i, fault in enumerate(faults) if fault is None]
     lost = [
-        Reject(chunk.rows["key"][i].as_py(), chunk.rows["row"][i].as_py(), MODEL_ERROR, result.message)
-        for i, result in enumerate(results)
-        if isinstance(result, Failure)
+        Reject(chunk.rows["key"][i].as_py(), chunk.rows["row"][i].as_py(), *fault)
+        for i, fault in enumerate(faults)
+        if fault is not None
     ]
     rows, counters = task.outputs(take_rows(chunk.rows, kept), [results[i] for i in kept])
     return chunk.advance(task.stage, rows, lost, counters)

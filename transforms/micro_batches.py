@@ -1,7 +1,7 @@
 """A model at work: micro-batches, prepared ahead, halved where the device is too small, bisected to the row at fault.
 
-While the device is at one micro-batch, background threads prepare the next ones, those of the next chunk too; so a
-model loses nothing against the bare loop over the same rows.
+While the device is at one micro-batch, background threads prepare the next ones, those of the next chunk too, and
+finish what came of the last; so a model loses nothing against the bare loop over the same rows.
 """
 
 import collections
@@ -68,6 +68,7 @@ class ModelRunner(Generic[Input, Output]):
         self._model = model
         self._batch_size = batch_size or model.batch_size
         self._begun: dict[ChunkKey, _Work] = {}
+        self._finishes = type(model).finish is not Model.finish
 
     @property
     def batch_size(self) -> int:
@@ -96,9 +97,9 @@ class ModelRunner(Generic[Input, Output]):
             ordinals, prepared = work.pending.popleft()
             self._prepare_next(work)
             items = [work.inputs[ordinal] for ordinal in ordinals]
-            for ordinal, result in zip(ordinals, self._finish(items, prepared), strict=True):
+            for ordinal, result in zip(ordinals, self._results(items, prepared), strict=True):
                 results[ordinal] = result
-        return results
+        return [result.result() if isinstance(result, Future) else result for result in results]
 
     def _work(self, inputs: Sequence[Input]) -> _Work:
         costs = [self._model.cost(item) for item in inputs]
@@ -118,8 +119,8 @@ class ModelRunner(Generic[Input, Output]):
             items = [work.inputs[ordinal] for ordinal in ordinals]
             work.pending.append((ordinals, _pool().submit(self._model.prepare, items)))
 
-    def _finish(self, items: list[Input], prepared: "Future[Any]") -> list[Output | Failure]:
-        """Returns the results of a micro-batch that is being prepared, or those of its halves."""
+    def _results(self, items: list[Input], prepared: "Future[Any]") -> list[Any]:
+        """Returns the results of a micro-batch that is being prepared, or those of its halves; some still come."""
         if len(items) > self._batch_size:  # halved since
             return self._halves(items)
         try:
@@ -131,7 +132,7 @@ class ModelRunner(Generic[Input, Output]):
         del prepared  # and with it what lies on the device
         return self._after(failure, items)
 
-    def _run_now(self, items: list[Input]) -> list[Output | Failure]:
+    def _run_now(self, items: list[Input]) -> list[Any]:
         try:
             return self._predict(self._model.prepare(items), len(items))
         except _Bug:
@@ -140,13 +141,22 @@ class ModelRunner(Generic[Input, Output]):
             failure = Failure(_one_line(error), _is_out_of_memory(error))
         return self._after(failure, items)
 
-    def _predict(self, prepared: Any, num_inputs: int) -> list[Output | Failure]:
+    def _predict(self, prepared: Any, num_inputs: int) -> list[Any]:
         outputs = compute(self._model.predict, prepared)
         if len(outputs) != num_inputs:
             raise _Bug(f"{type(self._model).__name__} gave {len(outputs)} results for {num_inputs} inputs")
-        return list(map(_checked, outputs, _are_finite(outputs)))
+        checked = list(map(_checked, outputs, _are_finite(outputs)))
+        if self._finishes:
+            return [out if isinstance(out, Failure) else _pool().submit(self._finish, out) for out in checked]
+        return checked
 
-    def _after(self, failure: Failure, items: list[Input]) -> list[Output | Failure]:
+    def _finish(self, predicted: Any) -> Output | Failure:
+        try:
+            return self._model.finish(predicted)
+        except Exception as error:
+            return Failure(_one_line(error))
+
+    def _after(self, failure: Failure, items: list[Input]) -> list[Any]:
         if len(items) == 1:
             return [failure]
         before = self._batch_size
@@ -157,9 +167,9 @@ class ModelRunner(Generic[Input, Output]):
             self._batch_size = before  # it was that row: the others have room
         return results
 
-    def _halves(self, items: list[Input]) -> list[Output | Failure]:
+    def _halves(self, items: list[Input]) -> list[Any]:
         middle = (len(items) + 1) // 2
-        results = []
+        results: list[Any] = []
         for half in (items[:middle], items[middle:]):
             results += self._halves(half) if len(half) > self._batch_size else self._run_now(half)
         return results
@@ -174,7 +184,7 @@ def run_model(
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    """Returns the threads that prepare, for all models of this process."""
+    """Returns the threads that prepare and finish, for all models of this process."""
     return ThreadPoolExecutor(_LOOKAHEAD, thread_name_prefix="prepare")
 
 
@@ -195,7 +205,7 @@ def _are_finite(outputs: Sequence[Any]) -> list[bool]:
     """Tells of each result, a named tuple, whether its numbers are finite."""
     finite = np.ones(len(outputs), np.bool_)
     for column in zip(*outputs, strict=True):
-        if isinstance(column[0], np.ndarray):
+        if isinstance(column[0], np.ndarray) and column[0].dtype.kind == "f":
             finite &= np.isfinite(np.stack(column)).all(axis=1)
         elif isinstance(column[0], tuple):
             finite &= [

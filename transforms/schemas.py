@@ -29,6 +29,12 @@ REASONS = {
     },
     "embed": {"model_error": "the model fails on this row"},
     "caption": {"model_error": "the model fails on this row"},
+    "generate": {
+        "model_error": "the model fails on this row",
+        "no_known_word": "the model's text vectors know no word of the prompt",
+        "flagged": "the model's own safety checker blanked the image",
+        "low_match": "the image does not show its prompt, by --min_match",
+    },
 }
 
 REJECTS = pa.schema(
@@ -68,6 +74,19 @@ TEXTS = pa.schema(
     ]
 )
 """A row per caption: what a text model gets."""
+
+
+PROMPTS = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("prompt_index", pa.int32(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("seed", pa.uint64(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+    ]
+)
+"""A row per image that is to be made: what a model that makes images gets."""
 
 
 def raw_schema(metadata_columns: Sequence[str] = ()) -> pa.Schema:
@@ -136,6 +155,26 @@ def captions_schema(feature_dim: int | None = None) -> pa.Schema:
     ]
     if feature_dim is not None:
         fields.append(pa.field("features", pa.list_(pa.float32(), feature_dim)))
+    return pa.schema(fields)
+
+
+def generated_schema(with_match: bool = False) -> pa.Schema:
+    """Returns the schema of `OUT/generated`.
+
+    Args:
+        with_match: Whether there are columns with what a captioner says of the image, and how near that is to the
+            prompt.
+    """
+    fields = [
+        pa.field("key", pa.string()),
+        pa.field("prompt_index", pa.int32()),
+        pa.field("sample", pa.int32()),
+        pa.field("prompt", pa.string()),
+        pa.field("image", IMAGE),
+        pa.field("seed", pa.uint64()),
+    ]
+    if with_match:
+        fields += [pa.field("caption", pa.string()), pa.field("match", pa.float32())]
     return pa.schema(fields)
 
 

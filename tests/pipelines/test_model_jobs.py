@@ -1,4 +1,4 @@
-"""`embed` and `caption` from end to end, on drawn scenes, with small models."""
+"""`embed`, `caption` and `generate` from end to end, on drawn scenes, with small models."""
 
 import contextlib
 import hashlib
@@ -23,18 +23,32 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+from PIL import Image
 
 from models import spec as spec_module
-from models.base import CaptionModel, CaptionOptions, Captions, TextModel, TextOptions, TextVector
+from models.base import (
+    CaptionModel,
+    CaptionOptions,
+    Captions,
+    GeneratedImage,
+    ImageModel,
+    ImageOptions,
+    Prompt,
+    TextModel,
+    TextOptions,
+    TextVector,
+)
 from models.errors import ModelError
+from models.image_generator import encode_pixels
 from models.spec import ModelSpec
 from models.word2vec import Word2Vec
 from pipelines import scene_folders
 from pipelines.caption import caption
 from pipelines.cli import main
 from pipelines.embed import embed, embed_graph
+from pipelines.generate import generate
 from pipelines.job import State, read_jobs, read_success
-from pipelines.options import ModelJobOptions, PrepareOptions
+from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.running import new_pipeline
 from pipelines.scene_folders import SceneFolders, write_data_set
@@ -43,8 +57,9 @@ from transforms import storage
 from transforms.clean import CleanOptions
 from transforms.embed import embed_task
 from transforms.errors import DiptychError, InputError, OptionError, OutputError
+from transforms.generate import sample_seed
 from transforms.infer import RunModel
-from transforms.schemas import captions_schema, embeddings_schema
+from transforms.schemas import captions_schema, embeddings_schema, generated_schema
 from transforms.sink import Sink
 from transforms.sources import SourceOptions, open_source
 from transforms.sources.texts import TextShard
@@ -98,13 +113,35 @@ class FakeCaptions(CaptionModel):
         return [Captions((text, text[:3]), (-0.5, -1.0), features) for text in prepared]
 
 
+class FakeImages(ImageModel):
+    """An image's one pixel is of its seed and text; `TROUBLE` in a prompt breaks it."""
+
+    batch_size, size_px = 4, (1, 1)
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.digest = hashlib.sha256(repr(spec.options).encode()).hexdigest()[:16]
+
+    def prepare(self, inputs: Sequence[Prompt]) -> list[bytes]:
+        if any(TROUBLE in prompt.text for prompt in inputs):
+            raise ValueError("cannot draw it")
+        return [hashlib.sha256(repr(prompt).encode()).digest() for prompt in inputs]
+
+    def predict(self, prepared: list[bytes]) -> list[tuple[bytes]]:
+        return [(data[:3],) for data in prepared]
+
+    def finish(self, predicted: tuple[bytes]) -> GeneratedImage:
+        pixels = np.frombuffer(predicted[0], np.uint8).reshape(1, 1, 3)
+        return GeneratedImage(encode_pixels(pixels, ImageOptions()))
+
+
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`bert:` and `hf:` are the fakes above; `word2vec:` is what it is."""
+    """`bert:`, `hf:` and `diffusers:` are the fakes above; `word2vec:` is what it is."""
     load = spec_module._load
 
     def load_fake(spec: ModelSpec) -> Any:
-        return {"bert": FakeText, "hf": FakeCaptions}.get(spec.kind, load)(spec)
+        fakes = {"bert": FakeText, "hf": FakeCaptions, "diffusers": FakeImages}
+        return fakes.get(spec.kind, load)(spec)
 
     monkeypatch.setattr(spec_module, "_load", load_fake)
     monkeypatch.setattr(spec_module, "_loaded", {})
@@ -134,18 +171,30 @@ def prepared(prepared_once: Path, tmp_path: Path) -> Path:
 
 def run(job: str, data: Path | str, out: Path | str, **options: Any) -> State:
     """Runs a job with a fake model in this process; returns what it found."""
-    kind, asked = ("bert", TextOptions()) if job == "embed" else ("hf", CaptionOptions())
     options = {
         "inputs": (str(data),),
         "output": str(out),
-        "model": ModelSpec(kind, "fake", asked),
+        "model": MODELS[job],
         "chunk_rows": CHUNK_ROWS,
         "quiet": True,
     } | options
+    if job == "generate":
+        return generate(GenerateOptions(**{"images_per_prompt": 2, **options})).state
     return {"embed": embed, "caption": caption}[job](ModelJobOptions(**options)).state
 
 
-DATASETS = {"embed": "embeddings", "caption": "captions"}
+DATASETS = {"embed": "embeddings", "caption": "captions", "generate": "generated"}
+MODELS = {
+    "embed": ModelSpec("bert", "fake", TextOptions()),
+    "caption": ModelSpec("hf", "fake", CaptionOptions()),
+    "generate": ModelSpec("diffusers", "fake", ImageOptions()),
+}
+OTHERS = {
+    "embed": ModelSpec("bert", "fake", TextOptions(normalize=True)),
+    "caption": ModelSpec("hf", "fake", CaptionOptions(features=True)),
+    "generate": ModelSpec("diffusers", "fake", ImageOptions(quality=50)),
+}
+"""The same with other options."""
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -158,7 +207,11 @@ def table_in(folder: Path, dataset: str) -> pa.Table:
 
 def rows_in(folder: Path, dataset: str) -> list[dict[str, Any]]:
     rows = table_in(folder, dataset).to_pylist()
-    return sorted(rows, key=lambda row: (row["key"], row.get("caption_index")))
+    return sorted(rows, key=_name)
+
+
+def _name(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name, 0) for name in ("key", "caption_index", "prompt_index", "sample"))
 
 
 def problems(out: Path) -> list[str]:
@@ -282,30 +335,164 @@ class TestCaption:
         assert table["features"].to_pylist() == [[1, 1]] * 50
 
 
+class TestGenerate:
+    def prompts(self, path: Path, text: str = "a red square\n\nein blauer Kreis\n") -> Path:
+        path.write_text(text)
+        return path
+
+    def test_a_row_per_image_with_its_prompt(self, tmp_path):
+        run("generate", self.prompts(tmp_path / "in.txt"), tmp_path / "out", images_per_prompt=3, seed=5)
+        table = table_in(tmp_path / "out", "generated")
+        assert table.schema.remove_metadata().equals(generated_schema())
+        rows = rows_in(tmp_path / "out", "generated")
+        assert [(row["key"], row["sample"], row["prompt"]) for row in rows] == [
+            *[("in-00000000", sample, "a red square") for sample in range(3)],
+            *[("in-00000002", sample, "ein blauer Kreis") for sample in range(3)],
+        ]
+        for row in rows:
+            assert row["seed"] == sample_seed(5, row["key"], row["prompt_index"], row["sample"])
+            wanted = hashlib.sha256(repr(Prompt(row["prompt"], row["seed"])).encode()).digest()[:3]
+            assert Image.open(io.BytesIO(row["image"]["bytes"])).getpixel((0, 0)) == tuple(wanted)
+            assert row["image"]["path"] == f"{row['key']}_{row['prompt_index']}_{row['sample']}.png"
+        totals = read_success(str(tmp_path / "out"))["generated"]
+        assert (totals.read, totals.written, totals.rejected) == (7, 6, {"bad_annotation": 1})
+        assert problems(tmp_path / "out") == []
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("in.jsonl", '{"key": "a", "prompt": "a red square"}\n"two"\n'),
+            ("in.csv", "key,prompt\na,a red square\nb,two\n"),
+            ("in.tsv", "key\tprompt\na\ta red square\nb\ttwo\n"),
+            ("in.txt", "a red square\ntwo\n"),
+        ],
+    )
+    def test_prompts_of_any_format_are_found_out(self, tmp_path, name, text):
+        run("generate", self.prompts(tmp_path / name, text), tmp_path / "out", images_per_prompt=1)
+        assert [row["prompt"] for row in rows_in(tmp_path / "out", "generated")] == ["a red square", "two"]
+
+    def test_captions_of_an_output_are_prompts(self, prepared):
+        run("generate", prepared, prepared)
+        captions = {row["key"]: row["captions"] for row in table_in(prepared, "images").to_pylist()}
+        rows = rows_in(prepared, "generated")
+        assert len(rows) == 2 * 250
+        assert all(row["prompt"] == captions[row["key"]][row["prompt_index"]] for row in rows)
+
+    def test_more_images_of_a_prompt_leave_the_first_as_they_are(self, tmp_path):
+        source = self.prompts(tmp_path / "in.txt")
+        found = []
+        for number in (1, 4):
+            run("generate", source, tmp_path / f"out-{number}", images_per_prompt=number)
+            rows = rows_in(tmp_path / f"out-{number}", "generated")
+            found.append([row for row in rows if row["sample"] == 0])
+        assert found[0] == found[1]
+
+    def test_the_seed_changes_all_images(self, tmp_path):
+        source = self.prompts(tmp_path / "in.txt")
+        images = []
+        for seed in (0, 1):
+            run("generate", source, tmp_path / f"out-{seed}", seed=seed)
+            images.append({row["image"]["bytes"] for row in rows_in(tmp_path / f"out-{seed}", "generated")})
+        assert images[0].isdisjoint(images[1])
+
+    def test_those_that_do_not_show_their_prompt_are_rejected(self, tmp_path, monkeypatch):
+        """The captioner says `red` of images whose red is the strongest, else `blue`."""
+
+        def look(self: FakeCaptions, inputs: Sequence[bytes]) -> list[str]:
+            pixels = [Image.open(io.BytesIO(data)).getpixel((0, 0)) for data in inputs]
+            return ["red" if red > 127 else "blue" for red, _, _ in pixels]
+
+        monkeypatch.setattr(FakeCaptions, "prepare", look)
+        (tmp_path / "model").mkdir()
+        Word2Vec(["red", "blue"], np.eye(2, dtype=np.float32)).save(tmp_path / "model")
+        match = {
+            "min_match": 0.5,
+            "match_with": ModelSpec("hf", "fake", CaptionOptions()),
+            "match_by": ModelSpec("word2vec", str(tmp_path / "model"), TextOptions()),
+        }
+        source = self.prompts(tmp_path / "in.txt", "red\nblue\n" * 10)
+        run("generate", source, tmp_path / "out", images_per_prompt=4, **match)
+        table = table_in(tmp_path / "out", "generated")
+        assert table.schema.remove_metadata().equals(generated_schema(with_match=True))
+        rows = table.to_pylist()
+        assert 20 < len(rows) < 60
+        assert all(row["caption"] == row["prompt"] and row["match"] == 1 for row in rows)
+        totals = read_success(str(tmp_path / "out"))["generated"]
+        assert (totals.read, totals.rejected) == (80, {"low_match": 80 - len(rows)})
+        assert problems(tmp_path / "out") == []
+
+    def test_a_match_without_a_text_model(self, tmp_path):
+        match = {"min_match": 0.5, "match_with": ModelSpec("hf", "fake", CaptionOptions())}
+        with pytest.raises(OptionError, match=r"has no text model for that\. Name one with --match_by"):
+            run("generate", self.prompts(tmp_path / "in.txt"), tmp_path / "out", **match)
+        assert not (tmp_path / "out").exists()
+
+    def test_large_images_make_smaller_chunks(self):
+        options = GenerateOptions(("a",), "b", model=MODELS["generate"], chunk_rows=250, images_per_prompt=4)
+        assert options.rows_per_chunk((64, 64)) == 250
+        assert options.rows_per_chunk((512, 512)) == 15
+        assert options.rows_per_chunk((4096, 4096)) == 1
+
+    @pytest.mark.parametrize(
+        ("flags", "code", "message"),
+        [
+            (["--model=vex:x"], 2, "where KIND is vae, gan or diffusers"),
+            (["--model=vae:nowhere"], 1, "There is no model at 'nowhere'"),
+            (["--model=diffusers:fake", "--images_per_prompt=0"], 2, "--images_per_prompt is 0"),
+            (["--model=diffusers:fake", "--seed=-1"], 2, "--seed is -1"),
+            (["--model=diffusers:fake", "--size=4"], 2, "--size is 4"),
+            (["--model=diffusers:fake", "--quality=0"], 2, "--quality is 0"),
+            (["--model=diffusers:fake", "--text_model=word2vec:x"], 2, "--text_model is word2vec:x"),
+            (["--model=diffusers:fake", "--min_match=0.5"], 2, "beside a captioner"),
+            (["--model=diffusers:fake", "--match_with=hf:fake"], 2, "beside a --min_match"),
+            (["--model=diffusers:fake", "--match_by=bert:fake"], 2, "beside --match_with"),
+            (["--model=diffusers:fake", "--min_match=2", "--match_with=hf:fake"], 2, "--min_match is 2"),
+            (["--model=diffusers:fake", "--generation=x"], 2, "'x' is not NAME=VALUE"),
+        ],
+    )
+    def test_a_mistake_is_one_paragraph(self, tmp_path, capsys, flags, code, message):
+        source = self.prompts(tmp_path / "in.txt")
+        assert main(["generate", f"--prompts={source}", f"--output={tmp_path / 'out'}", *flags]) == code
+        error = capsys.readouterr().err
+        assert error.startswith("diptych: ")
+        assert error.count("\n") == 1
+        assert message in error
+        assert not (tmp_path / "out").exists()
+
+    def test_from_the_command_line(self, tmp_path, capsys):
+        source = self.prompts(tmp_path / "in.txt")
+        argv = ["generate", f"--prompts={source}", f"--output={tmp_path / 'out'}", "--model=diffusers:fake"]
+        assert main([*argv, "--images_per_prompt=2", "--image_format=jpeg"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:2] == ["read      5 images", f"written   4 to {tmp_path / 'out'}/generated"]
+
+
 @pytest.mark.parametrize("job", DATASETS)
 class TestBoth:
     def test_the_files_name_the_model(self, prepared, job):
         run(job, prepared, prepared)
         path = sorted((prepared / DATASETS[job]).iterdir())[0]
         about = json.loads(pq.read_metadata(path).metadata[b"diptych"])
-        kind = "bert" if job == "embed" else "hf"
-        assert (about["job"], about["model"]) == (job, f"{kind}:fake")
+        assert (about["job"], about["model"]) == (job, str(MODELS[job]))
         assert about["model_digest"] == read_jobs(str(prepared))[DATASETS[job]]["options"]["model"]["digest"]
 
     def test_datasets_opens_the_folder(self, prepared, tmp_path, job):
-        features = {"features": True} if job == "caption" else {}
-        asked = CaptionOptions(**features) if features else TextOptions()
-        run(job, prepared, prepared, model=ModelSpec("hf" if features else "bert", "fake", asked))
+        run(job, prepared, prepared, model=OTHERS[job])
         found = datasets.load_dataset(
             "parquet",
             data_files=f"{prepared}/{DATASETS[job]}/*.parquet",
             split="train",
             cache_dir=str(tmp_path / "cache"),
         )
-        vector = datasets.List(datasets.Value("float32"), length=2 if features else 3)
-        assert found.features["features" if features else "embedding"] == vector
-        rows = sorted(found, key=lambda row: (row["key"], row.get("caption_index")))
-        assert rows == rows_in(prepared, DATASETS[job])
+        column, feature = {
+            "embed": ("embedding", datasets.List(datasets.Value("float32"), length=3)),
+            "caption": ("features", datasets.List(datasets.Value("float32"), length=2)),
+            "generate": ("image", datasets.Image()),
+        }[job]
+        assert found.features[column] == feature
+        if job == "generate":
+            found = found.cast_column("image", datasets.Image(decode=False))
+        assert sorted(found, key=_name) == rows_in(prepared, DATASETS[job])
 
     @pytest.mark.parametrize(
         "options",
@@ -350,8 +537,7 @@ class TestBoth:
         before = files_in(prepared)
         with pytest.raises(OutputError, match=r"options.chunk_rows is 7 there and 8 here"):
             run(job, prepared, prepared, chunk_rows=8)
-        asked = TextOptions(normalize=True) if job == "embed" else CaptionOptions(max_words=5)
-        model = ModelSpec("bert" if job == "embed" else "hf", "fake", asked)
+        model = OTHERS[job]
         with pytest.raises(OutputError, match=r"options.model.digest is '\w+' there and '\w+' here"):
             run(job, prepared, prepared, model=model)
         assert files_in(prepared) == before

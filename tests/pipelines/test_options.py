@@ -4,18 +4,19 @@ from typing import Any
 
 import pytest
 
-from models.base import CaptionOptions, TextOptions
+from models.base import CaptionOptions, ImageOptions, TextOptions
 from models.spec import ModelSpec
 from pipelines.beam_flags import check_beam_args
-from pipelines.flags import (
+from pipelines.flags import add_prepare_flags, prepare_options
+from pipelines.model_flags import (
     add_caption_flags,
     add_embed_flags,
-    add_prepare_flags,
+    add_generate_flags,
     caption_options,
     embed_options,
-    prepare_options,
+    generate_options,
 )
-from pipelines.options import ModelJobOptions, PrepareOptions
+from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions
 from transforms.clean import CleanOptions
 from transforms.decode import Limits
 from transforms.errors import OptionError
@@ -142,12 +143,14 @@ def parse_model_job(job: str, *flags: str) -> ModelJobOptions:
     add, options = {
         "embed": (add_embed_flags, embed_options),
         "caption": (add_caption_flags, caption_options),
+        "generate": (add_generate_flags, generate_options),
     }[job]
     made = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
     add(made)
     assert [action.dest for action in made._actions if not action.help] == []
-    kind = {"embed": "bert", "caption": "hf"}[job]
-    return options(made.parse_args(["--input=a", "--output=b", f"--model={kind}:x", *flags]), ("--runner=X",))
+    kind = {"embed": "bert", "caption": "hf", "generate": "gan"}[job]
+    source = "--prompts=a" if job == "generate" else "--input=a"
+    return options(made.parse_args([source, "--output=b", f"--model={kind}:x", *flags]), ("--runner=X",))
 
 
 class TestModelFlags:
@@ -157,6 +160,26 @@ class TestModelFlags:
         assert parse_model_job("embed") == embed
         caption = ModelJobOptions(**shared, model=ModelSpec("hf", "x", CaptionOptions()))
         assert parse_model_job("caption") == caption
+        generate = GenerateOptions(**shared, model=ModelSpec("gan", "x", ImageOptions()))
+        assert parse_model_job("generate") == generate
+
+    def test_every_flag_of_generate_has_its_place(self):
+        made = parse_model_job(
+            *(
+                "generate",
+                "--device=cpu",
+                "--seed=3",
+                "--images_per_prompt=4",
+                "--size=96",
+                "--image_format=jpeg",
+            ),
+            *("--quality=80", "--text_model=bert:t", "--generation=a=[1, 2]", '--generation=b="x"'),
+            *("--min_match=0.3", "--match_with=cnn-lstm:c", "--match_by=word2vec:w", "--batch_size=5"),
+        )
+        assert made.model.options == ImageOptions(96, "jpeg", 80, "bert:t", (("a", (1, 2)), ("b", "x")))
+        assert (made.seed, made.images_per_prompt, made.min_match, made.batch_size) == (3, 4, 0.3, 5)
+        assert made.match_with == ModelSpec("cnn-lstm", "c", CaptionOptions(), "cpu")
+        assert made.match_by == ModelSpec("word2vec", "w", TextOptions(), "cpu")
 
     def test_every_flag_has_its_place(self):
         shared = ("--device=cuda:1", "--batch_size=7", "--max_failure_rate=0.5", "--chunk_rows=9")

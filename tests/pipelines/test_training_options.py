@@ -1,12 +1,15 @@
 import argparse
 import dataclasses
+import re
 from typing import Any
 
 import pytest
 
 from models.captioner_data import CaptionerTraining
+from models.image_options import GanTraining, VaeTraining
 from models.word2vec_training import Word2VecTraining
-from pipelines.training_options import RowSource, TrainOptions, add_train_flags, train_options
+from pipelines.training_flags import add_train_flags, train_options
+from pipelines.training_options import RowSource, TrainOptions
 from transforms.errors import OptionError
 from transforms.sources import SourceOptions
 
@@ -33,13 +36,18 @@ class TestFlags:
 
     @pytest.mark.parametrize(
         ("model", "kind", "missing"),
-        [("captioner", CaptionerTraining, set()), ("word2vec", Word2VecTraining, {"min_alpha"})],
+        [
+            ("captioner", CaptionerTraining, set()),
+            ("word2vec", Word2VecTraining, {"min_alpha"}),
+            ("vae", VaeTraining, set()),
+            ("gan", GanTraining, set()),
+        ],
     )
     def test_every_option_of_a_training_has_a_flag(self, model, kind, missing):
         names = {field.name for field in dataclasses.fields(kind)}
         assert names - {action.dest for action in actions(model)} == missing
 
-    @pytest.mark.parametrize("model", ["captioner", "word2vec"])
+    @pytest.mark.parametrize("model", ["captioner", "word2vec", "vae", "gan"])
     def test_every_flag_says_what_it_does(self, model):
         assert [action.dest for action in actions(model) if not action.help] == []
 
@@ -100,6 +108,65 @@ class TestFlags:
         expected = Word2VecTraining(1, 2, 3, 4, False, 5, 0.1, 0.2, patience=6, seed=7)
         assert parse("word2vec", *flags.split(), "--patience=6", "--seed=7").training == expected
         assert parse("word2vec", "--sg").training == Word2VecTraining()
+
+    @pytest.mark.parametrize(
+        ("model", "expected"),
+        [
+            ("vae", VaeTraining(divergence_weight=0.4, patience=14)),
+            (
+                "gan",
+                GanTraining(generator="vae:v", discriminator_learning_rate=0.5, r1_weight=0.6, r1_every=15),
+            ),
+        ],
+    )
+    def test_every_flag_of_an_image_model_has_its_place(self, model, expected):
+        expected = dataclasses.replace(
+            expected,
+            text_model="bert:t",
+            size_px=96,
+            latent_dim=1,
+            condition_dim=2,
+            channels=3,
+            max_channels=4,
+            epochs=5,
+            batch_size=6,
+            learning_rate=0.7,
+            ema=0.8,
+            precision="float32",
+            threads=9,
+            seed=10,
+            flips=True,
+        )
+        flags = []
+        for name, value in dataclasses.asdict(expected).items():
+            assert value != getattr(type(expected)(), name)
+            flags += [f"--{name.removesuffix('_px')}"] + ([] if value is True else [str(value)])
+        options = parse(model, *flags, "--device=cpu", "--cache=c")
+        assert options == TrainOptions(RowSource(("a",)), "b", expected, device="cpu", cache="c")
+        assert parse(model, "--text_model=word2vec:w").training == type(expected)(text_model="word2vec:w")
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (
+                ["--text_model=gan:x"],
+                "--text_model is 'gan:x'. It must be KIND:LOC, of kind word2vec or bert",
+            ),
+            (["--text_model=bert:"], "--text_model is 'bert:'"),
+            (["--size=65"], "--size is 65. It must be another: the side must be 4, 5, 6 or 7, doubled"),
+            (["--batch_size=1"], "--batch_size is 1. It must be at least 2"),
+            (["--generator=bert:x"], "--generator is 'bert:x'. It must be KIND:LOC, of kind vae or gan"),
+            (["--r1_weight=nan"], "--r1_weight is nan"),
+            (["--r1_every=0"], "--r1_every is 0"),
+            (["--learning_rate=0"], "--learning_rate is 0.0"),
+            (["--discriminator_learning_rate=-1"], "--discriminator_learning_rate is -1.0"),
+            (["--ema=1"], "--ema is 1.0"),
+            (["--channels=0"], "--channels is 0"),
+        ],
+    )
+    def test_what_an_image_model_cannot_be(self, flags, message):
+        with pytest.raises(OptionError, match=re.escape(message)):
+            parse("gan", "--text_model=word2vec:w", *flags)
 
     def test_flags_of_the_other_model_are_unknown(self):
         assert parser().parse_known_args(["word2vec", "--input=a", "--output=b", "--fine_tune"])[1] == [

@@ -64,7 +64,7 @@ def open_source(
         raise OptionError(f"The inputs are of several formats, {formats}. Give those of one format to a job.")
     if formats == ["prompts"] and not texts_only:
         raise OptionError(
-            f"{inputs[0]} holds prompts, which have no images. Prompts go with `diptych embed`."
+            f"{inputs[0]} holds prompts, which have no images. Prompts go with `diptych embed` and `diptych generate`."
         )
     files = sorted({file for _, urls, _ in found for file in urls})
     root = found[0][2] if len(found) == 1 else _common_folder(files)
@@ -167,8 +167,20 @@ def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
             head = file.read(1 << 16)
         return "karpathy" if b'"sentences"' in head or b'"sentids"' in head else "coco"
     if name.lower().endswith((".csv", ".txt")):
-        return "flickr30k"
+        with fs.open(path, "rb") as file:
+            return "flickr30k" if _names_images(file.read(1 << 12)) else "prompts"
     return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), None)
+
+
+def _names_images(head: bytes) -> bool:
+    """Tells whether a text or csv file begins as Flickr's do: lines with the name of an image and a caption of it."""
+    lines = head.decode("utf-8", "replace").lstrip("\ufeff").splitlines()[:20]
+    return not lines or any(_IMAGE_LINE.match(line) for line in lines)
+
+
+_IMAGE_LINE = re.compile(
+    r'"?(image(_?name)?"?\s*[,|\t;]|[^\t,|]+\.(jpe?g|png|gif|bmp|webp)[^\t,| ]*"?\s*[\t,|])', re.I
+)
 
 
 def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> tuple[str, list[str], str]:

@@ -205,3 +205,24 @@ def test_an_output_is_told_from_other_data(tmp_path: Path, url: str, is_output: 
     (tmp_path / "out/_job.json").write_text("{}")
     expected = f"file://{tmp_path}/out" if is_output else None
     assert output_of(f"{tmp_path}/{url}") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("a.txt", "1000.jpg#0\tA dog .\n", "flickr30k"),
+        ("a.txt", "1000.jpg.1#0\tA dog .\n", "flickr30k"),
+        ("a.txt", "image,caption\n1000.jpg,A dog .\n", "flickr30k"),
+        ("a.csv", "image_name| comment_number| comment\n1000.jpg| 0| A dog .\n", "flickr30k"),
+        ("a.csv", '\ufeff"image","caption"\n"1000.jpg","A dog ."\n', "flickr30k"),
+        ("a.txt", "", "flickr30k"),
+        ("a.txt", "a dog, in the image\nan image of a dog\n", "prompts"),
+        ("a.csv", "key,prompt\n1,a dog\n", "prompts"),
+        ("a.csv", "prompt\na dog\n", "prompts"),
+        ("a.txt", "红色的圆\n", "prompts"),
+    ],
+)
+def test_text_is_prompts_unless_it_names_images(tmp_path, name, text, kind):
+    (tmp_path / name).write_text(text)
+    inputs = [str(tmp_path / name)]
+    assert open_source(inputs, "auto", SourceOptions(), texts_only=True).format == kind

@@ -1,0 +1,209 @@
+"""The network that draws: from a text vector and noise to an image. The decoder of a VAE, the generator of a GAN.
+
+Its frame is DF-GAN's (Tao et al. 2022, 3.2 and 3.3): noise becomes a small grid, each residual block doubles it, and in
+each the text, joined with the noise, scales and shifts the channels. Other than there, the last doubling is a pixel
+shuffle (Shi et al. 2016), which costs a quarter. `Trunk` is the way back, of an encoder and of a discriminator.
+
+N images, S side in pixels, G side of the smallest grid, T text vector, E condition, Z noise, C channels.
+"""
+
+import dataclasses
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm
+
+_SLOPE = 0.2
+_SMALLEST_GRID, _LARGEST_GRID = 4, 7
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """Shape of a generator.
+
+    Attributes:
+        size_px: S; a number from 4 to 7, doubled twice or more.
+        text_dim: T.
+        latent_dim: Z.
+        condition_dim: E.
+        channels: C at S / 2; twice as many at half of it, and so on.
+        max_channels: But never more than these.
+    """
+
+    size_px: int
+    text_dim: int
+    latent_dim: int = 128
+    condition_dim: int = 128
+    channels: int = 32
+    max_channels: int = 256
+
+    def __post_init__(self) -> None:
+        if not is_size(self.size_px):
+            raise ValueError(f"images of {self.size_px} px cannot be made: {SIZES}")
+
+    @property
+    def grids(self) -> list[int]:
+        """Sides of the grids, from G to S / 2."""
+        side = self.size_px // 2
+        sides = [side]
+        while side >= 2 * _SMALLEST_GRID:
+            side //= 2
+            sides.append(side)
+        return sides[::-1]
+
+    def channels_at(self, side: int) -> int:
+        """Returns C of a grid."""
+        return min(self.max_channels, self.channels * (self.size_px // 2 // side))
+
+
+SIZES = "the side must be 4, 5, 6 or 7, doubled twice or more, as 64, 96, 128 and 224 are"
+
+
+def is_size(size_px: int) -> bool:
+    """Tells whether there are generators for images of this side."""
+    side, doublings = size_px, 0
+    while side > _LARGEST_GRID and side % 2 == 0:
+        side, doublings = side // 2, doublings + 1
+    return side in range(_SMALLEST_GRID, _LARGEST_GRID + 1) and doublings >= 2
+
+
+class Condition(nn.Module):
+    """Text vectors, standardised as they were in training, to what the blocks are told of the text."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(config.text_dim))
+        self.register_buffer("std", torch.ones(config.text_dim))
+        self.layers = nn.Sequential(
+            nn.Linear(config.text_dim, config.condition_dim),
+            nn.LeakyReLU(_SLOPE),
+            nn.Linear(config.condition_dim, config.condition_dim),
+        )
+
+    def forward(self, texts: Tensor) -> Tensor:
+        """Returns (N, E) of (N, T)."""
+        found: Tensor = self.layers((texts - self.mean) / self.std)
+        return found
+
+
+class Generator(nn.Module):
+    """Text vectors and noise to images."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.condition = Condition(config)
+        sides = config.grids
+        self._shape = config.channels_at(sides[0]), sides[0], sides[0]
+        told = config.condition_dim + config.latent_dim
+        channels = [config.channels_at(side) for side in sides]
+        self.first = nn.Linear(told, channels[0] * sides[0] ** 2)
+        self.blocks = nn.ModuleList(
+            _UpBlock(before, after, told) for before, after in itertools.pairwise(channels)
+        )
+        self.last_affine = _Affine(channels[-1], told)
+        self.last = nn.Conv2d(channels[-1], 12, 3, padding=1)
+
+    def forward(self, texts: Tensor, noise: Tensor) -> Tensor:
+        """Returns images (N, 3, S, S), from -1 to 1, of (N, T) and (N, Z)."""
+        told = torch.cat([self.condition(texts), noise], 1)  # (N, E + Z)
+        grid = self.first(told).view(-1, *self._shape).contiguous(memory_format=torch.channels_last)
+        for block in self.blocks:
+            grid = block(grid, told)
+        grid = self.last(functional.leaky_relu(self.last_affine(grid, told), _SLOPE))  # (N, 12, S/2, S/2)
+        return torch.tanh(functional.pixel_shuffle(grid, 2))
+
+
+class _Affine(nn.Module):
+    """Scales and shifts channels by what it is told."""
+
+    def __init__(self, channels: int, told: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(told, 2 * channels)
+        nn.init.normal_(self.layer.weight, std=0.02)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, grid: Tensor, told: Tensor) -> Tensor:
+        scale, shift = self.layer(told)[:, :, None, None].chunk(2, 1)
+        return grid * (1 + scale) + shift
+
+
+class _UpBlock(nn.Module):
+    """Doubles a grid."""
+
+    def __init__(self, before: int, after: int, told: int) -> None:
+        super().__init__()
+        self.affine1, self.affine2 = _Affine(before, told), _Affine(after, told)
+        self.conv1 = nn.Conv2d(before, after, 3, padding=1)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
+        self.skip = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+
+    def forward(self, grid: Tensor, told: Tensor) -> Tensor:
+        new = functional.leaky_relu(self.affine1(grid, told), _SLOPE)
+        new = self.conv1(functional.interpolate(new, scale_factor=2.0))
+        new = self.conv2(functional.leaky_relu(self.affine2(new, told), _SLOPE))
+        return new + functional.interpolate(self.skip(grid), scale_factor=2.0)
+
+
+class Trunk(nn.Module):
+    """Images to their smallest grid, as a generator of the same shape has it.
+
+    Args:
+        config: Of the generator.
+        spectral: With spectral normalisation (Miyato et al. 2018), as a discriminator wants it.
+    """
+
+    def __init__(self, config: GeneratorConfig, spectral: bool) -> None:
+        super().__init__()
+        channels = [config.channels_at(side) for side in config.grids[::-1]]
+        self.num_channels = channels[-1]
+        self.first = convolution(12, channels[0], 3, spectral)
+        self.blocks = nn.ModuleList(
+            _DownBlock(before, after, spectral) for before, after in itertools.pairwise(channels)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns (N, C, G, G) of (N, 3, S, S), from -1 to 1."""
+        grid = functional.pixel_unshuffle(images, 2).contiguous(memory_format=torch.channels_last)
+        grid = self.first(grid)  # (N, C, S/2, S/2)
+        for block in self.blocks:
+            grid = block(grid)
+        return functional.leaky_relu(grid, _SLOPE)
+
+
+class _DownBlock(nn.Module):
+    """Halves a grid."""
+
+    def __init__(self, before: int, after: int, spectral: bool) -> None:
+        super().__init__()
+        self.conv1 = convolution(before, after, 4, spectral, stride=2)
+        self.conv2 = convolution(after, after, 3, spectral)
+        self.skip = convolution(before, after, 1, spectral)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        new = self.conv1(functional.leaky_relu(grid, _SLOPE))
+        new = self.conv2(functional.leaky_relu(new, _SLOPE))
+        skipped: Tensor = self.skip(functional.avg_pool2d(grid, 2))
+        return new + skipped
+
+
+def convolution(before: int, after: int, size: int, spectral: bool, stride: int = 1) -> nn.Module:
+    """Returns a convolution that keeps the grid's side, or divides it by `stride`; spectrally normalised on request."""
+    layer = nn.Conv2d(before, after, size, stride, padding=(size - 1) // 2)
+    normalised: nn.Module = spectral_norm(layer) if spectral else layer
+    return normalised
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Returns (N, S, S, 3) uint8 of (N, 3, S, S), from -1 to 1."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Returns (N, 3, S, S), from -1 to 1, of (N, S, S, 3) uint8."""
+    return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)

@@ -1,0 +1,176 @@
+"""A step of training, of a VAE and of a GAN: what `models.image_training` repeats.
+
+N images, S side in pixels, T text vector, Z noise.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.gan import Discriminator, discriminator_loss, r1_penalty
+from models.generator import Generator, GeneratorConfig
+from models.image_options import GanTraining, VaeTraining
+from models.vae import Vae, negative_bound
+
+_MAX_GRADIENT = 5.0
+
+Figures = dict[str, Tensor]
+"""Scalars by name, on the device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """How the vectors of the training's texts are spread, (T,) each."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class Objective(abc.ABC):
+    """Networks, and how they learn.
+
+    Attributes:
+        network: All that is trained.
+        averaged: The part of which an average is kept.
+        generator: Of that part.
+        optimizers: By name.
+    """
+
+    network: nn.Module
+    averaged: nn.Module
+    generator: Generator
+    optimizers: dict[str, torch.optim.Optimizer]
+
+    @abc.abstractmethod
+    def step(self, images: Tensor, texts: Tensor, at: int) -> Figures:
+        """Learns from a batch, (N, 3, S, S) from -1 to 1 and (N, T); what is drawn follows from torch's seed."""
+
+    def validate(self, images: Tensor, texts: Tensor, noise: Tensor) -> Figures:
+        """Returns means over a batch that is not learnt from."""
+        return {}
+
+
+def _mean_and_std(network: nn.Module, texts: Texts) -> None:
+    """Tells every part of a network that reads text vectors how they are spread."""
+    for module in network.modules():
+        if hasattr(module, "mean") and hasattr(module, "std"):
+            module.mean.copy_(texts.mean)
+            module.std.copy_(texts.std)
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    """Makes a step; returns the gradient's norm."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT)
+    optimizer.step()
+    return norm
+
+
+class VaeObjective(Objective):
+    """The evidence lower bound."""
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        texts: Texts,
+        options: VaeTraining,
+        device: torch.device,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._vae = Vae(config)
+        _mean_and_std(self._vae, texts)
+        self._vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = self.averaged = self._vae
+        self.generator = self._vae.generator
+        self.encoder = self._vae.encoder
+        self._precision, self._weight = precision, options.divergence_weight
+        self._num_values = 3 * config.size_px**2
+        self.optimizers = {
+            "optimizer": torch.optim.AdamW(self._vae.parameters(), options.learning_rate, weight_decay=1e-4)
+        }
+
+    def step(self, images: Tensor, texts: Tensor, at: int) -> Figures:
+        """Learns from a batch."""
+        noise = torch.randn(len(images), self.generator.config.latent_dim, device=images.device)
+        with self._precision():
+            bound = self._vae(images, texts, noise)
+        loss = negative_bound(bound, self._num_values, self._weight)
+        norm = _update(self.optimizers["optimizer"], loss)
+        return {"train_loss": loss.detach(), "gradient_norm": norm}
+
+    def validate(self, images: Tensor, texts: Tensor, noise: Tensor) -> Figures:
+        """Returns the bound on a batch, and its parts."""
+        with self._precision():
+            bound = self._vae(images, texts, noise)
+        loss = negative_bound(bound, self._num_values, self._weight)
+        return {"validation_loss": loss, "error": bound.error, "divergence": bound.divergence}
+
+
+class GanObjective(Objective):
+    """Generator against discriminator."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        texts: Texts,
+        options: GanTraining,
+        device: torch.device,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._discriminator = Discriminator(generator.config)
+        _mean_and_std(self._discriminator, texts)
+        if not options.generator:
+            _mean_and_std(generator, texts)
+        self.network = nn.ModuleDict({"generator": generator, "discriminator": self._discriminator})
+        self.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.averaged = self.generator = generator
+        self._options, self._precision = options, precision
+        betas = 0.0, 0.9
+        self.optimizers = {
+            "generator": torch.optim.Adam(generator.parameters(), options.learning_rate, betas),
+            "discriminator": torch.optim.Adam(
+                self._discriminator.parameters(), options.discriminator_learning_rate, betas
+            ),
+        }
+
+    def step(self, images: Tensor, texts: Tensor, at: int) -> Figures:
+        """Learns from a batch: the discriminator first."""
+        judge = self._discriminator
+        noise = torch.randn(2, len(images), self.generator.config.latent_dim, device=images.device)
+        judge.requires_grad_(True)
+        with self._precision():
+            with torch.no_grad():
+                made = self.generator(texts, noise[0])
+            real_grid, made_grid = judge.look(torch.cat([images, made])).chunk(2)
+            others = texts.roll(1, 0)
+            grids = torch.cat([real_grid, real_grid, made_grid])
+            verdicts = judge.judge(grids, torch.cat([texts, others, texts]))
+        real, mismatched, fake = verdicts.chunk(3)
+        loss = discriminator_loss(real, mismatched, fake)
+        penalised = loss
+        if self._options.r1_weight and at % self._options.r1_every == 0:
+            wanted = images.detach().requires_grad_(True)
+            penalty = r1_penalty(judge.judge(judge.look(wanted), texts), wanted)
+            penalised = loss + self._options.r1_weight / 2 * self._options.r1_every * penalty
+        judge_norm = _update(self.optimizers["discriminator"], penalised)
+        judge.requires_grad_(False)
+        with self._precision():
+            made = self.generator(texts, noise[1])
+            generator_loss = -judge.judge(judge.look(made), texts).mean()
+        norm = _update(self.optimizers["generator"], generator_loss)
+        return {
+            "generator_loss": generator_loss.detach(),
+            "discriminator_loss": loss.detach(),
+            "real": real.detach().mean(),
+            "mismatched": mismatched.detach().mean(),
+            "fake": fake.detach().mean(),
+            "gradient_norm": norm,
+            "discriminator_gradient_norm": judge_norm,
+        }

@@ -1,0 +1,133 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from models.gan import Discriminator, discriminator_loss, r1_penalty
+from models.generator import Generator, GeneratorConfig, Trunk, from_pixels, is_size, to_pixels
+from models.vae import Bound, Vae, negative_bound
+
+CONFIG = GeneratorConfig(size_px=32, text_dim=6, latent_dim=8, condition_dim=10, channels=4, max_channels=12)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def inputs(num=3, config=CONFIG):
+    side = config.size_px
+    return (
+        torch.rand(num, 3, side, side) * 2 - 1,
+        torch.randn(num, config.text_dim),
+        torch.randn(num, config.latent_dim),
+    )
+
+
+class TestShape:
+    @pytest.mark.parametrize(
+        ("size_px", "grids"),
+        [(16, [4, 8]), (64, [4, 8, 16, 32]), (96, [6, 12, 24, 48]), (224, [7, 14, 28, 56, 112])],
+    )
+    def test_grids_double_up_to_half_the_side(self, size_px, grids):
+        config = dataclasses.replace(CONFIG, size_px=size_px)
+        assert config.grids == grids
+        images, texts, noise = inputs(2, config)
+        assert Generator(config)(texts, noise).shape == images.shape
+        assert Trunk(config, spectral=False)(images).shape[2:] == (grids[0], grids[0])
+
+    def test_channels_double_up_to_the_most(self):
+        assert [CONFIG.channels_at(side) for side in CONFIG.grids] == [12, 8, 4]
+
+    @pytest.mark.parametrize("size_px", [0, 1, 4, 8, 14, 63, 100, 225])
+    def test_no_other_side(self, size_px):
+        assert not is_size(size_px)
+        with pytest.raises(ValueError, match=f"images of {size_px} px cannot be made: the side must be 4, 5"):
+            dataclasses.replace(CONFIG, size_px=size_px)
+
+    def test_pixels_there_and_back(self):
+        pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), np.uint8))
+        assert torch.equal(to_pixels(from_pixels(pixels)), pixels)
+        assert to_pixels(torch.tensor([-3.0, 3.0, 0.0]).view(1, 3, 1, 1)).flatten().tolist() == [0, 255, 128]
+
+
+class TestGenerator:
+    def test_text_and_noise_each_change_the_image(self):
+        generator = Generator(CONFIG)
+        _, texts, noise = inputs()
+        image = generator(texts, noise)
+        assert image.abs().max() <= 1
+        assert not torch.allclose(image, generator(texts.roll(1, 0), noise))
+        assert not torch.allclose(image, generator(texts, noise.roll(1, 0)))
+
+    def test_texts_are_taken_as_they_were_spread_in_training(self):
+        generator = Generator(CONFIG)
+        _, texts, noise = inputs()
+        wanted = generator(texts, noise)
+        generator.condition.mean.fill_(2.0)
+        generator.condition.std.fill_(0.5)
+        torch.testing.assert_close(generator(texts * 0.5 + 2, noise), wanted)
+
+    def test_an_image_does_not_depend_on_those_beside_it(self):
+        generator = Generator(CONFIG).eval()
+        _, texts, noise = inputs(5)
+        alone = torch.cat([generator(texts[i : i + 1], noise[i : i + 1]) for i in range(5)])
+        torch.testing.assert_close(alone, generator(texts, noise))
+
+
+class TestVae:
+    def test_bound_of_known_values(self):
+        # by hand: the divergence of N(1, e) from N(0, 1) is (1 + e - 1 - 1) / 2 a dimension
+        vae = Vae(CONFIG)
+        images, texts, noise = inputs()
+        torch.nn.init.zeros_(vae.encoder.last.weight)
+        torch.nn.init.ones_(vae.encoder.last.bias)
+        bound = vae(images, texts, noise)
+        assert bound.divergence.item() == pytest.approx(8 * (np.e - 1) / 2, rel=1e-5)
+        made = vae.generator(texts, 1 + noise * np.exp(0.5))
+        assert bound.error.item() == pytest.approx((made - images).abs().mean().item(), rel=1e-5)
+
+    def test_divergence_is_none_where_the_latent_says_nothing(self):
+        vae = Vae(CONFIG)
+        torch.nn.init.zeros_(vae.encoder.last.weight)
+        assert vae(*inputs()).divergence.item() == 0
+
+    def test_weight_of_the_divergence(self):
+        bound = Bound(torch.tensor(0.25), torch.tensor(30.0))
+        assert negative_bound(bound, 300).item() == pytest.approx(np.log(0.25) + 0.1, rel=1e-4)
+        assert negative_bound(bound, 300, 2.0).item() == pytest.approx(np.log(0.25) + 0.2, rel=1e-4)
+
+
+class TestGan:
+    def test_hinges(self):
+        real, other, fake = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0]), torch.tensor([-1.0, 0.0])
+        # real: (0 + 1) / 2; other: (0 + 2) / 2; fake: (0 + 1) / 2
+        assert discriminator_loss(real, other, fake).item() == pytest.approx(0.5 + (1.0 + 0.5) / 2)
+
+    def test_penalty_is_the_squared_gradient(self):
+        images = torch.randn(2, 3, 4, 4, requires_grad=True)
+        verdicts = (images * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)).sum([1, 2, 3])
+        assert r1_penalty(verdicts, images).item() == pytest.approx((48 * 1 + 48 * 4) / 2)
+
+    def test_verdicts_know_the_text(self):
+        discriminator = Discriminator(CONFIG)
+        images, texts, _ = inputs()
+        grid = discriminator.look(images)
+        assert discriminator.judge(grid, texts).shape == (3,)
+        assert not torch.allclose(
+            discriminator.judge(grid, texts), discriminator.judge(grid, texts.roll(1, 0))
+        )
+
+    def test_layers_are_bounded_by_their_spectral_norm(self):
+        discriminator = Discriminator(CONFIG).train()
+        with torch.no_grad():
+            for parameter in discriminator.trunk.parameters():
+                parameter.mul_(50)
+        images, _, _ = inputs(8)
+        for _ in range(50):  # power iterations
+            discriminator.look(images)
+        discriminator.eval()
+        for layer in (discriminator.trunk.first, discriminator.trunk.blocks[0].conv2):
+            norm = torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item()
+            assert norm == pytest.approx(1, abs=0.05)
