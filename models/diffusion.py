@@ -57,10 +57,10 @@ class DiffusionPipeline(ImageModel):
         known = inspect.signature(pipeline.__call__).parameters
         for name, _ in options.settings:
             if name in _NAMED:
-                raise FlagError(f"Setting {name!r} of --generation is {_NAMED[name]} here. Give it as that.")
+                raise FlagError(f"Setting {name!r} of --setting is {_NAMED[name]} here. Give it as that.")
             if name not in known or name in _OWN or name.startswith("callback"):
                 raise FlagError(
-                    f"--generation {name}: {type(pipeline).__name__} takes no such setting. Expected one of its call, "
+                    f"--setting {name}: {type(pipeline).__name__} takes no such setting. Expected one of its call, "
                     "as num_inference_steps, guidance_scale or negative_prompt."
                 )
         self._pipeline, self._options = pipeline.to(device), options

@@ -104,7 +104,7 @@ class ImageGenerator(ImageModel):
             )
         if options.settings:
             names = ", ".join(name for name, _ in options.settings)
-            raise FlagError(f"--generation {names}: these settings go with kind diffusers.")
+            raise FlagError(f"--setting {names}: these settings go with kind diffusers.")
         if text.dim != generator.config.text_dim:
             raise ModelError(
                 f"The text model gives vectors of {text.dim}, and the generator takes {generator.config.text_dim}. "

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from models.generator import Condition, Generator, GeneratorConfig, Trunk
 
 _MAX_LOG_VARIANCE = 10.0
+# Of values from -1 to 1: an image is not known more exactly
+_GREY_LEVEL = 1 / 127.5
 
 
 class Encoder(nn.Module):
@@ -77,4 +79,4 @@ def negative_bound(bound: Bound, num_values: int, divergence_weight: float = 1.0
         num_values: Of an image: 3 * S * S.
         divergence_weight: More makes the latent simpler, so that a draw from the prior is more like a latent.
     """
-    return torch.log(bound.error + 1e-6) + divergence_weight * bound.divergence / num_values
+    return torch.log(bound.error + _GREY_LEVEL) + divergence_weight * bound.divergence / num_values

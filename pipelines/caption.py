@@ -10,20 +10,13 @@ import apache_beam as beam
 
 from models.base import CaptionModel
 from pipelines.job import options_to_json
-from pipelines.launch import launch
-from pipelines.model_job import load_here, model_job, open_input, run_model_of
+from pipelines.model_job import Branch, ChunkTransform, load_here, model_branch, open_input, run_model_job
 from pipelines.options import ModelJobOptions
 from pipelines.running import Result, new_pipeline
 from transforms.caption import caption_task
 from transforms.clean import CleanCaptions, CleanOptions
-from transforms.finish import FinishJob
-from transforms.infer import RunModel
-from transforms.read import ReadShards
 from transforms.resize import ResizeImages, ResizeOptions
 from transforms.schemas import captions_schema
-from transforms.sink import Sink, WriteChunks
-from transforms.sources.base import Shard
-from transforms.sources.planned import plan_counters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,53 +40,22 @@ def caption(options: ModelJobOptions) -> Result:
     """
     pipeline = new_pipeline(options.beam_args)
     found = open_input(options, with_images=True)
-    model = cast(CaptionModel, load_here(options.model, pipeline))
+    branch = caption_branch(options, pipeline)
     raw = None if found.is_prepared else RawSteps()
-    schema = captions_schema(model.feature_dim)
-    job = model_job(
-        "caption", "captions", schema, model, options, found, {"raw": raw and options_to_json(raw)}
-    )
-    run_model = run_model_of(options, caption_task(model.feature_dim), model.digest)
-
-    def graph(pipeline: beam.Pipeline, shards: list[Shard], sink: Sink) -> None:
-        caption_graph(pipeline, shards, options.chunk_rows, sink, raw, run_model)
-
-    return launch(job, options, found.source, pipeline, graph)
-
-
-def caption_graph(
-    pipeline: beam.Pipeline,
-    shards: list[Shard],
-    chunk_rows: int,
-    sink: Sink,
-    raw: RawSteps | None,
-    run_model: RunModel,
-) -> None:
-    """Adds the job to a pipeline: one fused stage from reading to writing, and a small one that adds up.
-
-    Args:
-        pipeline: The pipeline.
-        shards: What is read.
-        chunk_rows: Most rows a chunk.
-        sink: Where the rows go.
-        raw: What is done to raw rows; None leaves those of an earlier output as they are.
-        run_model: The model at work.
-    """
-    read = (
-        pipeline
-        | "Shards" >> beam.Create(shards, reshuffle=False)
-        | "Spread" >> beam.Reshuffle()
-        | "ReadShards" >> ReadShards(sink, chunk_rows)
-    )
-    chunks = read.chunks
+    before: dict[str, ChunkTransform] = {}
     if raw:
-        chunks = (
-            chunks | "CleanCaptions" >> CleanCaptions(raw.clean) | "ResizeImages" >> ResizeImages(raw.resize)
-        )
-    written = chunks | "RunModel" >> run_model | "WriteChunks" >> WriteChunks(sink)
-    _ = (
-        (written, read.committed)
-        | "AllCommits" >> beam.Flatten()
-        | "FinishJob"
-        >> FinishJob(sink.root, sink.dataset, len(shards), plan_counters(shards), run_model.limit)
-    )
+        before = {"CleanCaptions": CleanCaptions(raw.clean), "ResizeImages": ResizeImages(raw.resize)}
+    asked = {"raw": raw and options_to_json(raw)}
+    return run_model_job(pipeline, options, found, branch, before, asked, with_images=True)
+
+
+def caption_branch(options: ModelJobOptions, pipeline: beam.Pipeline) -> Branch:
+    """Returns what the job makes of clean rows; its model is loaded.
+
+    Raises:
+        InputError: It cannot be loaded.
+        OptionError: A flag does not go with it.
+    """
+    model = cast(CaptionModel, load_here(options.model, pipeline))
+    schema, task = captions_schema(model.feature_dim), caption_task(model.feature_dim)
+    return model_branch("caption", "captions", schema, model, options, task)

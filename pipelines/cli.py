@@ -99,6 +99,7 @@ _JOBS = {
     "embed": "text vectors of captions, write OUT/embeddings",
     "caption": "captions of images, write OUT/captions",
     "generate": "images from text, write OUT/generated",
+    "run": "all of it in one graph, from raw data to every data set",
 }
 _OTHERS = {
     "train": "fit a model on prepared or raw data",
@@ -143,6 +144,7 @@ def _add_flags(name: str, parser: argparse.ArgumentParser) -> None:
             "embed": model_flags.add_embed_flags,
             "caption": model_flags.add_caption_flags,
             "generate": model_flags.add_generate_flags,
+            "run": model_flags.add_run_flags,
         }
         adders[name](parser)
     elif name == "train":
@@ -178,6 +180,10 @@ def _run_job(args: argparse.Namespace, beam_args: list[str]) -> int:
         from pipelines.caption import caption
 
         result = caption(model_flags.caption_options(args, beam_args))
+    elif args.command == "run":
+        from pipelines.run import run
+
+        result = run(model_flags.run_options(args, beam_args))
     else:
         from pipelines.generate import generate
 

@@ -3,25 +3,19 @@
 diptych embed --input out --output out --model word2vec:models/word2vec
 """
 
+import dataclasses
 from typing import cast
 
 import apache_beam as beam
 
 from models.base import TextModel
 from pipelines.job import options_to_json
-from pipelines.launch import launch
-from pipelines.model_job import load_here, model_job, open_input, run_model_of
+from pipelines.model_job import Branch, load_here, model_branch, open_input, run_model_job
 from pipelines.options import ModelJobOptions
 from pipelines.running import Result, new_pipeline
 from transforms.clean import CleanCaptions, CleanOptions
 from transforms.embed import ExplodeCaptions, embed_task
-from transforms.finish import FinishJob
-from transforms.infer import RunModel
-from transforms.read import ReadShards
 from transforms.schemas import embeddings_schema
-from transforms.sink import Sink, WriteChunks
-from transforms.sources.base import Shard
-from transforms.sources.planned import plan_counters
 
 
 def embed(options: ModelJobOptions) -> Result:
@@ -32,56 +26,22 @@ def embed(options: ModelJobOptions) -> Result:
     """
     pipeline = new_pipeline(options.beam_args)
     found = open_input(options, with_images=False)
-    model = cast(TextModel, load_here(options.model, pipeline))
+    branch = embed_branch(options, pipeline)
     clean = None if found.is_prepared else CleanOptions()
-    flags_unknown = options.model.kind == "word2vec"
-    schema = embeddings_schema(model.dim, flags_unknown)
-    steps = {"clean": clean and options_to_json(clean)}
-    job = model_job("embed", "embeddings", schema, model, options, found, steps)
-    run_model = run_model_of(options, embed_task(model.dim, flags_unknown), model.digest)
-
-    def graph(pipeline: beam.Pipeline, shards: list[Shard], sink: Sink) -> None:
-        embed_graph(pipeline, shards, options.chunk_rows, sink, clean, run_model)
-
-    return launch(job, options, found.source, pipeline, graph)
+    before = {"CleanCaptions": CleanCaptions(clean)} if clean else {}
+    asked = {"clean": clean and options_to_json(clean)}
+    return run_model_job(pipeline, options, found, branch, before, asked, with_images=False)
 
 
-def embed_graph(
-    pipeline: beam.Pipeline,
-    shards: list[Shard],
-    chunk_rows: int,
-    sink: Sink,
-    clean: CleanOptions | None,
-    run_model: RunModel,
-) -> None:
-    """Adds the job to a pipeline: one fused stage from reading to writing, and a small one that adds up.
+def embed_branch(options: ModelJobOptions, pipeline: beam.Pipeline) -> Branch:
+    """Returns what the job makes of clean rows; its model is loaded.
 
-    Args:
-        pipeline: The pipeline.
-        shards: What is read.
-        chunk_rows: Most rows a chunk.
-        sink: Where the rows go.
-        clean: What captions become; None leaves those of an earlier output as they are.
-        run_model: The model at work.
+    Raises:
+        InputError: It cannot be loaded.
+        OptionError: A flag does not go with it.
     """
-    read = (
-        pipeline
-        | "Shards" >> beam.Create(shards, reshuffle=False)
-        | "Spread" >> beam.Reshuffle()
-        | "ReadShards" >> ReadShards(sink, chunk_rows, with_images=False)
-    )
-    chunks = read.chunks
-    if clean:
-        chunks |= "CleanCaptions" >> CleanCaptions(clean)
-    written = (
-        chunks
-        | "ExplodeCaptions" >> ExplodeCaptions()
-        | "RunModel" >> run_model
-        | "WriteChunks" >> WriteChunks(sink)
-    )
-    _ = (
-        (written, read.committed)
-        | "AllCommits" >> beam.Flatten()
-        | "FinishJob"
-        >> FinishJob(sink.root, sink.dataset, len(shards), plan_counters(shards), run_model.limit)
-    )
+    model = cast(TextModel, load_here(options.model, pipeline))
+    flags_unknown = options.model.kind == "word2vec"
+    schema, task = embeddings_schema(model.dim, flags_unknown), embed_task(model.dim, flags_unknown)
+    branch = model_branch("embed", "embeddings", schema, model, options, task)
+    return dataclasses.replace(branch, steps={"ExplodeCaptions": ExplodeCaptions(), **branch.steps})

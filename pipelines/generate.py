@@ -3,28 +3,31 @@
 diptych generate --prompts prompts.txt --output out --model gan:models/gan --images_per_prompt 4
 """
 
-from typing import cast
+import dataclasses
+from typing import Any, cast
 
 import apache_beam as beam
 
 from models.base import ImageModel, ImageOptions, TextOptions
 from models.spec import MatchOptions, ModelSpec
 from pipelines.job import options_to_json
-from pipelines.launch import launch
-from pipelines.model_job import load_here, model_job, open_input, run_model_of
+from pipelines.model_job import (
+    LIBRARIES,
+    Branch,
+    ChunkTransform,
+    load_here,
+    model_branch,
+    open_input,
+    run_model_job,
+)
 from pipelines.options import GenerateOptions
 from pipelines.running import Result, new_pipeline
 from transforms.clean import CleanCaptions, CleanOptions
 from transforms.embed import ExplodeCaptions
 from transforms.errors import OptionError
-from transforms.finish import FinishJob
 from transforms.generate import ExplodeSamples, generate_task, match_task
 from transforms.infer import RunModel
-from transforms.read import ReadShards
 from transforms.schemas import generated_schema
-from transforms.sink import Sink, WriteChunks
-from transforms.sources.base import Shard
-from transforms.sources.planned import plan_counters
 
 
 def generate(options: GenerateOptions) -> Result:
@@ -35,25 +38,45 @@ def generate(options: GenerateOptions) -> Result:
     """
     pipeline = new_pipeline(options.beam_args)
     found = open_input(options, with_images=False)
-    model = cast(ImageModel, load_here(options.model, pipeline))
-    asked = cast(ImageOptions, options.model.options)
+    branch = generate_branch(options, pipeline)
     clean = None if found.is_prepared else CleanOptions()
-    chunk_rows = options.rows_per_chunk(model.size_px)
-    drawn = {"images_per_prompt": options.images_per_prompt, "seed": options.seed}
+    before = {"CleanCaptions": CleanCaptions(clean)} if clean else {}
+    asked = {"clean": clean and options_to_json(clean)}
+    return run_model_job(pipeline, options, found, branch, before, asked, with_images=False)
+
+
+def generate_branch(options: GenerateOptions, pipeline: beam.Pipeline) -> Branch:
+    """Returns what the job makes of clean rows; its models are loaded.
+
+    Raises:
+        InputError: A model cannot be loaded.
+        OptionError: A flag does not go with it.
+    """
+    model = cast(ImageModel, load_here(options.model, pipeline))
     match = _match(options, model, pipeline)
-    steps = {"clean": clean and options_to_json(clean), "chunk_rows": chunk_rows, **drawn}
-    if match:
-        steps["match"] = {"min": options.min_match, "digest": match.digest}
     schema = generated_schema(with_match=match is not None)
-    job = model_job("generate", "generated", schema, model, options, found, steps)
-    task = generate_task(asked.image_format, is_matched=match is not None)
-    run_model = run_model_of(options, task, model.digest)
-    explode = ExplodeSamples(options.images_per_prompt, options.seed)
-
-    def graph(pipeline: beam.Pipeline, shards: list[Shard], sink: Sink) -> None:
-        generate_graph(pipeline, shards, chunk_rows, sink, clean, explode, run_model, match)
-
-    return launch(job, options, found.source, pipeline, graph)
+    task = generate_task(cast(ImageOptions, options.model.options).image_format, match is not None)
+    branch = model_branch("generate", "generated", schema, model, options, task)
+    steps: dict[str, ChunkTransform] = {
+        "ExplodeCaptions": ExplodeCaptions(),
+        "ExplodeSamples": ExplodeSamples(options.images_per_prompt, options.seed),
+        **branch.steps,
+    }
+    asked: dict[str, Any] = {
+        **branch.asked,
+        "images_per_prompt": options.images_per_prompt,
+        "seed": options.seed,
+    }
+    others = [spec for spec in (options.match_with, options.match_by) if spec]
+    kinds = [*(spec.kind for spec in others), *filter(None, [(model.text_model or "").partition(":")[0]])]
+    libraries = tuple(
+        dict.fromkeys([*branch.libraries, *(name for kind in kinds for name in LIBRARIES[kind])])
+    )
+    if match:
+        steps["MatchImages"] = match
+        asked["match"] = {"min": options.min_match, "digest": match.digest}
+    most = options.rows_per_chunk(model.size_px)
+    return dataclasses.replace(branch, steps=steps, asked=asked, libraries=libraries, max_chunk_rows=most)
 
 
 def _match(options: GenerateOptions, model: ImageModel, pipeline: beam.Pipeline) -> RunModel | None:
@@ -78,51 +101,3 @@ def _match(options: GenerateOptions, model: ImageModel, pipeline: beam.Pipeline)
     spec = ModelSpec("match", f"{captioner} {by}", MatchOptions(captioner, by), options.model.device)
     digest = load_here(spec, pipeline).digest
     return RunModel(spec, match_task(options.min_match), options.batch_size, options.max_failure_rate, digest)
-
-
-def generate_graph(
-    pipeline: beam.Pipeline,
-    shards: list[Shard],
-    chunk_rows: int,
-    sink: Sink,
-    clean: CleanOptions | None,
-    explode: ExplodeSamples,
-    run_model: RunModel,
-    match: RunModel | None,
-) -> None:
-    """Adds the job to a pipeline: one fused stage from reading to writing, and a small one that adds up.
-
-    Args:
-        pipeline: The pipeline.
-        shards: What is read.
-        chunk_rows: Most rows a chunk.
-        sink: Where the rows go.
-        clean: What prompts become; None leaves the captions of an earlier output as they are.
-        explode: How many images are made of each.
-        run_model: The model at work.
-        match: Compares its images with their prompts.
-    """
-    read = (
-        pipeline
-        | "Shards" >> beam.Create(shards, reshuffle=False)
-        | "Spread" >> beam.Reshuffle()
-        | "ReadShards" >> ReadShards(sink, chunk_rows, with_images=False)
-    )
-    chunks = read.chunks
-    if clean:
-        chunks |= "CleanCaptions" >> CleanCaptions(clean)
-    made = (
-        chunks
-        | "ExplodeCaptions" >> ExplodeCaptions()
-        | "ExplodeSamples" >> explode
-        | "RunModel" >> run_model
-    )
-    if match:
-        made |= "MatchImages" >> match
-    written = made | "WriteChunks" >> WriteChunks(sink)
-    _ = (
-        (written, read.committed)
-        | "AllCommits" >> beam.Flatten()
-        | "FinishJob"
-        >> FinishJob(sink.root, sink.dataset, len(shards), plan_counters(shards), run_model.limit)
-    )

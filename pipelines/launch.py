@@ -3,23 +3,42 @@
 import dataclasses
 import posixpath
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+from apache_beam.pvalue import PCollection
 
 from pipelines.job import State, digest, open_output, options_to_json, start_writing
 from pipelines.options import JobOptions
 from pipelines.running import Result, run_pipeline
-from transforms.sink import Sink
+from transforms.failures import FailureLimit
+from transforms.finish import Expected, FinishJob, Totals
+from transforms.sink import Commit, Sink
 from transforms.sources.base import Shard, Source
+from transforms.sources.planned import plan_counters
 from transforms.storage import join
 
 # Rows of an annotation file that one worker reads: enough work for one, enough shards for many
 _CHUNKS_A_SHARD = 8
 
-Graph = Callable[[beam.Pipeline, list[Shard], Sink], None]
+Graph = Callable[[beam.Pipeline, list[Shard], Mapping[str, Sink]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A data set that a job writes.
+
+    Attributes:
+        schema: Of its rows.
+        about: What its files' metadata say beside the job, its version and its fingerprint.
+        limit: How many rows its model may fail on; None where there is no model.
+    """
+
+    schema: pa.Schema
+    about: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    limit: FailureLimit | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,19 +46,15 @@ class Job:
     """A job that is about to run.
 
     Attributes:
-        dataset: The data set that it writes.
-        schema: Schema of its rows.
+        datasets: What it writes, by name; `images` first, where the others are made from them.
         fingerprint: Everything that decides its output.
         rows_per_chunk: Most rows a chunk.
-        about: What its files' metadata say beside the job, its version and its fingerprint.
         derived: Whether it reads the images of its own output folder.
     """
 
-    dataset: str
-    schema: pa.Schema
+    datasets: Mapping[str, Written]
     fingerprint: Mapping[str, Any]
     rows_per_chunk: int
-    about: Mapping[str, str] = dataclasses.field(default_factory=dict)
     derived: bool = False
 
 
@@ -51,7 +66,7 @@ def launch(job: Job, options: JobOptions, source: Source, pipeline: beam.Pipelin
         options: Its options.
         source: What it reads.
         pipeline: An empty pipeline.
-        graph: Adds the job to a pipeline.
+        graph: Adds the job to a pipeline, given the shards and where each data set goes.
 
     Raises:
         DiptychError: The run failed; what was committed stays, and the same call goes on from there.
@@ -60,20 +75,58 @@ def launch(job: Job, options: JobOptions, source: Source, pipeline: beam.Pipelin
     if options.overwrite:
         with tempfile.TemporaryDirectory() as scratch:  # what cannot be planned must not cost the old output
             source.shards(scratch, rows_per_shard)
-    state = open_output(options.output, job.dataset, job.fingerprint, options.overwrite, job.derived)
+    state = _open_output(job, options)
     if state is State.DONE:
-        return Result.of(options.output, state, job.dataset)
+        return Result.of(options.output, state, job.datasets)
     shards = source.shards(join(options.output, "_plan"), rows_per_shard)
-    start_writing(options.output, job.dataset, (shard.name for shard in shards))
+    for dataset in job.datasets:
+        start_writing(options.output, dataset, (shard.name for shard in shards))
     about = {
         "job": str(job.fingerprint["job"]),
         "version": str(job.fingerprint["versions"]["diptych"]),
         "fingerprint": digest(job.fingerprint),
-        **job.about,
     }
-    graph(pipeline, shards, Sink(options.output, job.dataset, about, job.schema))
+    sinks = {
+        dataset: Sink(options.output, dataset, {**about, **written.about}, written.schema)
+        for dataset, written in job.datasets.items()
+    }
+    graph(pipeline, shards, sinks)
     run_pipeline(pipeline, len(shards), options.quiet)
-    return Result.of(options.output, state, job.dataset)
+    return Result.of(options.output, state, job.datasets)
+
+
+def _open_output(job: Job, options: JobOptions) -> State:
+    """Makes the output ready for each data set; what is deleted for the first is deleted for all."""
+    states = {
+        open_output(
+            options.output,
+            dataset,
+            job.fingerprint,
+            options.overwrite and not number,
+            job.derived or number > 0,
+        )
+        for number, dataset in enumerate(job.datasets)
+    }
+    return states.pop() if len(states) == 1 else State.RESUMED
+
+
+def finish_job(
+    job: Job, output: str, shards: Sequence[Shard], commits: Sequence[PCollection[Commit]]
+) -> PCollection[dict[str, Totals]]:
+    """Adds the end of a job to its graph: all commits are added up, checked, and written.
+
+    Args:
+        job: The job.
+        output: Its output folder.
+        shards: What it reads.
+        commits: Of all its data sets.
+    """
+    first = next(iter(job.datasets))
+    expected = {
+        dataset: Expected(len(shards), plan_counters(shards) if dataset == first else {}, written.limit)
+        for dataset, written in job.datasets.items()
+    }
+    return commits | "AllCommits" >> beam.Flatten() | "FinishJob" >> FinishJob(output, expected)
 
 
 def source_options(options: JobOptions, source: Source) -> dict[str, Any]:

@@ -1,15 +1,22 @@
 """The flags of the jobs with a model, from the command line to their options."""
 
 import argparse
+import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.base import CaptionOptions, ImageOptions, TextOptions
 from models.spec import CAPTION_KINDS, IMAGE_KINDS, TEXT_KINDS, ModelSpec
-from pipelines.flags import add_shared_flags, add_source_flags, job_values
-from pipelines.options import GenerateOptions, ModelJobOptions
+from pipelines.flags import (
+    add_prepare_flags,
+    add_shared_flags,
+    add_source_flags,
+    job_values,
+    prepare_options,
+)
+from pipelines.options import GenerateOptions, ModelJobOptions, RunOptions
 from transforms.errors import OptionError
 
 
@@ -18,13 +25,9 @@ def add_embed_flags(parser: argparse.ArgumentParser) -> None:
     add_shared_flags(parser)
     add_source_flags(parser.add_argument_group("input"))
     model = parser.add_argument_group("model")
-    add_model_flags(model, TEXT_KINDS)
-    model.add_argument(
-        "--pooling",
-        choices=("mean", "cls"),
-        help="how token vectors become one, for models that say nothing of it themselves (default mean)",
-    )
-    model.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
+    _add_model_flag(model, "--model", TEXT_KINDS, required=True)
+    _add_device_flags(model)
+    _add_text_flags(model)
 
 
 def add_caption_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,31 +35,9 @@ def add_caption_flags(parser: argparse.ArgumentParser) -> None:
     add_shared_flags(parser)
     add_source_flags(parser.add_argument_group("input"))
     model = parser.add_argument_group("model")
-    add_model_flags(model, CAPTION_KINDS)
-    options = CaptionOptions()
-    for flag, default, metavar, text in (
-        ("--beam_width", options.beam_width, "N", "hypotheses kept at each step, 1 is greedy"),
-        ("--num_captions", options.num_captions, "N", "candidates an image, at most --beam_width"),
-        ("--max_words", options.max_words, "N", "longest caption, in words (hf: new tokens)"),
-        ("--no_repeat_ngram", options.no_repeat_ngram, "N", "let no N words occur twice, 0 allows any"),
-    ):
-        help = f"{text} (default {default})"
-        model.add_argument(flag, type=type(default), default=default, metavar=metavar, help=help)
-    model.add_argument(
-        "--length_penalty",
-        type=float,
-        metavar="X",
-        help="divide log-probabilities by length to the power X (default 0.7; hf: the model's own)",
-    )
-    model.add_argument("--features", action="store_true", help="also write the encoder's pooled vectors")
-    model.add_argument(
-        "--generation",
-        action="append",
-        type=_setting,
-        default=[],
-        metavar="NAME=VALUE",
-        help="a flag for `generate` of a model of kind hf, its value as JSON; may repeat",
-    )
+    _add_model_flag(model, "--model", CAPTION_KINDS, required=True)
+    _add_device_flags(model)
+    _add_captioner_flags(model)
 
 
 def add_generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -64,54 +45,35 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     add_shared_flags(parser)
     add_source_flags(parser.add_argument_group("input"), "--prompts")
     model = parser.add_argument_group("model")
-    add_model_flags(model, IMAGE_KINDS)
-    model.add_argument(
-        "--text_model",
-        metavar="KIND:LOC",
-        help="vae, gan: where the text model lies now that it was trained with",
-    )
-    model.add_argument(
-        "--generation",
-        action="append",
-        type=_setting,
-        default=[],
-        metavar="NAME=VALUE",
-        help="a setting of a diffusers pipeline, its value as JSON, as num_inference_steps=4; may repeat",
-    )
+    _add_model_flag(model, "--model", IMAGE_KINDS, required=True)
+    _add_device_flags(model)
+    _add_generator_flags(model)
     _add_match_flags(parser.add_argument_group("match"))
     image = parser.add_argument_group("images")
-    image.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default 0)")
-    image.add_argument(
-        "--images_per_prompt", type=int, default=1, metavar="N", help="how many of each prompt (default 1)"
-    )
     image.add_argument("--size", type=int, metavar="PX", help="side of the images (default: the model's own)")
     image.add_argument("--image_format", default="png", choices=("png", "jpeg"), help="default png")
     image.add_argument("--quality", type=int, default=95, metavar="Q", help="of JPEG, 1 to 100 (default 95)")
 
 
-def _add_match_flags(match: argparse._ArgumentGroup) -> None:
-    match.add_argument(
-        "--min_match",
-        type=float,
-        metavar="X",
-        help="reject images less like their prompt: the cosine of its vector and that of the image's caption",
-    )
-    match.add_argument("--match_with", metavar="KIND:LOC", help="the captioner that describes the images")
-    match.add_argument(
-        "--match_by",
-        metavar="KIND:LOC",
-        help="the text model that compares (default: the one that --model has)",
-    )
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `diptych run`."""
+    add_prepare_flags(parser)
+    models = parser.add_argument_group("models")
+    for flag, kinds in (("--embed", TEXT_KINDS), ("--caption", CAPTION_KINDS), ("--generate", IMAGE_KINDS)):
+        _add_model_flag(models, flag, kinds, required=False)
+    _add_device_flags(models)
+    _add_text_flags(parser.add_argument_group("embed"))
+    _add_captioner_flags(parser.add_argument_group("caption"))
+    _add_generator_flags(parser.add_argument_group("generate"))
+    _add_match_flags(parser.add_argument_group("match"))
 
 
-def add_model_flags(model: argparse._ArgumentGroup, kinds: Sequence[str]) -> None:
-    """Adds the flags that all jobs with a model share."""
-    model.add_argument(
-        "--model",
-        required=True,
-        metavar="KIND:LOC",
-        help=f"KIND is {_either(kinds)}; LOC a path, URL or name",
-    )
+def _add_model_flag(model: argparse._ArgumentGroup, flag: str, kinds: Sequence[str], required: bool) -> None:
+    text = f"KIND is {_either(kinds)}; LOC a path, URL or name"
+    model.add_argument(flag, required=required, metavar="KIND:LOC", help=text)
+
+
+def _add_device_flags(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--device",
         default="auto",
@@ -130,13 +92,76 @@ def add_model_flags(model: argparse._ArgumentGroup, kinds: Sequence[str]) -> Non
     )
 
 
+def _add_text_flags(model: argparse._ArgumentGroup) -> None:
+    model.add_argument(
+        "--pooling",
+        choices=("mean", "cls"),
+        help="how token vectors become one, for models that say nothing of it themselves (default mean)",
+    )
+    model.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
+
+
+def _add_captioner_flags(model: argparse._ArgumentGroup) -> None:
+    options = CaptionOptions()
+    for flag, default, metavar, text in (
+        ("--beam_width", options.beam_width, "N", "hypotheses kept at each step, 1 is greedy"),
+        ("--num_captions", options.num_captions, "N", "candidates an image, at most --beam_width"),
+        ("--max_words", options.max_words, "N", "longest caption, in words (hf: new tokens)"),
+        ("--no_repeat_ngram", options.no_repeat_ngram, "N", "let no N words occur twice, 0 allows any"),
+    ):
+        help = f"{text} (default {default})"
+        model.add_argument(flag, type=type(default), default=default, metavar=metavar, help=help)
+    model.add_argument(
+        "--length_penalty",
+        type=float,
+        metavar="X",
+        help="divide log-probabilities by length to the power X (default 0.7; hf: the model's own)",
+    )
+    model.add_argument("--features", action="store_true", help="also write the encoder's pooled vectors")
+    text = "a flag for `generate` of a model of kind hf, its value as JSON; may repeat"
+    _add_settings(model, "--generation", text)
+
+
+def _add_generator_flags(model: argparse._ArgumentGroup) -> None:
+    model.add_argument(
+        "--text_model",
+        metavar="KIND:LOC",
+        help="vae, gan: where the text model lies now that it was trained with",
+    )
+    text = "a setting of a diffusers pipeline, its value as JSON, as num_inference_steps=4; may repeat"
+    _add_settings(model, "--setting", text)
+    model.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default 0)")
+    model.add_argument(
+        "--images_per_prompt", type=int, default=1, metavar="N", help="how many of each prompt (default 1)"
+    )
+
+
+def _add_settings(model: argparse._ArgumentGroup, flag: str, text: str) -> None:
+    model.add_argument(flag, action="append", type=_setting, default=[], metavar="NAME=VALUE", help=text)
+
+
+def _add_match_flags(match: argparse._ArgumentGroup) -> None:
+    match.add_argument(
+        "--min_match",
+        type=float,
+        metavar="X",
+        help="reject images less like their prompt: the cosine of its vector and that of the image's caption",
+    )
+    match.add_argument("--match_with", metavar="KIND:LOC", help="the captioner that describes the images")
+    match.add_argument(
+        "--match_by",
+        metavar="KIND:LOC",
+        help="the text model that compares (default: the one that --model has)",
+    )
+
+
 def embed_options(args: argparse.Namespace, beam_args: Sequence[str]) -> ModelJobOptions:
     """Returns the options of `diptych embed` from its parsed flags.
 
     Raises:
         OptionError: A value is out of bounds.
     """
-    return _model_options(args, beam_args, TEXT_KINDS, TextOptions(args.pooling, args.normalize))
+    return _embed_options(args, job_values(args, beam_args), "--model")
 
 
 def caption_options(args: argparse.Namespace, beam_args: Sequence[str]) -> ModelJobOptions:
@@ -145,16 +170,7 @@ def caption_options(args: argparse.Namespace, beam_args: Sequence[str]) -> Model
     Raises:
         OptionError: A value is out of bounds.
     """
-    options = CaptionOptions(
-        args.beam_width,
-        args.num_captions,
-        args.max_words,
-        args.length_penalty,
-        args.no_repeat_ngram,
-        args.features,
-        tuple(args.generation),
-    )
-    return _model_options(args, beam_args, CAPTION_KINDS, options)
+    return _caption_options(args, job_values(args, beam_args), "--model")
 
 
 def generate_options(args: argparse.Namespace, beam_args: Sequence[str]) -> GenerateOptions:
@@ -163,11 +179,54 @@ def generate_options(args: argparse.Namespace, beam_args: Sequence[str]) -> Gene
     Raises:
         OptionError: A value is out of bounds.
     """
-    asked = ImageOptions(args.size, args.image_format, args.quality, args.text_model, tuple(args.generation))
-    values = vars(_model_options(args, beam_args, IMAGE_KINDS, asked))
+    return _generate_options(
+        args, job_values(args, beam_args), "--model", (args.size, args.image_format, args.quality)
+    )
+
+
+def run_options(args: argparse.Namespace, beam_args: Sequence[str]) -> RunOptions:
+    """Returns the options of `diptych run` from its parsed flags.
+
+    Raises:
+        OptionError: A value is out of bounds.
+    """
+    prepare = prepare_options(args, beam_args)
+    job = job_values(args, beam_args)
+    job["source"] = dataclasses.replace(job["source"], metadata_columns=())  # they are the images'
+    return RunOptions(
+        **vars(prepare),
+        embed=_embed_options(args, job, "--embed") if args.embed else None,
+        caption=_caption_options(args, job, "--caption") if args.caption else None,
+        generate=_generate_options(args, job, "--generate") if args.generate else None,
+    )
+
+
+def _embed_options(args: argparse.Namespace, job: Mapping[str, Any], flag: str) -> ModelJobOptions:
+    asked = TextOptions(args.pooling, args.normalize)
+    return ModelJobOptions(**job, **_model_values(args, flag, TEXT_KINDS, asked))
+
+
+def _caption_options(args: argparse.Namespace, job: Mapping[str, Any], flag: str) -> ModelJobOptions:
+    asked = CaptionOptions(
+        args.beam_width,
+        args.num_captions,
+        args.max_words,
+        args.length_penalty,
+        args.no_repeat_ngram,
+        args.features,
+        tuple(args.generation),
+    )
+    return ModelJobOptions(**job, **_model_values(args, flag, CAPTION_KINDS, asked))
+
+
+def _generate_options(
+    args: argparse.Namespace, job: Mapping[str, Any], flag: str, image: tuple[Any, ...] = ()
+) -> GenerateOptions:
+    asked = ImageOptions(*image, text_model=args.text_model, settings=tuple(args.setting))
     with_, by = args.match_with, args.match_by
     return GenerateOptions(
-        **values,
+        **job,
+        **_model_values(args, flag, IMAGE_KINDS, asked),
         images_per_prompt=args.images_per_prompt,
         seed=args.seed,
         min_match=args.min_match,
@@ -176,18 +235,18 @@ def generate_options(args: argparse.Namespace, beam_args: Sequence[str]) -> Gene
     )
 
 
-def _model_options(
+def _model_values(
     args: argparse.Namespace,
-    beam_args: Sequence[str],
+    flag: str,
     kinds: Sequence[str],
     asked: TextOptions | CaptionOptions | ImageOptions,
-) -> ModelJobOptions:
-    return ModelJobOptions(
-        **job_values(args, beam_args),
-        model=parse_model(args.model, kinds, asked, args.device),
-        batch_size=args.batch_size,
-        max_failure_rate=args.max_failure_rate,
-    )
+) -> dict[str, Any]:
+    named = getattr(args, flag.removeprefix("--"))
+    return {
+        "model": parse_model(named, kinds, asked, args.device, flag),
+        "batch_size": args.batch_size,
+        "max_failure_rate": args.max_failure_rate,
+    }
 
 
 def parse_model(

@@ -6,23 +6,29 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+from apache_beam.pvalue import PCollection
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from models.base import Model
 from models.errors import FlagError, ModelError
 from models.spec import ModelSpec, load_model
 from pipelines.job import data_files, fingerprint, is_same_place, read_success, refuse_overlap
-from pipelines.launch import Job, source_options
+from pipelines.launch import Job, Written, finish_job, launch, source_options
 from pipelines.options import ModelJobOptions
+from pipelines.running import Result
+from transforms.chunk import Chunk
 from transforms.errors import InputError, OptionError
+from transforms.failures import FailureLimit
 from transforms.infer import RunModel, Task
+from transforms.read import ReadShards
+from transforms.sink import Commit, Sink, WriteChunks
 from transforms.sources import open_source, output_of
-from transforms.sources.base import Source
+from transforms.sources.base import Shard, Source
 from transforms.sources.parquet import ParquetSource
 from transforms.sources.texts import TextSource
 
 # Libraries that decide what a model of a kind gives
-_LIBRARIES = {
+LIBRARIES = {
     "word2vec": (),
     "bert": ("torch", "transformers"),
     "cnn-lstm": ("torch", "torchvision", "timm"),
@@ -32,6 +38,9 @@ _LIBRARIES = {
     "gan": ("torch",),
     "diffusers": ("torch", "diffusers", "transformers"),
 }
+
+
+ChunkTransform = beam.PTransform[PCollection[Chunk], PCollection[Chunk]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,46 +110,134 @@ def load_here(spec: ModelSpec, pipeline: beam.Pipeline) -> Model[Any, Any]:
         raise InputError(str(error)) from error
 
 
-def run_model_of(options: ModelJobOptions, task: Task, digest: str) -> RunModel:
-    """Returns the step of a job in which its model works.
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """What a model makes of clean rows: a data set.
 
-    Args:
-        options: The job's.
-        task: What the model does.
-        digest: Of the model, as it is loaded here: a worker refuses another.
+    Attributes:
+        job: Name of the job that makes it alone.
+        dataset: Its name.
+        written: Its schema, and what its files say of the model.
+        steps: From clean chunks to rows of that schema, by label.
+        asked: What decides its bytes beside the rows, as JSON values.
+        libraries: Those that decide them too.
+        max_chunk_rows: Most rows a chunk, because each becomes so much.
     """
-    return RunModel(options.model, task, options.batch_size, options.max_failure_rate, digest)
+
+    job: str
+    dataset: str
+    written: Written
+    steps: Mapping[str, ChunkTransform]
+    asked: Mapping[str, Any]
+    libraries: tuple[str, ...]
+    max_chunk_rows: int = 100_000
 
 
-def model_job(
-    name: str,
-    dataset: str,
-    schema: pa.Schema,
-    model: Model[Any, Any],
-    options: ModelJobOptions,
-    found: Input,
-    steps: Mapping[str, Any],
-) -> Job:
-    """Returns a job with a model, ready to be launched.
+def model_branch(
+    job: str, dataset: str, schema: pa.Schema, model: Model[Any, Any], options: ModelJobOptions, task: Task
+) -> Branch:
+    """Returns the branch of a model alone.
 
     Args:
-        name: Name of the job.
+        job: Name of the job.
         dataset: The data set that it writes.
         schema: Schema of its rows.
-        model: The model, loaded.
+        model: The model, loaded; a worker refuses another.
         options: The job's.
-        found: What it reads.
-        steps: Options of the transforms before the model, as JSON values.
+        task: What the model does.
     """
     spec = options.model
     of_model = dataclasses.asdict(spec.options)
     of_model.pop("text_model", None)  # where it lies decides no byte; what it is is in the digest
-    asked: dict[str, Any] = {
-        "chunk_rows": options.chunk_rows,
-        "model": {"kind": spec.kind, "digest": model.digest, **of_model},
-        "source": source_options(options, found.source),
-        **steps,
-    }
-    print_of_run = fingerprint(name, found.source.inputs(), asked, _LIBRARIES[spec.kind])
+    run_model = RunModel(spec, task, options.batch_size, options.max_failure_rate, model.digest)
     about = {"model": str(spec), "model_digest": model.digest}
-    return Job(dataset, schema, print_of_run, options.chunk_rows, about, found.derived)
+    return Branch(
+        job,
+        dataset,
+        Written(schema, about, FailureLimit(task.stage, options.max_failure_rate)),
+        {"RunModel": run_model},
+        {"model": {"kind": spec.kind, "digest": model.digest, **of_model}},
+        LIBRARIES[spec.kind],
+    )
+
+
+@dataclasses.dataclass(eq=False)  # not frozen: Beam labels its transforms
+class MakeDataset(beam.PTransform[PCollection[Chunk], PCollection[Commit]]):
+    """Clean chunks to a data set.
+
+    Attributes:
+        branch: What it is.
+        sink: Where it goes.
+    """
+
+    branch: Branch
+    sink: Sink
+
+    def expand(self, chunks: PCollection[Chunk]) -> PCollection[Commit]:
+        """Applies the steps of the branch, and writes."""
+        for label, step in self.branch.steps.items():
+            chunks |= label >> step
+        return chunks | "WriteChunks" >> WriteChunks(self.sink)
+
+
+def run_model_job(
+    pipeline: beam.Pipeline,
+    options: ModelJobOptions,
+    found: Input,
+    branch: Branch,
+    before: Mapping[str, ChunkTransform],
+    before_asked: Mapping[str, Any],
+    with_images: bool,
+) -> Result:
+    """Runs a job with a model: one fused stage from reading to writing, and a small one that adds up.
+
+    Args:
+        pipeline: An empty pipeline.
+        options: The job's.
+        found: What it reads.
+        branch: What it makes of clean rows.
+        before: From the rows that are read to clean ones, by label; nothing for an earlier output.
+        before_asked: The options of that, as JSON values.
+        with_images: Whether images are read.
+
+    Raises:
+        DiptychError: The run failed; what was committed stays, and the same call goes on from there.
+    """
+    chunk_rows = min(options.chunk_rows, branch.max_chunk_rows)
+    asked = {
+        **branch.asked,
+        "chunk_rows": chunk_rows,
+        "source": source_options(options, found.source),
+        **before_asked,
+    }
+    print_of_run = fingerprint(branch.job, found.source.inputs(), asked, branch.libraries)
+    job = Job({branch.dataset: branch.written}, print_of_run, chunk_rows, found.derived)
+
+    def graph(pipeline: beam.Pipeline, shards: list[Shard], sinks: Mapping[str, Sink]) -> None:
+        model_graph(pipeline, shards, job, options.output, sinks, branch, before, with_images)
+
+    return launch(job, options, found.source, pipeline, graph)
+
+
+def model_graph(
+    pipeline: beam.Pipeline,
+    shards: list[Shard],
+    job: Job,
+    output: str,
+    sinks: Mapping[str, Sink],
+    branch: Branch,
+    before: Mapping[str, ChunkTransform],
+    with_images: bool,
+) -> None:
+    """Adds a job with a model to a pipeline; arguments as of `run_model_job`."""
+    read = (
+        pipeline
+        | "Shards" >> beam.Create(shards, reshuffle=False)
+        | "Spread" >> beam.Reshuffle()
+        | "ReadShards" >> ReadShards(tuple(sinks.values()), job.rows_per_chunk, with_images=with_images)
+    )
+    chunks = read.chunks
+    for label, step in before.items():
+        chunks |= label >> step
+    written = chunks | "MakeDataset" >> MakeDataset(branch, sinks[branch.dataset])
+    _ = finish_job(job, output, shards, [written, read.committed])

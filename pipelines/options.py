@@ -176,6 +176,27 @@ class GenerateOptions(ModelJobOptions):
         return min(self.chunk_rows, max(1, _IMAGE_SAMPLES // (_PROMPTS_A_ROW * of_prompt)))
 
 
+@dataclasses.dataclass(frozen=True)
+class RunOptions(PrepareOptions):
+    """Options of `diptych run`: those of `diptych prepare`, and of what is made of the rows.
+
+    Attributes:
+        embed: Text vectors; None makes none.
+        caption: Captions; None makes none.
+        generate: Images from the captions; None makes none.
+    """
+
+    embed: ModelJobOptions | None = None
+    caption: ModelJobOptions | None = None
+    generate: GenerateOptions | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        some = self.embed or self.caption or self.generate
+        what = "given with a model, or --caption, or --generate; without any, use `diptych prepare`"
+        check(some is not None, "--embed", "not there", what)
+
+
 def _check_caption(options: CaptionOptions) -> None:
     check(options.beam_width >= 1, "--beam_width", options.beam_width, "at least 1")
     bound = f"between 1 and --beam_width {options.beam_width}"

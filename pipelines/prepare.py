@@ -3,21 +3,26 @@
 diptych prepare --input data/coco --output out
 """
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import apache_beam as beam
+import pyarrow as pa
+from apache_beam.pvalue import DoOutputsTuple, PCollection
 
 from pipelines.job import fingerprint, options_to_json, refuse_overlap
-from pipelines.launch import Job, launch, source_options
+from pipelines.launch import Job, Written, finish_job, launch, source_options
 from pipelines.options import PrepareOptions
 from pipelines.running import Result, new_pipeline
+from transforms.chunk import Chunk
 from transforms.clean import CleanCaptions
-from transforms.finish import FinishJob
 from transforms.read import ReadShards
 from transforms.resize import ResizeImages
 from transforms.schemas import images_schema
 from transforms.sink import Sink, WriteChunks
 from transforms.sources import open_source
 from transforms.sources.base import Shard, Source
-from transforms.sources.planned import plan_counters
 
 
 def prepare(options: PrepareOptions) -> Result:
@@ -29,47 +34,80 @@ def prepare(options: PrepareOptions) -> Result:
     pipeline = new_pipeline(options.beam_args)
     refuse_overlap([*options.inputs, *filter(None, [options.source.images])], options.output)
     source = open_source(options.inputs, options.format, options.source)
+    asked = prepare_asked(options, source)
     job = Job(
-        "images",
-        images_schema(options.source.metadata_columns, options.resize.size_px, options.resize.pixels),
-        fingerprint("prepare", source.inputs(), _bytes_options(options, source)),
+        {"images": Written(images_schema_of(options))},
+        fingerprint("prepare", source.inputs(), asked),
         options.rows_per_chunk,
     )
 
-    def graph(pipeline: beam.Pipeline, shards: list[Shard], sink: Sink) -> None:
-        prepare_graph(pipeline, shards, options, sink)
+    def graph(pipeline: beam.Pipeline, shards: list[Shard], sinks: Mapping[str, Sink]) -> None:
+        prepare_graph(pipeline, shards, job, options, sinks)
 
     return launch(job, options, source, pipeline, graph)
 
 
-def prepare_graph(pipeline: beam.Pipeline, shards: list[Shard], options: PrepareOptions, sink: Sink) -> None:
+def prepare_graph(
+    pipeline: beam.Pipeline,
+    shards: list[Shard],
+    job: Job,
+    options: PrepareOptions,
+    sinks: Mapping[str, Sink],
+) -> None:
     """Adds the job to a pipeline: one fused stage from reading to writing, and a small one that adds up."""
-    read = (
+    read = read_shards(pipeline, shards, options, sinks, job.rows_per_chunk)
+    rows = read.chunks | "PrepareRows" >> PrepareRows(options)
+    written = rows | "WriteChunks" >> WriteChunks(sinks["images"])
+    _ = finish_job(job, options.output, shards, [written, read.committed])
+
+
+def read_shards(
+    pipeline: beam.Pipeline,
+    shards: list[Shard],
+    options: PrepareOptions,
+    sinks: Mapping[str, Sink],
+    chunk_rows: int,
+) -> DoOutputsTuple:
+    """Adds the reading to a pipeline; returns raw chunks, and what was committed before."""
+    return (
         pipeline
         | "Shards" >> beam.Create(shards, reshuffle=False)
         | "Spread" >> beam.Reshuffle()
         | "ReadShards"
         >> ReadShards(
-            sink,
-            options.rows_per_chunk,
+            tuple(sinks.values()),
+            chunk_rows,
             options.source.metadata_columns,
             keep_bytes=options.resize.keep_bytes,
         )
     )
-    written = (
-        read.chunks
-        | "CleanCaptions" >> CleanCaptions(options.clean)
-        | "ResizeImages" >> ResizeImages(options.resize)
-        | "WriteChunks" >> WriteChunks(sink)
-    )
-    _ = (
-        (written, read.committed)
-        | "AllCommits" >> beam.Flatten()
-        | "FinishJob" >> FinishJob(sink.root, sink.dataset, len(shards), plan_counters(shards))
-    )
 
 
-def _bytes_options(options: PrepareOptions, source: Source) -> dict[str, object]:
-    """Returns the options that decide the output's bytes."""
+@dataclasses.dataclass(eq=False)  # not frozen: Beam labels its transforms
+class PrepareRows(beam.PTransform[PCollection[Chunk], PCollection[Chunk]]):
+    """Raw chunks to clean captions and images of one size.
+
+    Attributes:
+        options: The job's.
+    """
+
+    options: PrepareOptions
+
+    def expand(self, chunks: PCollection[Chunk]) -> PCollection[Chunk]:
+        """Cleans, then resizes."""
+        return (
+            chunks
+            | "CleanCaptions" >> CleanCaptions(self.options.clean)
+            | "ResizeImages" >> ResizeImages(self.options.resize)
+        )
+
+
+def images_schema_of(options: PrepareOptions) -> pa.Schema:
+    """Returns the schema of the images that a job writes."""
+    return images_schema(options.source.metadata_columns, options.resize.size_px, options.resize.pixels)
+
+
+def prepare_asked(options: PrepareOptions, source: Source) -> dict[str, Any]:
+    """Returns the options that decide the bytes of the images, as JSON values."""
     values = options_to_json(options) | {"source": source_options(options, source)}
     return {name: values[name] for name in ("chunk_rows", "clean", "resize", "source")}

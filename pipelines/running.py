@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import apache_beam as beam
@@ -35,9 +35,10 @@ class Result:
     totals: dict[str, Totals]
 
     @classmethod
-    def of(cls, output: str, state: State, dataset: str) -> "Result":
-        """Returns the result of a job that has finished a data set."""
-        return cls(output, state, {dataset: (read_success(output) or {}).get(dataset, Totals())})
+    def of(cls, output: str, state: State, datasets: Iterable[str]) -> "Result":
+        """Returns the result of a job that has finished some data sets."""
+        found = read_success(output) or {}
+        return cls(output, state, {dataset: found.get(dataset, Totals()) for dataset in datasets})
 
 
 def new_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:

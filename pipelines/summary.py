@@ -11,8 +11,8 @@ _UNITS = {"embeddings": "captions", "generated": "images"}
 def summary(result: Result, seconds: float) -> str:
     """Returns read, written, rejected by reason, seconds, rows a second, and where it all is."""
     lines = []
-    for dataset, totals in sorted(result.totals.items()):
-        now, unit = progress.snapshot(), _UNITS.get(dataset, "rows")
+    for dataset, totals in result.totals.items():
+        unit = _UNITS.get(dataset, "rows")
         lines += [
             f"read      {totals.read:,} {unit}",
             f"written   {totals.written:,} to {join(result.output, dataset)}",
@@ -27,11 +27,14 @@ def summary(result: Result, seconds: float) -> str:
         lines += [
             f"          {name.replace('_', ' ')} {count:,}" for name, count in sorted(totals.counters.items())
         ]
-        if result.state is State.DONE:
-            lines.append("nothing to do: an earlier run has finished this")
-        else:
-            before = f"; {now.resumed:,} {unit} were there from before" if now.resumed else ""
-            # What workers in other processes did is not seen from here
-            rate = f", {(now.rows - now.resumed) / seconds:,.0f} {unit}/s" if now.rows == totals.read else ""
-            lines.append(f"took      {seconds:.1f} s{rate}{before}")
+    if result.state is State.DONE:
+        lines.append("nothing to do: an earlier run has finished this")
+        return "\n".join(lines)
+    now, first = progress.snapshot(), next(iter(result.totals))
+    unit = _UNITS.get(first, "rows")
+    before = f"; {now.resumed:,} {unit} were there from before" if now.resumed else ""
+    # What workers in other processes did is not seen from here
+    seen = now.rows == result.totals[first].read
+    rate = f", {(now.rows - now.resumed) / seconds:,.0f} {unit}/s" if seen else ""
+    lines.append(f"took      {seconds:.1f} s{rate}{before}")
     return "\n".join(lines)

@@ -136,12 +136,15 @@ def _read_data_file(url: str) -> tuple[Commit, pa.Schema, np.ndarray[Any, Any]]:
             return commit, schema, np.concatenate(hashes)
 
 
+_INDICES = ("caption_index", "prompt_index", "sample")
+
+
 def _hash(rows: pa.RecordBatch) -> np.ndarray[Any, Any]:
-    """Returns a hash of what tells each row from the others: its key, and which caption of it."""
-    keys = rows.column("key").drop_null().to_pylist()
-    if "caption_index" in rows.schema.names:
-        keys = [f"{key}\0{index}" for key, index in zip(keys, rows["caption_index"].to_pylist(), strict=True)]
-    digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    """Returns a hash of what tells each row from the others: its key, which caption of it, which image of that."""
+    columns = [rows.column("key").drop_null().to_pylist()]
+    columns += [rows[name].to_pylist() for name in _INDICES if name in rows.schema.names]
+    names = ("\0".join(map(str, name)) for name in zip(*columns, strict=True))
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
     return np.frombuffer(b"".join(digests), np.uint64)
 
 

@@ -109,6 +109,15 @@ class Chunk:
             counters=add_counts(self.counters, counters or {}),
         )
 
+    def branch(self) -> "Chunk":
+        """Returns the chunk as a job would read it from the output: its rows alone; `num_records` stays."""
+        return dataclasses.replace(
+            self,
+            rejects=reject_batch(self.key.shard, "read", ()),
+            counters={},
+            records=self.num_records,
+        )
+
     def explode(self, stage: str, rows: pa.RecordBatch, rejects: Iterable[Reject] = ()) -> "Chunk":
         """Returns the chunk after a stage that makes several rows of one; `num_records` stays.
 

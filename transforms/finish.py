@@ -1,7 +1,6 @@
 """The end of a job: counts are added up, checked, and written as `_SUCCESS.json`, the last file of all."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -75,66 +74,78 @@ class Totals:
         return None
 
 
-def sum_totals(parts: Iterable[Totals]) -> Totals:
-    """Returns the sum of totals."""
-    return functools.reduce(Totals.merge, parts, Totals())
-
-
-@dataclasses.dataclass(eq=False)  # not frozen: Beam labels its transforms
-class FinishJob(beam.PTransform[PCollection[Commit], PCollection[Totals]]):
-    """Commits of one data set to `_SUCCESS.json`.
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What the commits of a data set must come to.
 
     Attributes:
-        root: The output folder.
-        dataset: The data set.
         num_shards: How many shards there are.
         counters: What planning counted.
-        limit: How many rows the model may have failed on.
+        limit: How many rows its model may have failed on.
     """
 
-    root: str
-    dataset: str
     num_shards: int
     counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
     limit: FailureLimit | None = None
 
-    def expand(self, commits: PCollection[Commit]) -> PCollection[Totals]:
+
+@dataclasses.dataclass(eq=False)  # not frozen: Beam labels its transforms
+class FinishJob(beam.PTransform[PCollection[Commit], PCollection[dict[str, Totals]]]):
+    """Commits of all data sets of a job to `_SUCCESS.json`.
+
+    Attributes:
+        root: The output folder.
+        expected: By data set.
+    """
+
+    root: str
+    expected: Mapping[str, Expected]
+
+    def expand(self, commits: PCollection[Commit]) -> PCollection[dict[str, Totals]]:
         """Adds up, checks, writes."""
         return (
             commits
-            | "Count" >> beam.Map(Totals().add).with_output_types(Totals)
-            | "Sum" >> beam.CombineGlobally(sum_totals)
-            | "Finish"
-            >> beam.Map(finish, self.root, self.dataset, self.num_shards, self.counters, self.limit)
+            | "Count" >> beam.Map(_count).with_output_types(dict[str, Totals])
+            | "Sum" >> beam.CombineGlobally(sum_by_dataset)
+            | "Finish" >> beam.Map(finish, self.root, self.expected)
         )
 
 
-def finish(
-    totals: Totals,
-    root: str,
-    dataset: str,
-    num_shards: int,
-    counters: Mapping[str, int],
-    limit: FailureLimit | None = None,
-) -> Totals:
-    """Checks the totals of a data set and writes them, with what planning counted, to `_SUCCESS.json`.
+def _count(commit: Commit) -> dict[str, Totals]:
+    return {commit.dataset: Totals().add(commit)}
+
+
+def sum_by_dataset(parts: Iterable[Mapping[str, Totals]]) -> dict[str, Totals]:
+    """Returns the sums of totals by data set."""
+    sums: dict[str, Totals] = {}
+    for part in parts:
+        for dataset, totals in part.items():
+            sums[dataset] = sums.get(dataset, Totals()).merge(totals)
+    return sums
+
+
+def finish(found: Mapping[str, Totals], root: str, expected: Mapping[str, Expected]) -> dict[str, Totals]:
+    """Checks the totals of data sets and writes them, with what planning counted, to `_SUCCESS.json`, all at once.
 
     Raises:
         OutputError: Something is missing.
-        DiptychError: The model failed on more rows than it may.
+        DiptychError: A model failed on more rows than it may.
     """
-    if problem := totals.problem(num_shards):
-        raise OutputError(
-            f"{root} is not complete: {problem}. Run the same command again; if this stays, run "
-            "`diptych verify` on it, which names the file at fault."
-        )
-    if limit:
-        limit.check_totals(totals.rejected, totals.written, root)
+    done = {}
+    for dataset, wanted in expected.items():
+        totals = found.get(dataset, Totals())
+        if problem := totals.problem(wanted.num_shards):
+            raise OutputError(
+                f"{join(root, dataset)} is not complete: {problem}. Run the same command again; if this stays, run "
+                "`diptych verify` on it, which names the file at fault."
+            )
+        if wanted.limit:
+            wanted.limit.check_totals(totals.rejected, totals.written, root)
+        done[dataset] = totals.merge(Totals(counters=wanted.counters))
     delete(root, _WORKING)
-    totals = totals.merge(Totals(counters=counters))
-    write_whole(root, SUCCESS, success_json({**(read_success(root) or {}), dataset: totals}))
+    write_whole(root, SUCCESS, success_json({**(read_success(root) or {}), **done}))
     delete(root, _WORKING)
-    return totals
+    return done
 
 
 def success_json(totals: Mapping[str, Totals]) -> bytes:

@@ -156,11 +156,6 @@ class RunModel(beam.PTransform[PCollection[Chunk], PCollection[Chunk]]):
     max_failure_rate: float = 0.1
     digest: str | None = None
 
-    @property
-    def limit(self) -> FailureLimit:
-        """On how many rows the model may fail."""
-        return FailureLimit(self.task.stage, self.max_failure_rate)
-
     def expand(self, chunks: PCollection[Chunk]) -> PCollection[Chunk]:
         """Applies the model by Beam's `RunInference`, a chunk behind what is being prepared."""
         handler = ChunkModelHandler(self.spec, self.task, self.batch_size, self.max_failure_rate, self.digest)

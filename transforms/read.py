@@ -161,14 +161,14 @@ class ReadShards(beam.PTransform[PCollection[Shard], DoOutputsTuple]):
     """Shards to chunks of raw rows, and to the commits that were found.
 
     Attributes:
-        sink: Where the chunks are going; what is committed there is skipped.
+        sinks: Where the chunks are going; what is committed in all of them is skipped.
         chunk_rows: Most rows a chunk.
         metadata_columns: Names of the source's own columns to carry.
         keep_bytes: Whether a reject keeps the original bytes.
         with_images: Whether the images are wanted; without them, rows are of schema `RAW_TEXT`.
     """
 
-    sink: Sink
+    sinks: tuple[Sink, ...]
     chunk_rows: int
     metadata_columns: tuple[str, ...] = ()
     keep_bytes: bool = False
@@ -179,22 +179,25 @@ class ReadShards(beam.PTransform[PCollection[Shard], DoOutputsTuple]):
     def expand(self, shards: PCollection[Shard]) -> DoOutputsTuple:
         """Reads; the outputs are `chunks` and `committed`."""
         schema = raw_schema(self.metadata_columns) if self.with_images else RAW_TEXT
-        read = _Read(self.sink, self.chunk_rows, schema, self.keep_bytes)
+        read = _Read(self.sinks, self.chunk_rows, schema, self.keep_bytes)
         return shards | "Read" >> beam.ParDo(read).with_output_types(Chunk).with_outputs(
             "committed", main="chunks"
         )
 
 
 class _Read(beam.DoFn):
-    def __init__(self, sink: Sink, chunk_rows: int, schema: pa.Schema, keep_bytes: bool) -> None:
-        self._sink, self._chunk_rows, self._schema, self._keep_bytes = sink, chunk_rows, schema, keep_bytes
+    def __init__(self, sinks: tuple[Sink, ...], chunk_rows: int, schema: pa.Schema, keep_bytes: bool) -> None:
+        self._sinks, self._chunk_rows, self._schema, self._keep_bytes = sinks, chunk_rows, schema, keep_bytes
 
     def process(self, shard: Shard) -> Iterator[Any]:  # a union of outputs would become the type of each
         done = []
-        for commit in committed(self._sink, shard.name):
-            done.append(commit)
-            progress.committed(commit.shard, commit.index, commit.read, commit.rejects(), resumed=True)
-            yield TaggedOutput("committed", commit)
+        # as far as all data sets are: what one of them has beyond that is written again, the same
+        for commits in zip(*(committed(sink, shard.name) for sink in self._sinks), strict=False):
+            first = commits[0]
+            done.append(first)
+            progress.committed(first.shard, first.index, first.read, first.rejects(), resumed=True)
+            for commit in commits:
+                yield TaggedOutput("committed", commit)
         if done and done[-1].last:
             progress.reading(shard.name, 1.0)
             return

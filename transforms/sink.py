@@ -47,6 +47,7 @@ class Commit:
     """What the footer of a data file says of its chunk.
 
     Attributes:
+        dataset: The data set that the file belongs to.
         shard: Name of the shard.
         index: Ordinal of the chunk in it.
         last: Whether it is the shard's last.
@@ -58,6 +59,7 @@ class Commit:
         fingerprint: Of the run that wrote it.
     """
 
+    dataset: str
     shard: str
     index: int
     last: bool
@@ -111,6 +113,7 @@ def _commit(sink: Sink, chunk: Chunk) -> Commit:
         reasons = rejected.setdefault(stage, {})
         reasons[reason] = reasons.get(reason, 0) + 1
     return Commit(
+        sink.dataset,
         chunk.key.shard,
         chunk.key.index,
         chunk.last,
@@ -170,8 +173,9 @@ def read_commit(sink: Sink, key: ChunkKey) -> Commit | None:
         raise
     except DAMAGE as error:
         raise _not_ours(url, f"it is damaged ({' '.join(str(error).split())[:300]})") from error
-    if (commit.shard, commit.index) != (key.shard, key.index):
-        raise _not_ours(url, f"its footer says that it is {commit.key().file_name()}")
+    if (commit.dataset, commit.key()) != (sink.dataset, key):
+        name = join(commit.dataset, commit.key().file_name())
+        raise _not_ours(url, f"its footer says that it is {name}")
     if commit.fingerprint != sink.job["fingerprint"]:
         raise _not_ours(url, f"it is of run {commit.fingerprint}, and this is run {sink.job['fingerprint']}")
     return commit

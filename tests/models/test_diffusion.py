@@ -72,7 +72,7 @@ def tiny_pipeline(folder):
         text_encoder=transformers.CLIPTextModel(text),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=diffusers.DDIMScheduler(),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -157,11 +157,11 @@ class TestWhatCannotBe:
         [
             (
                 "num_images_per_prompt",
-                "Setting 'num_images_per_prompt' of --generation is --images_per_prompt here",
+                "Setting 'num_images_per_prompt' of --setting is --images_per_prompt here",
             ),
-            ("height", "Setting 'height' of --generation is --size here"),
-            ("generator", "--generation generator: StableDiffusionPipeline takes no such setting"),
-            ("guidance", "--generation guidance: StableDiffusionPipeline takes no such setting"),
+            ("height", "Setting 'height' of --setting is --size here"),
+            ("generator", "--setting generator: StableDiffusionPipeline takes no such setting"),
+            ("guidance", "--setting guidance: StableDiffusionPipeline takes no such setting"),
         ],
     )
     def test_settings(self, saved, name, message):

@@ -95,8 +95,10 @@ class TestVae:
 
     def test_weight_of_the_divergence(self):
         bound = Bound(torch.tensor(0.25), torch.tensor(30.0))
-        assert negative_bound(bound, 300).item() == pytest.approx(np.log(0.25) + 0.1, rel=1e-4)
-        assert negative_bound(bound, 300, 2.0).item() == pytest.approx(np.log(0.25) + 0.2, rel=1e-4)
+        assert negative_bound(bound, 300).item() == pytest.approx(np.log(0.25 + 1 / 127.5) + 0.1, rel=1e-4)
+        assert negative_bound(bound, 300, 2.0).item() == pytest.approx(
+            np.log(0.25 + 1 / 127.5) + 0.2, rel=1e-4
+        )
 
 
 class TestGan:

@@ -143,7 +143,7 @@ class TestWhatCannotBe:
             load(folder, size_px=32)
 
     def test_settings_of_another_kind(self, folder):
-        with pytest.raises(FlagError, match="--generation guidance_scale: these settings go with"):
+        with pytest.raises(FlagError, match="--setting guidance_scale: these settings go with"):
             load(folder, settings=(("guidance_scale", 2.0),))
 
     def test_another_text_model(self, folder, text):

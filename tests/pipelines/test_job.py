@@ -27,7 +27,7 @@ from pipelines.job import (
 from pipelines.options import PrepareOptions
 from transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
 from transforms.errors import InputError, OptionError, OutputError
-from transforms.finish import SUCCESS, Totals, finish
+from transforms.finish import SUCCESS, Expected, Totals, finish
 from transforms.schemas import images_schema
 from transforms.sink import Sink, commit_chunk
 from transforms.sources.base import InputFile
@@ -47,7 +47,7 @@ def write_output(folder: Path, print_of_run: dict[str, Any], *, success: bool = 
         rejects = reject_batch(shard, "read", [Reject("", 0, "missing_image", "m")] if index else [])
         totals = totals.add(commit_chunk(sink, Chunk(ChunkKey(shard, index), rows, rejects, last)))
     if success:
-        finish(totals, str(folder), "images", 2, {})
+        finish({"images": totals}, str(folder), {"images": Expected(2)})
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

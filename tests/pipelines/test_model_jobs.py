@@ -45,20 +45,20 @@ from models.word2vec import Word2Vec
 from pipelines import scene_folders
 from pipelines.caption import caption
 from pipelines.cli import main
-from pipelines.embed import embed, embed_graph
+from pipelines.embed import embed, embed_branch
 from pipelines.generate import generate
 from pipelines.job import State, read_jobs, read_success
+from pipelines.launch import Job
+from pipelines.model_job import model_graph
 from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.running import new_pipeline
 from pipelines.scene_folders import SceneFolders, write_data_set
 from pipelines.verify import verify
 from transforms import storage
-from transforms.clean import CleanOptions
-from transforms.embed import embed_task
+from transforms.clean import CleanCaptions, CleanOptions
 from transforms.errors import DiptychError, InputError, OptionError, OutputError
 from transforms.generate import sample_seed
-from transforms.infer import RunModel
 from transforms.schemas import captions_schema, embeddings_schema, generated_schema
 from transforms.sink import Sink
 from transforms.sources import SourceOptions, open_source
@@ -447,7 +447,7 @@ class TestGenerate:
             (["--model=diffusers:fake", "--match_with=hf:fake"], 2, "beside a --min_match"),
             (["--model=diffusers:fake", "--match_by=bert:fake"], 2, "beside --match_with"),
             (["--model=diffusers:fake", "--min_match=2", "--match_with=hf:fake"], 2, "--min_match is 2"),
-            (["--model=diffusers:fake", "--generation=x"], 2, "'x' is not NAME=VALUE"),
+            (["--model=diffusers:fake", "--setting=x"], 2, "'x' is not NAME=VALUE"),
         ],
     )
     def test_a_mistake_is_one_paragraph(self, tmp_path, capsys, flags, code, message):
@@ -875,9 +875,11 @@ class TestLaws:
         options = ModelJobOptions((str(scenes.webdataset),), str(tmp_path), model=spec)
         shards = open_source(options.inputs, "auto", SourceOptions()).shards("", 10)
         pipeline = new_pipeline(())
-        sink = Sink(str(tmp_path), "embeddings", {"fingerprint": ""}, embeddings_schema(3))
-        run_model = RunModel(spec, embed_task(3, False))
-        embed_graph(pipeline, shards, options.chunk_rows, sink, CleanOptions(), run_model)
+        branch = embed_branch(options, pipeline)
+        job = Job({"embeddings": branch.written}, {}, 10)
+        sinks = {"embeddings": Sink(str(tmp_path), "embeddings", {"fingerprint": ""}, branch.written.schema)}
+        before = {"CleanCaptions": CleanCaptions(CleanOptions())}
+        model_graph(pipeline, shards, job, options.output, sinks, branch, before, with_images=False)
         return pipeline.to_runner_api()
 
     def test_reading_to_writing_is_one_fused_stage(self, graph):
@@ -886,10 +888,10 @@ class TestLaws:
         steps = (
             "ReadShards/Read/ParDo(_Read)",
             "CleanCaptions/Clean",
-            "ExplodeCaptions/Explode",
-            "RunModel/Prepare",
-            "RunModel/Infer/BeamML_RunInference",
-            "WriteChunks/Write",
+            "MakeDataset/ExplodeCaptions/Explode",
+            "MakeDataset/RunModel/Prepare",
+            "MakeDataset/RunModel/Infer/BeamML_RunInference",
+            "MakeDataset/WriteChunks/Write",
         )
         assert len({of_step[step] for step in steps}) == 1
 

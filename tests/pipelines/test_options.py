@@ -173,7 +173,7 @@ class TestModelFlags:
                 "--size=96",
                 "--image_format=jpeg",
             ),
-            *("--quality=80", "--text_model=bert:t", "--generation=a=[1, 2]", '--generation=b="x"'),
+            *("--quality=80", "--text_model=bert:t", "--setting=a=[1, 2]", '--setting=b="x"'),
             *("--min_match=0.3", "--match_with=cnn-lstm:c", "--match_by=word2vec:w", "--batch_size=5"),
         )
         assert made.model.options == ImageOptions(96, "jpeg", 80, "bert:t", (("a", (1, 2)), ("b", "x")))

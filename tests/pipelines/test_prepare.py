@@ -28,6 +28,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from pipelines import scene_folders
 from pipelines.cli import main
 from pipelines.job import State
+from pipelines.launch import Job, Written
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare, prepare_graph
 from pipelines.running import new_pipeline
@@ -559,9 +560,9 @@ class TestLaws:
         options = PrepareOptions((str(scenes.webdataset),), str(tmp_path))
         shards: list[Shard] = open_source(options.inputs, "auto", SourceOptions()).shards("", 10)
         pipeline = new_pipeline(())
-        prepare_graph(
-            pipeline, shards, options, Sink(str(tmp_path), "images", {"fingerprint": ""}, images_schema())
-        )
+        job = Job({"images": Written(images_schema())}, {}, 10)
+        sinks = {"images": Sink(str(tmp_path), "images", {"fingerprint": ""}, images_schema())}
+        prepare_graph(pipeline, shards, job, options, sinks)
         return pipeline.to_runner_api()
 
     def test_reading_to_writing_is_one_fused_stage(self, graph):
@@ -569,8 +570,8 @@ class TestLaws:
         of_step = {transform.unique_name: stage.name for stage in stages for transform in stage.transforms}
         steps = (
             "ReadShards/Read/ParDo(_Read)",
-            "CleanCaptions/Clean",
-            "ResizeImages/Resize",
+            "PrepareRows/CleanCaptions/Clean",
+            "PrepareRows/ResizeImages/Resize",
             "WriteChunks/Write",
         )
         assert len({of_step[step] for step in steps}) == 1
@@ -583,7 +584,11 @@ class TestLaws:
             ].spec.payload
             for collection in graph.components.pcollections.values()
         }
-        for step in ("ReadShards/Read/ParDo(_Read)", "CleanCaptions/Clean", "ResizeImages/Resize"):
+        for step in (
+            "ReadShards/Read/ParDo(_Read)",
+            "PrepareRows/CleanCaptions/Clean",
+            "ResizeImages/Resize",
+        ):
             assert b"ChunkCoder" in coders[f"{step}.None"]
         assert b"ChunkCoder" not in coders["WriteChunks/Write.None"]
 

@@ -11,7 +11,7 @@ from pipelines import running
 from pipelines.job import State
 from pipelines.running import Result, new_pipeline, run_pipeline
 from transforms.errors import DiptychError, InputError, OptionError, OutputError
-from transforms.finish import Totals, finish
+from transforms.finish import Expected, Totals, finish
 from transforms.progress import Snapshot, progress
 
 
@@ -150,9 +150,8 @@ class TestProgress:
 
 class TestResult:
     def test_is_what_the_folder_holds(self, tmp_path):
-        totals = finish(Totals(1, 1, 2, 2), str(tmp_path), "images", 1, {})
-        finish(Totals(1, 1, 3, 3), str(tmp_path), "captions", 1, {})
-        assert Result.of(str(tmp_path), State.DONE, "images") == Result(
-            str(tmp_path), State.DONE, {"images": totals}
-        )
+        totals = {"images": Totals(1, 1, 2, 2)}
+        finish(totals, str(tmp_path), {"images": Expected(1)})
+        finish({"captions": Totals(1, 1, 3, 3)}, str(tmp_path), {"captions": Expected(1)})
+        assert Result.of(str(tmp_path), State.DONE, ["images"]) == Result(str(tmp_path), State.DONE, totals)
         assert os.listdir(tmp_path) == ["_SUCCESS.json"]

@@ -11,13 +11,22 @@ from hypothesis import strategies as st
 from transforms import finish as finish_module
 from transforms.errors import DiptychError, OutputError
 from transforms.failures import FailureLimit
-from transforms.finish import SUCCESS, FinishJob, Totals, finish, read_success, success_json, sum_totals
+from transforms.finish import (
+    SUCCESS,
+    Expected,
+    FinishJob,
+    Totals,
+    finish,
+    read_success,
+    success_json,
+    sum_by_dataset,
+)
 from transforms.sink import Commit
 
 
-def commit_of(index: int, last: bool = False, shard: str = "a") -> Commit:
+def commit_of(index: int, last: bool = False, shard: str = "a", dataset: str = "images") -> Commit:
     rejected = {"read": {"missing_image": 1}, "image": {"corrupt": 2, "empty": index}}
-    return Commit(shard, index, last, 3, 10 + index, 7, rejected, {"captions_read": index}, "f" * 16)
+    return Commit(dataset, shard, index, last, 3, 10 + index, 7, rejected, {"captions_read": index}, "f" * 16)
 
 
 COMMITS = [commit_of(0), commit_of(1, True), commit_of(0, True, "b")]
@@ -41,12 +50,21 @@ class TestTotals:
     @given(st.permutations(COMMITS), st.integers(0, 3))
     def test_in_any_order_and_grouping(self, commits, split):
         parts = [
-            sum_totals(Totals().add(commit) for commit in part) for part in (commits[:split], commits[split:])
+            sum_by_dataset({"images": Totals().add(commit)} for commit in part)
+            for part in (commits[:split], commits[split:])
         ]
-        assert sum_totals(parts) == TOTALS
+        assert sum_by_dataset(parts) == {"images": TOTALS}
 
     def test_nothing_is_nothing(self):
-        assert sum_totals([]) == Totals()
+        assert sum_by_dataset([]) == {}
+
+    def test_data_sets_are_apart(self):
+        parts = [
+            {"images": TOTALS},
+            {"captions": Totals(read=1)},
+            {"captions": Totals(read=2), "images": TOTALS},
+        ]
+        assert sum_by_dataset(parts) == {"images": TOTALS.merge(TOTALS), "captions": Totals(read=3)}
 
     @pytest.mark.parametrize(
         ("totals", "problem"),
@@ -70,7 +88,9 @@ class TestFinish:
         for name in ("_plan/a.arrow", "_tmp/half", "images/a-00000.parquet"):
             (tmp_path / name).parent.mkdir()
             (tmp_path / name).touch()
-        totals = finish(TOTALS, str(tmp_path), "images", 2, {"unlisted_images": 4})
+        totals = finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2, {"unlisted_images": 4})})[
+            "images"
+        ]
         assert {path.name for path in tmp_path.iterdir()} == {SUCCESS, "images"}
         assert totals.counters == {"captions_read": 1, "unlisted_images": 4}
         assert json.loads((tmp_path / SUCCESS).read_text()) == {
@@ -92,7 +112,7 @@ class TestFinish:
             "write_whole",
             lambda *_: pytest.fail("the plan is there") if (tmp_path / "_plan").exists() else None,
         )
-        finish(TOTALS, str(tmp_path), "images", 2, {})
+        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)})
 
     @pytest.mark.parametrize("num_shards", [1, 3])
     def test_what_is_not_complete_is_not_called_so(self, tmp_path, num_shards):
@@ -100,12 +120,12 @@ class TestFinish:
         with pytest.raises(
             OutputError, match=rf"not complete: 2 of {num_shards} shards .* Run the same command"
         ):
-            finish(TOTALS, str(tmp_path), "images", num_shards, {})
+            finish({"images": TOTALS}, str(tmp_path), {"images": Expected(num_shards)})
         assert {path.name for path in tmp_path.iterdir()} == {"_plan"}
 
     def test_the_totals_of_other_data_sets_stay(self, tmp_path):
-        finish(TOTALS, str(tmp_path), "images", 2, {})
-        finish(TOTALS, str(tmp_path), "captions", 2, {"x": 1})
+        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)})
+        finish({"captions": TOTALS}, str(tmp_path), {"captions": Expected(2, {"x": 1})})
         assert read_success(str(tmp_path)) == {
             "images": TOTALS,
             "captions": TOTALS.merge(Totals(counters={"x": 1})),
@@ -117,13 +137,25 @@ class TestFinish:
                 raise DiptychError(f"{rejected['empty']} {written} {root} {self.max_rate}")
 
         with pytest.raises(DiptychError, match=f"^1 21 {tmp_path} 0.5$"):
-            finish(TOTALS, str(tmp_path), "captions", 2, {}, Limit("caption", 0.5))
+            finish(
+                {"captions": TOTALS}, str(tmp_path), {"captions": Expected(2, limit=Limit("caption", 0.5))}
+            )
         assert names_in(tmp_path) == set()
 
+    def test_several_data_sets_are_finished_at_once_or_not_at_all(self, tmp_path):
+        found = {"images": TOTALS, "captions": TOTALS}
+        with pytest.raises(OutputError, match=r"captions is not complete: 2 of 3 shards are complete"):
+            finish(found, str(tmp_path), {"images": Expected(2), "captions": Expected(3)})
+        with pytest.raises(OutputError, match=r"generated is not complete: 0 of 2 shards are complete"):
+            finish(found, str(tmp_path), {"images": Expected(2), "generated": Expected(2)})
+        assert names_in(tmp_path) == set()
+        finish(found, str(tmp_path), {"images": Expected(2), "captions": Expected(2)})
+        assert read_success(str(tmp_path)) == found
+
     def test_again_it_is_the_same(self, tmp_path):
-        finish(TOTALS, str(tmp_path), "images", 2, {})
+        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)})
         first = (tmp_path / SUCCESS).read_bytes()
-        finish(TOTALS, str(tmp_path), "images", 2, {})
+        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)})
         assert (tmp_path / SUCCESS).read_bytes() == first
 
 
@@ -131,7 +163,7 @@ class TestFinishJob:
     def run(self, root: Path, commits: list[Commit], num_shards: int, *flags: str) -> None:
         with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner", *flags])) as pipeline:
             created = pipeline | beam.Create(commits).with_output_types(Commit)
-            _ = created | FinishJob(str(root), "images", num_shards, {"unlisted_images": 4})
+            _ = created | FinishJob(str(root), {"images": Expected(num_shards, {"unlisted_images": 4})})
 
     @pytest.mark.parametrize("flags", [(), ("--direct_num_workers=2",), ("--direct_runner_bundle_repeat=2",)])
     def test_adds_up_whatever_the_bundles(self, tmp_path, flags):

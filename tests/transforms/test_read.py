@@ -52,7 +52,9 @@ def read(shard: Shard, chunk_rows: int = 3, done: list[Commit] | None = None) ->
 
 def commit_of(chunk: Chunk) -> Commit:
     key = chunk.key
-    return Commit(key.shard, key.index, chunk.last, chunk.num_records, chunk.num_read, len(chunk), {}, {}, "")
+    return Commit(
+        "images", key.shard, key.index, chunk.last, chunk.num_records, chunk.num_read, len(chunk), {}, {}, ""
+    )
 
 
 def sink_of(folder: Path) -> Sink:
@@ -328,7 +330,7 @@ class TestReadShards:
     ):
         progress.start()
         with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner", *flags])) as pipeline:
-            outputs = pipeline | beam.Create(shards, reshuffle=False) | ReadShards(sink, 3)
+            outputs = pipeline | beam.Create(shards, reshuffle=False) | ReadShards((sink,), 3)
             assert_that(outputs.chunks | "Describe" >> beam.Map(describe), equal_to(expected), label="Chunks")
             assert_that(outputs.committed | "Key" >> beam.Map(Commit.key), equal_to(found), label="Committed")
 

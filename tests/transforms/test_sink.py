@@ -76,6 +76,7 @@ class TestCommitChunk:
         assert rejects.schema.equals(REJECTS)
         assert rejects.to_pylist() == chunk.rejects.slice(1).to_pylist()
         assert commit == Commit(
+            dataset="images",
             shard="shard",
             index=7,
             last=False,
@@ -251,7 +252,7 @@ class TestReadCommit:
         sink = sink_of(tmp_path)
         commit_chunk(sink, chunk_of())
         os.rename(tmp_path / "images" / "shard-00000.parquet", tmp_path / "images" / "shard-00001.parquet")
-        with pytest.raises(OutputError, match=r"says that it is shard-00000.parquet"):
+        with pytest.raises(OutputError, match=r"says that it is images/shard-00000.parquet"):
             read_commit(sink, ChunkKey("shard", 1))
 
     def test_a_file_that_cannot_be_read_is_no_missing_one(self, tmp_path):
