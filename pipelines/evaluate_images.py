@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from models.base import CaptionOptions, TextOptions
+from models.base import CaptionOptions, TextOptions, TextVector
 from models.errors import ModelError
 from models.image_scores import Distances, Features, pairwise_distances
-from models.matching import ImageAndPrompt, Match, Matcher
+from models.matching import cosines
 from models.pixels import decode_pixels, resize_square
-from models.spec import CAPTION_KINDS, TEXT_KINDS, MatchOptions, ModelSpec, load_model
+from models.spec import CAPTION_KINDS, TEXT_KINDS, ModelSpec, load_model
 from pipelines.evaluate import write_json
 from pipelines.job import data_files, read_success
 from pipelines.model_flags import parse_model
@@ -44,6 +44,7 @@ class EvaluateImagesOptions:
         input: The output folder of a job that made images.
         dataset: What of it is scored: `generated`, or `images` (a yardstick: real ones against others).
         references: An output with real images; None takes the images that `input` has itself.
+        max_images: Most images of each side; None takes all.
         size_px: Both sides are brought to this size first; None takes that of the first image that is scored.
         features: `inception`, a network of torchvision, or `timm:NAME`.
         feature_weights: Of the last two: `imagenet`, or a safetensors file.
@@ -57,6 +58,7 @@ class EvaluateImagesOptions:
     input: str
     dataset: str = "generated"
     references: str | None = None
+    max_images: int | None = None
     size_px: int | None = None
     features: str = "inception"
     feature_weights: str = "imagenet"
@@ -72,6 +74,8 @@ class EvaluateImagesOptions:
             check(value is None or bool(value.strip()), f"--{name}", repr(value), "a path, URL or name")
         size_px = self.size_px
         check(size_px is None or 8 <= size_px <= 4096, "--size", size_px, "between 8 and 4096 pixels")
+        most = self.max_images
+        check(most is None or most >= 2, "--max_images", most, "at least 2")
         pair = (self.match_with is None) == (self.match_by is None)
         given = self.match_with or self.match_by
         check(pair, "--match_with", given, "a captioner beside a text model, --match_by")
@@ -92,6 +96,9 @@ def add_images_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--references", metavar="OUT2", help="output with real images (default: the images in OUT)"
+    )
+    parser.add_argument(
+        "--max_images", type=int, metavar="N", help="score at most so many of each side (default all)"
     )
     parser.add_argument(
         "--size",
@@ -159,8 +166,7 @@ def evaluate_images(options: EvaluateImagesOptions) -> dict[str, Any]:
     """
     try:
         features = Features.load(options.features, options.feature_weights, options.device)
-        matcher = _load_matcher(options)
-        report = _evaluate(options, features, matcher)
+        report = _evaluate(options, features)
     except ModelError as error:
         raise InputError(str(error)) from error
     if options.scores:
@@ -168,19 +174,10 @@ def evaluate_images(options: EvaluateImagesOptions) -> dict[str, Any]:
     return report
 
 
-def _load_matcher(options: EvaluateImagesOptions) -> Matcher | None:
-    if options.match_with is None or options.match_by is None:
-        return None
-    name = f"{options.match_with} {options.match_by}"
-    model = load_model(ModelSpec("match", name, MatchOptions(options.match_with, options.match_by)))
-    assert isinstance(model, Matcher)
-    return model
-
-
-def _evaluate(options: EvaluateImagesOptions, features: Features, matcher: Matcher | None) -> dict[str, Any]:
-    distances, spread, matches = Distances(features.dim), _Spread(), _Matches(matcher)
+def _evaluate(options: EvaluateImagesOptions, features: Features) -> dict[str, Any]:
+    distances, spread, matches = Distances(features.dim), _Spread(), _Matches(options)
     size_px = options.size_px
-    for batch in _batched(_read_made(options.input, options.dataset)):
+    for batch in _batched(itertools.islice(_read_made(options.input, options.dataset), options.max_images)):
         size_px = size_px or len(decode_pixels(batch[0].data, 0))
         pixels = _decode([row.data for row in batch], size_px)
         found = features(_resize(pixels, features.size_px))
@@ -189,7 +186,9 @@ def _evaluate(options: EvaluateImagesOptions, features: Features, matcher: Match
         matches.add(batch)
     if size_px is None:
         raise InputError(f"{join(options.input, options.dataset)} holds no image. There is nothing to score.")
-    for images in _batched(_read_real(options.references or options.input)):
+    for images in _batched(
+        itertools.islice(_read_real(options.references or options.input), options.max_images)
+    ):
         distances.add(features(_resize(_decode(images, size_px), features.size_px)), real=True)
     return {
         "input": join(options.input, options.dataset),
@@ -249,26 +248,28 @@ class _Spread:
 class _Matches:
     """How near what a captioner says of images is to their prompts, and to the prompts of others."""
 
-    def __init__(self, matcher: Matcher | None) -> None:
-        self._runner = ModelRunner(matcher) if matcher else None
+    def __init__(self, options: EvaluateImagesOptions) -> None:
+        specs = [spec for spec in (options.match_with, options.match_by) if spec]
+        self._runners = [ModelRunner(load_model(spec)) for spec in specs]
         self.own: list[float] = []
         self._other: list[float] = []
         self.num_failures = 0
 
     def add(self, batch: Sequence[_Made]) -> None:
-        if self._runner is None:
+        if not self._runners:
             return
+        captioner, text = self._runners
+        captions = captioner.run([row.data for row in batch])
+        self.num_failures += sum(isinstance(caption, Failure) for caption in captions)
+        said = {i: found.candidates[0] for i, found in enumerate(captions) if not isinstance(found, Failure)}
         others = [_other_prompt(batch, i) for i in range(len(batch))]
-        pairs = [ImageAndPrompt(row.data, row.prompt) for row in batch]
-        swapped = [
-            ImageAndPrompt(row.data, other)
-            for row, other in zip(batch, others, strict=True)
-            if other is not None
-        ]
-        for own, found in ((self.own, pairs), (self._other, swapped)):
-            results = self._runner.run(found)
-            own += [result.similarity for result in results if isinstance(result, Match)]
-            self.num_failures += sum(isinstance(result, Failure) for result in results)
+        for values, prompts in ((self.own, [row.prompt for row in batch]), (self._other, others)):
+            pairs = [
+                (said[i], prompt) for i, prompt in enumerate(prompts) if i in said and prompt is not None
+            ]
+            if pairs:
+                left, right = (_vectors(text, texts) for texts in zip(*pairs, strict=True))
+                values += cosines(left, right).tolist()
 
     def scores(self) -> dict[str, Any]:
         if not self.own:
@@ -282,6 +283,13 @@ class _Matches:
         other = float(np.mean(self._other))
         gain = {"match_gain": scores["match"] - other, "match_gain_low": low, "match_gain_high": high}
         return {**scores, "match_swapped": other, **gain}
+
+
+def _vectors(text: "ModelRunner[str, TextVector]", texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+    found = text.run(texts)
+    if failure := next((vector for vector in found if isinstance(vector, Failure)), None):
+        raise ModelError(f"the text model of --match_by fails on a text: {failure.message}. Name another.")
+    return [vector.values for vector in found if not isinstance(vector, Failure)]
 
 
 def _resampled(values: Sequence[float], draw: np.random.Generator) -> float:

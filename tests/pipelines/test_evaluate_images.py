@@ -140,6 +140,10 @@ class TestScores:
         assert (report["num_made"], report["num_real"], report["size_px"]) == (30, 30, 24)
         assert "within_prompt_pixels" not in report["scores"]
 
+    def test_of_some_images_alone(self, out, network):
+        report = evaluate_images(EvaluateImagesOptions(out, max_images=7, **network))
+        assert (report["num_made"], report["num_real"]) == (7, 7)
+
     def test_match(self, out, network, match, tmp_path):
         flags = [f"--features={network['features']}", f"--feature_weights={network['feature_weights']}"]
         report = evaluate_images(parse(f"--input={out}", "--device=cpu", *flags, *match))
@@ -192,6 +196,7 @@ class TestWhatCannotBe:
             (["--match_by=bert:x"], "--match_with is bert:x. It must be a captioner beside a text model"),
             (["--match_with=bert:x", "--match_by=bert:x"], "--match_with is 'bert:x'"),
             (["--size=4"], "--size is 4"),
+            (["--max_images=1"], "--max_images is 1"),
             (["--dataset=images"], "--dataset is images. It must be beside others to score it against"),
             (["--features="], "--features is ''"),
         ],
