@@ -61,6 +61,13 @@ class TestCard:
         assert card.data.eval_results is None
         assert "Scores" not in text
 
+    @pytest.mark.parametrize("kind", ["vae", "gan"])
+    def test_image_model(self, tmp_path, kind):
+        write_card(tmp_path, {"kind": kind, "scores": {"sample_distance": 0.2}})
+        text = (tmp_path / "README.md").read_text()
+        assert f"diptych generate --model {kind}:FOLDER --prompts SRC" in text
+        assert huggingface_hub.ModelCard(text).data.pipeline_tag == "text-to-image"
+
     def test_a_number_that_json_does_not_know(self, tmp_path):
         write_card(tmp_path, {"kind": "word2vec", "scores": {"a": float("nan"), "b": 1.0}})
         found = json.loads((tmp_path / "model_card.json").read_text(), parse_constant=pytest.fail)

@@ -292,3 +292,13 @@ def test_exploding_keeps_the_number_of_records() -> None:
     fewer = exploded.advance("embed", take_rows(rows, [0, 1]), [Reject("k2", 2, "model_error", "m")])
     assert (fewer.num_read, fewer.num_records) == (5, 4)
     assert CODER.decode(CODER.encode(fewer)) == fewer
+
+
+def test_a_branch_is_what_a_job_would_read_from_the_output() -> None:
+    lost = reject_batch("s", "read", [Reject("k", 9, "empty", "m")])
+    chunk = chunk_of(raw_rows([["a"], ["b"]]), lost).advance("image", raw_rows([["a"], ["b"]]), (), {"n": 2})
+    branch = chunk.branch()
+    assert branch.rows.equals(chunk.rows)
+    assert (branch.num_read, len(branch.rejects), branch.counters) == (2, 0, {})
+    assert branch.num_records == chunk.num_records == 3
+    assert (branch.key, branch.last) == (chunk.key, chunk.last)

@@ -174,6 +174,60 @@ def wait_for(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
+class Finishes(Lengths):
+    """The length is doubled afterwards; some texts are trouble only then."""
+
+    def predict(self, prepared: list[str]) -> list[Any]:
+        super().predict(prepared)
+        return [(text,) for text in prepared]
+
+    def finish(self, predicted: tuple[str]) -> TextVector:
+        self.threads.add(threading.current_thread().name)
+        if "late" in predicted[0]:
+            raise ValueError("too late")
+        return TextVector(np.array([2 * len(predicted[0])], np.float32))
+
+    threads: set[str]
+
+
+class TestFinish:
+    @pytest.fixture
+    def model(self) -> Finishes:
+        model = Finishes()
+        model.threads = set()
+        return model
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 100])
+    def test_what_is_finished_comes_in_the_order_of_the_inputs(self, model, batch_size):
+        texts = ["a" * i for i in range(10)]
+        assert lengths_of(run_model(model, texts, batch_size)) == [2 * i for i in range(10)]
+        assert all(name.startswith("prepare") for name in model.threads)  # in the background
+
+    def test_one_that_cannot_be_finished_costs_its_row(self, model):
+        found = run_model(model, ["a", "late", "bad", "bbb"])
+        assert lengths_of(found) == [2, None, None, 6]
+        assert [found[1], found[2]] == [Failure("ValueError: too late"), Failure("RuntimeError: bad row")]
+        assert model.predicted.count(["late"]) <= 1  # it is not tried again for that
+
+    def test_the_next_is_predicted_meanwhile(self, model, monkeypatch):
+        """The first finishes only when the second micro-batch is predicted: in turn, it would wait for ever."""
+        second = threading.Event()
+        predict, finish = Finishes.predict, Finishes.finish
+
+        def predicting(self: Finishes, prepared: list[str]) -> list[Any]:
+            if "b" in prepared:
+                second.set()
+            return predict(self, prepared)
+
+        def finishing(self: Finishes, predicted: tuple[str]) -> TextVector:
+            assert second.wait(10)
+            return finish(self, predicted)
+
+        monkeypatch.setattr(Finishes, "predict", predicting)
+        monkeypatch.setattr(Finishes, "finish", finishing)
+        assert lengths_of(run_model(model, ["a", "b"], 1)) == [2, 2]
+
+
 class TestOverlap:
     def test_the_next_are_prepared_while_one_is_predicted_and_no_more(self):
         ahead = micro_batches._LOOKAHEAD

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import os
@@ -254,6 +255,14 @@ class TestReadCommit:
         os.rename(tmp_path / "images" / "shard-00000.parquet", tmp_path / "images" / "shard-00001.parquet")
         with pytest.raises(OutputError, match=r"says that it is images/shard-00000.parquet"):
             read_commit(sink, ChunkKey("shard", 1))
+
+    def test_a_file_of_another_data_set_is_named(self, tmp_path):
+        sink = sink_of(tmp_path)
+        commit_chunk(sink, chunk_of())
+        (tmp_path / "captions").mkdir()
+        os.rename(tmp_path / "images/shard-00000.parquet", tmp_path / "captions/shard-00000.parquet")
+        with pytest.raises(OutputError, match=r"says that it is images/shard-00000.parquet"):
+            read_commit(dataclasses.replace(sink, dataset="captions"), ChunkKey("shard", 0))
 
     def test_a_file_that_cannot_be_read_is_no_missing_one(self, tmp_path):
         (tmp_path / "images" / "shard-00000.parquet").mkdir(parents=True)
