@@ -158,7 +158,7 @@ def _from_folder(folder: Path, device: torch.device) -> Any:
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = torch.bfloat16 if has_bf16 else torch.float16
     try:
-        return AutoPipelineForText2Image.from_pretrained(
+        return AutoPipelineForText2Image.from_pretrained(  # type: ignore[no-untyped-call]
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except Exception as error:  # diffusers raises what its many parts raise

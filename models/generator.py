@@ -16,6 +16,8 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 _SLOPE = 0.2
+# Deviations: a text that is further out than any of the training is taken to be so far
+_FAR = 6.0
 _SMALLEST_GRID, _LARGEST_GRID = 4, 7
 
 
@@ -70,15 +72,19 @@ def is_size(size_px: int) -> bool:
 
 
 class Condition(nn.Module):
-    """Text vectors, standardised as they were in training, to what the blocks are told of the text."""
+    """Text vectors to what the blocks are told of the text.
+
+    They are whitened first, by the principal axes of the training's texts: what tells captions from one another, such
+    as their colours, may be a small part of what is in a vector.
+    """
 
     mean: Tensor
-    std: Tensor
+    whitening: Tensor
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(config.text_dim))
-        self.register_buffer("std", torch.ones(config.text_dim))
+        self.register_buffer("whitening", torch.eye(config.text_dim))
         self.layers = nn.Sequential(
             nn.Linear(config.text_dim, config.condition_dim),
             nn.LeakyReLU(_SLOPE),
@@ -87,7 +93,8 @@ class Condition(nn.Module):
 
     def forward(self, texts: Tensor) -> Tensor:
         """Returns (N, E) of (N, T)."""
-        found: Tensor = self.layers((texts - self.mean) / self.std)
+        white = (texts - self.mean) @ self.whitening
+        found: Tensor = self.layers(white.clamp(-_FAR, _FAR))
         return found
 
 

@@ -26,7 +26,7 @@ class ImageData:
 
     Attributes:
         mean: (T,) of the vectors.
-        std: (T,) of the vectors, at least a little.
+        whitening: (T, T), by which what is off the mean is multiplied to be of variance 1 in all directions.
     """
 
     def __init__(self, cache: CaptionCache, folder: Path, dim: int) -> None:
@@ -56,16 +56,7 @@ class ImageData:
                     "make room, or name another place with --cache."
                 ) from error
         self._vectors = np.memmap(self._path, "<f4", "r", shape=(int(self._ends[-1]), self._dim))
-        total, squares = np.zeros(self._dim), np.zeros(self._dim)
-        for start in range(0, len(self._vectors), 4096):
-            part = np.asarray(self._vectors[start : start + 4096], np.float64)
-            total, squares = total + part.sum(0), squares + (part * part).sum(0)
-        mean = total / len(self._vectors)
-        variance = np.maximum(squares / len(self._vectors) - mean * mean, 0)
-        # dimensions that hardly vary say nothing, and must not be blown up
-        std = np.sqrt(variance)
-        self.mean = torch.from_numpy(mean.astype(np.float32))
-        self.std = torch.from_numpy(np.maximum(std, max(1e-6, 0.05 * float(std.mean()))).astype(np.float32))
+        self.mean, self.whitening = _spread(self._vectors)
 
     def _texts(self) -> Iterator[str]:
         for captions in self._cache.all_captions():
@@ -90,6 +81,28 @@ class ImageData:
     def captions(self, row: int) -> list[str]:
         """Returns the captions of a row."""
         return [words[0] for words in self._cache.captions([row])[0]]
+
+
+# Of the largest deviation: directions in which vectors vary less say nothing, and are not blown up
+_LEAST_DEVIATION = 0.02
+
+
+def _spread(vectors: _Array) -> tuple[Tensor, Tensor]:
+    """Returns the mean of (M, T) vectors and their whitening, read a part at a time."""
+    dim = vectors.shape[1]
+    total, squares = np.zeros(dim), np.zeros((dim, dim))
+    parts = range(0, len(vectors), 4096)
+    for start in parts:
+        total += vectors[start : start + 4096].sum(0, dtype=np.float64)
+    mean = total / len(vectors)
+    for start in parts:
+        off = vectors[start : start + 4096] - mean
+        squares += off.T @ off
+    variances, axes = np.linalg.eigh(squares / len(vectors))
+    deviations = np.sqrt(np.maximum(variances, 0))
+    least = max(1e-6, _LEAST_DEVIATION * float(deviations[-1]))
+    whitening = axes / np.maximum(deviations, least)
+    return torch.from_numpy(mean).float(), torch.from_numpy(whitening).float()
 
 
 class ImageBatch(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.gan import Discriminator, discriminator_loss, r1_penalty
-from models.generator import Generator, GeneratorConfig
+from models.generator import Condition, Generator, GeneratorConfig
 from models.image_options import GanTraining, VaeTraining
 from models.vae import Vae, negative_bound
 
@@ -25,10 +25,15 @@ Figures = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """How the vectors of the training's texts are spread, (T,) each."""
+    """How the vectors of the training's texts are spread.
+
+    Attributes:
+        mean: (T,).
+        whitening: (T, T), by which what is off the mean is multiplied to be of variance 1 in all directions.
+    """
 
     mean: Tensor
-    std: Tensor
+    whitening: Tensor
 
 
 class Objective(abc.ABC):
@@ -47,20 +52,27 @@ class Objective(abc.ABC):
     optimizers: dict[str, torch.optim.Optimizer]
 
     @abc.abstractmethod
-    def step(self, images: Tensor, texts: Tensor, at: int) -> Figures:
-        """Learns from a batch, (N, 3, S, S) from -1 to 1 and (N, T); what is drawn follows from torch's seed."""
+    def step(self, images: Tensor, texts: Tensor, at: int, done: float) -> Figures:
+        """Learns from a batch; what is drawn follows from torch's seed.
+
+        Args:
+            images: (N, 3, S, S), from -1 to 1.
+            texts: (N, T).
+            at: The step, from 0.
+            done: The share of the training that is behind.
+        """
 
     def validate(self, images: Tensor, texts: Tensor, noise: Tensor) -> Figures:
         """Returns means over a batch that is not learnt from."""
         return {}
 
 
-def _mean_and_std(network: nn.Module, texts: Texts) -> None:
+def _tell_spread(network: nn.Module, texts: Texts) -> None:
     """Tells every part of a network that reads text vectors how they are spread."""
     for module in network.modules():
-        if hasattr(module, "mean") and hasattr(module, "std"):
+        if isinstance(module, Condition):
             module.mean.copy_(texts.mean)
-            module.std.copy_(texts.std)
+            module.whitening.copy_(texts.whitening)
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
@@ -85,23 +97,24 @@ class VaeObjective(Objective):
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._vae = Vae(config)
-        _mean_and_std(self._vae, texts)
+        _tell_spread(self._vae, texts)
         self._vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = self.averaged = self._vae
         self.generator = self._vae.generator
         self.encoder = self._vae.encoder
-        self._precision, self._weight = precision, options.divergence_weight
+        self._precision, self._options = precision, options
         self._num_values = 3 * config.size_px**2
         self.optimizers = {
             "optimizer": torch.optim.AdamW(self._vae.parameters(), options.learning_rate, weight_decay=1e-4)
         }
 
-    def step(self, images: Tensor, texts: Tensor, at: int) -> Figures:
+    def step(self, images: Tensor, texts: Tensor, at: int, done: float) -> Figures:
         """Learns from a batch."""
         noise = torch.randn(len(images), self.generator.config.latent_dim, device=images.device)
         with self._precision():
             bound = self._vae(images, texts, noise)
-        loss = negative_bound(bound, self._num_values, self._weight)
+        weight = self._options.divergence_weight * self._options.text_first ** max(0.0, 1 - 2 * done)
+        loss = negative_bound(bound, self._num_values, weight)
         norm = _update(self.optimizers["optimizer"], loss)
         return {"train_loss": loss.detach(), "gradient_norm": norm}
 
@@ -109,7 +122,7 @@ class VaeObjective(Objective):
         """Returns the bound on a batch, and its parts."""
         with self._precision():
             bound = self._vae(images, texts, noise)
-        loss = negative_bound(bound, self._num_values, self._weight)
+        loss = negative_bound(bound, self._num_values, self._options.divergence_weight)
         return {"validation_loss": loss, "error": bound.error, "divergence": bound.divergence}
 
 
@@ -125,9 +138,9 @@ class GanObjective(Objective):
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._discriminator = Discriminator(generator.config)
-        _mean_and_std(self._discriminator, texts)
+        _tell_spread(self._discriminator, texts)
         if not options.generator:
-            _mean_and_std(generator, texts)
+            _tell_spread(generator, texts)
         self.network = nn.ModuleDict({"generator": generator, "discriminator": self._discriminator})
         self.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = self.generator = generator
@@ -140,7 +153,7 @@ class GanObjective(Objective):
             ),
         }
 
-    def step(self, images: Tensor, texts: Tensor, at: int) -> Figures:
+    def step(self, images: Tensor, texts: Tensor, at: int, done: float) -> Figures:
         """Learns from a batch: the discriminator first."""
         judge = self._discriminator
         noise = torch.randn(2, len(images), self.generator.config.latent_dim, device=images.device)

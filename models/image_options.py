@@ -46,11 +46,14 @@ class VaeTraining(ImageTraining):
 
     Attributes:
         divergence_weight: Of the latent's divergence from the prior; more makes images plainer, and draws more alike.
+        text_first: Times as much at the beginning, when the latent should say nothing that the text says; it sinks to
+            once that, evenly on a logarithmic scale, over the first half of `epochs`.
         patience: Epochs without a better bound after which training stops.
     """
 
     kind = "vae"
     divergence_weight: float = 1.0
+    text_first: float = 100.0
     patience: int = 10
 
 

@@ -90,7 +90,7 @@ def train_image_model(
         folder, size_px = (cache or output / "_cache") / name, generator.config.size_px
         splits.append(open_image_data(folder, data.fingerprint, size_px, text, num_rows, batches, on_rows))
     train, validation = splits
-    texts = Texts(train.mean, train.std)
+    texts = Texts(train.mean, train.whitening)
 
     def precision() -> AbstractContextManager[Any]:
         return training_precision(options.precision, chosen)
@@ -231,7 +231,8 @@ class _Training:
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("peak", group["lr"]) * share
         images = from_pixels(batch.pixels.to(self._device, non_blocking=True))
-        figures = self._objective.step(images, batch.texts.to(self._device, non_blocking=True), at)
+        texts = batch.texts.to(self._device, non_blocking=True)
+        figures = self._objective.step(images, texts, at, at / (self._options.epochs * self._steps))
         for name, value in figures.items():
             before = self._sums.get(name)
             self._sums[name] = value if before is None else before + value

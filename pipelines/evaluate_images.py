@@ -237,7 +237,7 @@ class _Spread:
     def scores(self) -> dict[str, float]:
         self._end()
         self._pixels = []
-        scores = {}
+        scores: dict[str, float] = {}
         for name, values in (("within_prompt", self._within), ("between_prompts", self._between)):
             if values:
                 of_pixels, of_features = np.mean(values, axis=0).tolist()

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from models.base import CaptionOptions, ImageOptions, TextOptions
@@ -180,7 +181,10 @@ def generate_options(args: argparse.Namespace, beam_args: Sequence[str]) -> Gene
         OptionError: A value is out of bounds.
     """
     return _generate_options(
-        args, job_values(args, beam_args), "--model", (args.size, args.image_format, args.quality)
+        args,
+        job_values(args, beam_args),
+        "--model",
+        {"size_px": args.size, "image_format": args.image_format, "quality": args.quality},
     )
 
 
@@ -220,9 +224,13 @@ def _caption_options(args: argparse.Namespace, job: Mapping[str, Any], flag: str
 
 
 def _generate_options(
-    args: argparse.Namespace, job: Mapping[str, Any], flag: str, image: tuple[Any, ...] = ()
+    args: argparse.Namespace,
+    job: Mapping[str, Any],
+    flag: str,
+    image: Mapping[str, Any] = MappingProxyType({}),
 ) -> GenerateOptions:
-    asked = ImageOptions(*image, text_model=args.text_model, settings=tuple(args.setting))
+    own = ImageOptions(text_model=args.text_model, settings=tuple(args.setting))
+    asked = dataclasses.replace(own, **image)
     with_, by = args.match_with, args.match_by
     return GenerateOptions(
         **job,

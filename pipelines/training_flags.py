@@ -214,7 +214,10 @@ def _add_image_flags(
         ("threads", "N", "CPU threads of a step, 0 for all"),
     ]
     if isinstance(default, VaeTraining):
-        values.append(("divergence_weight", "X", "of the latent's divergence: more makes images plainer"))
+        values += [
+            ("divergence_weight", "X", "of the latent's divergence: more makes images plainer"),
+            ("text_first", "X", "times as much at the beginning, that the text be learnt first"),
+        ]
     else:
         values += [
             ("discriminator_learning_rate", "X", "of the discriminator"),

@@ -98,9 +98,9 @@ class TrainOptions:
 
 def _check_image_model(training: VaeTraining | GanTraining) -> None:
     kind, colon, location = training.text_model.partition(":")
-    is_named = kind in TEXT_KINDS and colon and location.strip()
+    is_named = kind in TEXT_KINDS and bool(colon and location.strip())
     check(
-        bool(is_named),
+        is_named,
         "--text_model",
         repr(training.text_model),
         f"KIND:LOC, of kind {' or '.join(TEXT_KINDS)}",
@@ -113,11 +113,11 @@ def _check_image_model(training: VaeTraining | GanTraining) -> None:
     rates = ["learning_rate"]
     if isinstance(training, VaeTraining):
         check(training.patience >= 1, "--patience", training.patience, "at least 1")
-        rates.append("divergence_weight")
+        rates += ["divergence_weight", "text_first"]
     else:
         kind, colon, location = training.generator.partition(":")
-        is_named = not training.generator or (kind in ("vae", "gan") and colon and location.strip())
-        check(bool(is_named), "--generator", repr(training.generator), "KIND:LOC, of kind vae or gan")
+        is_named = not training.generator or (kind in ("vae", "gan") and bool(colon and location.strip()))
+        check(is_named, "--generator", repr(training.generator), "KIND:LOC, of kind vae or gan")
         check(training.batch_size >= 2, "--batch_size", training.batch_size, "at least 2: texts are swapped")
         check(training.r1_every >= 1, "--r1_every", training.r1_every, "at least 1")
         weight = training.r1_weight

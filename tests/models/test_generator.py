@@ -65,9 +65,15 @@ class TestGenerator:
         generator = Generator(CONFIG)
         _, texts, noise = inputs()
         wanted = generator(texts, noise)
+        mixing = torch.randn(6, 6)
         generator.condition.mean.fill_(2.0)
-        generator.condition.std.fill_(0.5)
-        torch.testing.assert_close(generator(texts * 0.5 + 2, noise), wanted)
+        generator.condition.whitening.copy_(torch.linalg.inv(mixing))
+        torch.testing.assert_close(generator(texts @ mixing + 2, noise), wanted, atol=1e-4, rtol=1e-4)
+
+    def test_a_text_far_out_is_taken_to_be_less_far(self):
+        generator = Generator(CONFIG)
+        _, texts, noise = inputs()
+        torch.testing.assert_close(generator(texts * 1e6, noise), generator(texts * 1e9, noise))
 
     def test_an_image_does_not_depend_on_those_beside_it(self):
         generator = Generator(CONFIG).eval()

@@ -112,7 +112,7 @@ class TestFlags:
     @pytest.mark.parametrize(
         ("model", "expected"),
         [
-            ("vae", VaeTraining(divergence_weight=0.4, patience=14)),
+            ("vae", VaeTraining(divergence_weight=0.4, text_first=0.3, patience=14)),
             (
                 "gan",
                 GanTraining(generator="vae:v", discriminator_learning_rate=0.5, r1_weight=0.6, r1_every=15),
