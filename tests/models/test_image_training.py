@@ -79,8 +79,8 @@ def weights(folder):
 
 
 def test_a_vae_draws_what_it_is_told(tmp_path, words):
-    options = VaeTraining(text_model=words, **{**SMALL, "epochs": 60}, learning_rate=2e-3, patience=60)
-    options = dataclasses.replace(options, divergence_weight=4.0)
+    options = VaeTraining(text_model=words, **{**SMALL, "epochs": 40}, learning_rate=5e-3, patience=40)
+    options = dataclasses.replace(options, divergence_weight=20.0)
     noisy = dataclasses.replace(data(), train=lambda: batches(40, seed=0)(), validation=batches(12, seed=1))
     history = train(tmp_path, options, noisy)
     model = ImageGenerator.load(str(tmp_path), ImageOptions(), "cpu", "vae")
@@ -105,9 +105,9 @@ def test_figures(tmp_path, options):
     }
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
     assert all(entry.keys() == shared | own[options.kind] for entry in history)
-    sheet = Image.open(tmp_path / "samples.png")
-    assert sheet.width > 5 * 96
-    assert sheet.height > 8 * 96
+    with Image.open(tmp_path / "samples.png") as sheet:
+        assert sheet.width > 5 * 96
+        assert sheet.height > 8 * 96
     assert (tmp_path / "encoder.safetensors").exists() == (options.kind == "vae")
 
 
@@ -173,7 +173,9 @@ def test_a_training_that_diverges_says_so(tmp_path, options, rate):
     wild = dataclasses.replace(options, learning_rate=rate, epochs=50)
     if options.kind == "gan":
         wild = dataclasses.replace(wild, discriminator_learning_rate=rate)
-    with pytest.raises(ModelError, match=r"the training diverged: .* Lower --learning_rate \(it is 1e\+"):
+    with pytest.raises(
+        ModelError, match=r"the training diverged: .* Lower --learning_rate \(it is 1(e\+30|000000)"
+    ):
         train(tmp_path, wild)
 
 
