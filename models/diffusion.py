@@ -103,7 +103,10 @@ class DiffusionPipeline(ImageModel):
         chosen = choose_device(device)
 
         def download(name: str) -> Any:  # of a repository with the same weights in several formats, one
-            return diffusers.DiffusionPipeline.download(name, use_safetensors=True)
+            try:
+                return diffusers.DiffusionPipeline.download(name, use_safetensors=True)
+            except OSError as error:  # which hides what the hub said
+                raise error.__cause__ or error.__context__ or error from None
 
         folder = localise(location, hub=True, download=download)
         if not (folder / "model_index.json").is_file():
@@ -130,6 +133,9 @@ class DiffusionPipeline(ImageModel):
     def predict(self, prepared: _Prepared) -> list[_Drawn]:
         """Draws what `prepare` returned."""
         settings: dict[str, Any] = {name: _lists(value) for name, value in self._options.settings}
+        for name, value in settings.items():
+            if name.startswith("negative_prompt") and isinstance(value, str):
+                settings[name] = [value] * len(prepared.prompts)  # as many as there are prompts
         if self._takes_size:
             settings |= {"width": self.size_px[0], "height": self.size_px[1]}
         with torch.inference_mode(), quiet_transformers():

@@ -24,10 +24,11 @@ from models.errors import FlagError, ModelError
 from models.generator import Generator, GeneratorConfig, to_pixels
 from models.pixels import Pixels
 from models.store import digest, load_state, localise, read_config, read_tensors, write_file, write_tensors
-from models.text_model import TextSource
+from models.text_model import LoadText, TextSource, load_text_model
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _BATCH_SIZE = {"cpu": 32, "cuda": 256}
+_FEWEST_ROWS = 8
 
 
 def save_generator(folder: Path, kind: str, generator: Generator, text: TextSource) -> None:
@@ -118,7 +119,14 @@ class ImageGenerator(ImageModel):
         self.batch_size = _BATCH_SIZE[device.type]
 
     @classmethod
-    def load(cls, location: str, options: ImageOptions, device: str, kind: str) -> "ImageGenerator":
+    def load(
+        cls,
+        location: str,
+        options: ImageOptions,
+        device: str,
+        kind: str,
+        load_text: LoadText = load_text_model,
+    ) -> "ImageGenerator":
         """Loads a model that `diptych train vae|gan` wrote, and its text model.
 
         Args:
@@ -126,6 +134,7 @@ class ImageGenerator(ImageModel):
             options: What is asked of it.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             kind: `vae` or `gan`, which it must be.
+            load_text: Gives the text model of a kind and a location.
 
         Raises:
             ModelError: It or its text model cannot be loaded, or is of another kind.
@@ -134,7 +143,7 @@ class ImageGenerator(ImageModel):
         chosen = choose_device(device)
         folder = localise(location)
         generator, source = read_generator(folder, (kind,))
-        text = source.load(options.text_model, device)
+        text = source.load(options.text_model, load_text)
         asked = dataclasses.asdict(dataclasses.replace(options, text_model=None))
         content = f"{digest(folder, (CONFIG, WEIGHTS))} {text.digest} {json.dumps(asked, sort_keys=True)}"
         whole = hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -151,10 +160,10 @@ class ImageGenerator(ImageModel):
     def predict(self, prepared: _Prepared) -> list[_Drawn]:
         """Draws what `prepare` returned."""
         vectors = self._text.predict(prepared.texts)
-        texts = torch.from_numpy(np.stack([vector.values for vector in vectors]))
-        noise = prepared.noise.to(self._device, non_blocking=True)
+        texts = _filled(torch.from_numpy(np.stack([vector.values for vector in vectors])))
+        noise = _filled(prepared.noise).to(self._device, non_blocking=True)
         with torch.inference_mode(), half_precision(self._device):
-            images = self._generator(texts.to(self._device), noise)
+            images = self._generator(texts.to(self._device), noise)[: len(vectors)]
             pixels = to_pixels(images).contiguous().cpu().numpy()  # (N, S, S, 3)
         if not torch.isfinite(images).all():
             raise ValueError("the image holds numbers that are not finite")
@@ -164,6 +173,12 @@ class ImageGenerator(ImageModel):
         """Encodes an image."""
         data = encode_pixels(predicted.pixels, self._options)
         return GeneratedImage(data, None if predicted.known else "no_known_word")
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """Returns rows (N, …), the first repeated where they are few: matrix products of few rows sum in another order."""
+    missing = max(0, _FEWEST_ROWS - len(rows))
+    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def draw_noise(seed: int, num_values: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -274,6 +274,8 @@ class _Training:
             found = self._bound(epoch)
             figures = self._look_at_samples(output)
         entry = {"epoch": epoch + 1, **means, **found, **figures, "seconds": round(self.at.seconds, 1)}
+        if broken := [name for name, value in entry.items() if not math.isfinite(value)]:
+            raise self._diverged(f"the {broken[0].replace('_', ' ')} is {entry[broken[0]]}")
         # a GAN has no figure that says which is the best: the last is
         value = found.get("validation_loss", -math.inf)
         if value < self.at.best or value == -math.inf:
@@ -307,7 +309,8 @@ class _Training:
             images = from_pixels(batch.pixels.to(self._device))
             for name, value in self._objective.validate(images, batch.texts.to(self._device), noise).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(rows)
-            self._report("validating", epoch, rows[-1] + 1)
+            if rows[-1] + 1 < len(self._validation):  # the last comes with the figures
+                self._report("validating", epoch, rows[-1] + 1)
         return {name: value / num_rows for name, value in sums.items()}
 
     def _noise(self, samples: list[tuple[int, int]]) -> Tensor:

@@ -1,6 +1,7 @@
 """`KIND:LOCATION`, and the one place that knows which class is behind a kind."""
 
 import dataclasses
+import os
 import threading
 from typing import Any, cast
 
@@ -57,13 +58,22 @@ def load_model(spec: ModelSpec) -> Model[Any, Any]:
     Raises:
         ModelError: It cannot be loaded, or is of another kind.
     """
+    spec = _named(spec)
     with _lock:
         if spec not in _loaded:
             compute(_load_once, spec)
         return _loaded[spec]
 
 
+def _named(spec: ModelSpec) -> ModelSpec:
+    """Returns the spec under the one name that its place has, however the user writes it."""
+    path = os.path.expanduser(spec.location)
+    is_local = "://" not in path and os.path.exists(path)
+    return dataclasses.replace(spec, location=os.path.abspath(path)) if is_local else spec
+
+
 def _load_once(spec: ModelSpec) -> Model[Any, Any]:
+    spec = _named(spec)
     if spec not in _loaded:
         _loaded[spec] = _load(spec)
     return _loaded[spec]
@@ -93,7 +103,10 @@ def _load(spec: ModelSpec) -> Model[Any, Any]:
         if spec.kind in ("vae", "gan"):
             from models.image_generator import ImageGenerator
 
-            return ImageGenerator.load(spec.location, spec.options, spec.device, kind=spec.kind)
+            def load_text(kind: str, location: str, options: TextOptions) -> TextModel:
+                return cast(TextModel, _load_once(ModelSpec(kind, location, options, spec.device)))
+
+            return ImageGenerator.load(spec.location, spec.options, spec.device, spec.kind, load_text)
         if spec.kind == "diffusers":
             from models.diffusion import DiffusionPipeline
 

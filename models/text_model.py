@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.base import TextModel, TextOptions
@@ -37,6 +37,9 @@ def load_text_model(kind: str, location: str, options: TextOptions, device: str 
     )
 
 
+LoadText = Callable[[str, str, TextOptions], TextModel]
+
+
 @dataclasses.dataclass(frozen=True)
 class TextSource:
     """The text model that another model was trained with, a part of its configuration.
@@ -68,32 +71,37 @@ class TextSource:
         """
         return cls(**{**values, "options": TextOptions(**values["options"])})
 
-    def load(self, elsewhere: str | None, device: str) -> TextModel:
+    def load(self, elsewhere: str | None, load_text: LoadText = load_text_model) -> TextModel:
         """Returns the text model.
 
         Args:
             elsewhere: `KIND:LOCATION` where it lies now, or None where it lies as in training.
-            device: As of `load_text_model`.
+            load_text: Gives the text model of a kind and a location.
 
         Raises:
-            ModelError: It cannot be loaded.
-            FlagError: It is another than the one of the training.
+            ModelError: It cannot be loaded, or has changed since.
+            FlagError: What lies elsewhere is another.
         """
         kind, _, location = (elsewhere or self.model).partition(":")
+        remedy = "Where it is elsewhere now, say so with --text_model KIND:LOCATION, or train again."
         try:
-            text = load_text_model(kind, location, self.options, device)
+            text = load_text(kind, location, self.options)
         except FlagError:
             raise
         except ModelError as error:
             if elsewhere:
                 raise
             raise ModelError(
-                f"The text model that this one was trained with, {self.model}, cannot be loaded: {error} Where it is "
-                "elsewhere now, say so with --text_model KIND:LOCATION."
+                f"The text model that this one was trained with, {self.model}, cannot be loaded: {error} {remedy}"
             ) from error
-        if text.digest != self.digest:
+        if text.digest == self.digest:
+            return text
+        if elsewhere:
             raise FlagError(
-                f"--text_model {kind}:{location} is another text model (digest {text.digest}) than the one that this "
-                f"model was trained with, {self.model} (digest {self.digest}). Images need the very same."
+                f"--text_model {elsewhere} is another text model (digest {text.digest}) than the one that this model "
+                f"was trained with, {self.model} (digest {self.digest}). Images need the very same: name that."
             )
-        return text
+        raise ModelError(
+            f"The text model that this one was trained with, {self.model}, has changed since: its digest is "
+            f"{text.digest}, and was {self.digest}. Images need the very same. {remedy}"
+        )

@@ -152,7 +152,7 @@ def _add_flags(name: str, parser: argparse.ArgumentParser) -> None:
 
         add_train_flags(parser)
     elif name == "evaluate":
-        from pipelines.evaluate import add_evaluate_flags
+        from pipelines.evaluate_flags import add_evaluate_flags
 
         add_evaluate_flags(parser)
     elif name == "demo":

@@ -44,4 +44,4 @@ def embed_branch(options: ModelJobOptions, pipeline: beam.Pipeline) -> Branch:
     flags_unknown = options.model.kind == "word2vec"
     schema, task = embeddings_schema(model.dim, flags_unknown), embed_task(model.dim, flags_unknown)
     branch = model_branch("embed", "embeddings", schema, model, options, task)
-    return dataclasses.replace(branch, steps={"ExplodeCaptions": ExplodeCaptions(), **branch.steps})
+    return dataclasses.replace(branch, steps={"ExplodeCaptions": ExplodeCaptions("embed"), **branch.steps})

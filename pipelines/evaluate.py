@@ -18,7 +18,7 @@ from models.tokens import tokenize
 from pipelines.job import JOB, data_files, read_json, read_success
 from transforms.errors import InputError, OptionError, OutputError
 from transforms.finish import SUCCESS
-from transforms.references import FORMATS, References, read_references
+from transforms.references import References, read_references
 from transforms.sink import DAMAGE
 from transforms.sources.parts import Ref
 from transforms.storage import input_errors, join, locate, output_errors
@@ -79,29 +79,6 @@ class Candidate(NamedTuple):
     key: str
     caption: str
     references: Sequence[str] | None
-
-
-def add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `diptych evaluate`, of captions and of images."""
-    from pipelines.evaluate_images import add_images_flags
-
-    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    _add_captions_flags(what.add_parser("captions", help="what `diptych caption` wrote", allow_abbrev=False))
-    add_images_flags(what.add_parser("images", help="what `diptych generate` wrote", allow_abbrev=False))
-
-
-def _add_captions_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", required=True, metavar="OUT", help="output of a job that wrote captions")
-    parser.add_argument(
-        "--references", metavar="FILE", help="annotation with the true captions (default: those in OUT)"
-    )
-    parser.add_argument(
-        "--format", default="auto", choices=("auto", *FORMATS), help="of FILE (default: find out)"
-    )
-    parser.add_argument("--split", metavar="A[,B]", help="splits of a Karpathy file (default: all)")
-    parser.add_argument("--results", metavar="FILE.json", help="write the captions as COCO results")
-    parser.add_argument("--scores", metavar="FILE.json", help="write the scores as JSON")
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
 
 
 def evaluate_options(args: argparse.Namespace) -> EvaluateOptions:

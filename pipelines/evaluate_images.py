@@ -1,7 +1,7 @@
 """Scores images that a job made: `diptych evaluate images --input OUT --references OUT2`.
 
 FID and KID beside real images, how different the images of one prompt are, and how well they show it. In memory are a
-micro-batch of images, and the features of some thousands.
+micro-batch of images, the features of some thousands, and a few numbers of each.
 """
 
 import argparse
@@ -85,46 +85,6 @@ class EvaluateImagesOptions:
         check(is_apart, "--dataset", self.dataset, "beside others to score it against, --references")
 
 
-def add_images_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `diptych evaluate images`."""
-    parser.add_argument("--input", required=True, metavar="OUT", help="output of a job that made images")
-    parser.add_argument(
-        "--dataset",
-        default="generated",
-        choices=("generated", "images"),
-        help="of OUT (default generated); images are real ones, for a yardstick",
-    )
-    parser.add_argument(
-        "--references", metavar="OUT2", help="output with real images (default: the images in OUT)"
-    )
-    parser.add_argument(
-        "--max_images", type=int, metavar="N", help="score at most so many of each side (default all)"
-    )
-    parser.add_argument(
-        "--size",
-        dest="size_px",
-        type=int,
-        metavar="PX",
-        help="bring both to this size first (default: that of the images that are scored)",
-    )
-    parser.add_argument(
-        "--features",
-        default="inception",
-        metavar="NAME",
-        help="network whose features are compared: inception, of torchvision, or timm:NAME (default inception)",
-    )
-    parser.add_argument(
-        "--feature_weights", default="imagenet", metavar="W", help="imagenet, or a safetensors file or URL"
-    )
-    parser.add_argument("--match_with", metavar="KIND:LOC", help="captioner that describes the images")
-    parser.add_argument(
-        "--match_by", metavar="KIND:LOC", help="text model that compares that with their prompts"
-    )
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--scores", metavar="FILE.json", help="write the scores as JSON")
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-
-
 def images_options(args: argparse.Namespace) -> EvaluateImagesOptions:
     """Returns the options of `diptych evaluate images` from its parsed flags.
 
@@ -178,7 +138,7 @@ def _evaluate(options: EvaluateImagesOptions, features: Features) -> dict[str, A
     distances, spread, matches = Distances(features.dim), _Spread(), _Matches(options)
     size_px = options.size_px
     for batch in _batched(itertools.islice(_read_made(options.input, options.dataset), options.max_images)):
-        size_px = size_px or len(decode_pixels(batch[0].data, 0))
+        size_px = size_px or len(_decode([batch[0].data], 0)[0])
         pixels = _decode([row.data for row in batch], size_px)
         found = features(_resize(pixels, features.size_px))
         distances.add(found, real=False)
@@ -278,7 +238,8 @@ class _Matches:
         if not self._other:
             return scores
         draw = np.random.default_rng(0)
-        gains = [_resampled(self.own, draw) - _resampled(self._other, draw) for _ in range(_BOOTSTRAPS)]
+        own, others = np.asarray(self.own), np.asarray(self._other)
+        gains = [_resampled(own, draw) - _resampled(others, draw) for _ in range(_BOOTSTRAPS)]
         low, high = np.quantile(gains, (0.025, 0.975)).tolist()
         other = float(np.mean(self._other))
         gain = {"match_gain": scores["match"] - other, "match_gain_low": low, "match_gain_high": high}
@@ -292,8 +253,8 @@ def _vectors(text: "ModelRunner[str, TextVector]", texts: Sequence[str]) -> list
     return [vector.values for vector in found if not isinstance(vector, Failure)]
 
 
-def _resampled(values: Sequence[float], draw: np.random.Generator) -> float:
-    return float(np.asarray(values)[draw.integers(0, len(values), len(values))].mean())
+def _resampled(values: np.ndarray[Any, Any], draw: np.random.Generator) -> float:
+    return float(values[draw.integers(0, len(values), len(values))].mean())
 
 
 def _other_prompt(batch: Sequence[_Made], number: int) -> str | None:

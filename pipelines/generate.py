@@ -58,7 +58,7 @@ def generate_branch(options: GenerateOptions, pipeline: beam.Pipeline) -> Branch
     task = generate_task(cast(ImageOptions, options.model.options).image_format, match is not None)
     branch = model_branch("generate", "generated", schema, model, options, task)
     steps: dict[str, ChunkTransform] = {
-        "ExplodeCaptions": ExplodeCaptions(),
+        "ExplodeCaptions": ExplodeCaptions("generate"),
         "ExplodeSamples": ExplodeSamples(options.images_per_prompt, options.seed),
         **branch.steps,
     }

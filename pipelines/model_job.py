@@ -11,7 +11,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from models.base import Model
 from models.errors import FlagError, ModelError
-from models.spec import ModelSpec, load_model
+from models.spec import MatchOptions, ModelSpec, load_model
 from pipelines.job import data_files, fingerprint, is_same_place, read_success, refuse_overlap
 from pipelines.launch import Job, Written, finish_job, launch, source_options
 from pipelines.options import ModelJobOptions
@@ -101,13 +101,20 @@ def load_here(spec: ModelSpec, pipeline: beam.Pipeline) -> Model[Any, Any]:
         import torch
 
         if not torch.cuda.is_available():  # the workers have one; here only its digest is wanted
-            spec = dataclasses.replace(spec, device="cpu")
+            spec = _on_cpu(spec)
     try:
         return load_model(spec)
     except FlagError as error:
         raise OptionError(str(error)) from error
     except ModelError as error:
         raise InputError(str(error)) from error
+
+
+def _on_cpu(spec: ModelSpec) -> ModelSpec:
+    options = spec.options
+    if isinstance(options, MatchOptions):
+        options = MatchOptions(_on_cpu(options.captioner), _on_cpu(options.text))
+    return dataclasses.replace(spec, options=options, device="cpu")
 
 
 @dataclasses.dataclass(frozen=True)

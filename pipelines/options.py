@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from models.base import CaptionOptions, ImageOptions
-from models.spec import ModelSpec
+from models.spec import TEXT_KINDS, ModelSpec
 from transforms.clean import CleanOptions
 from transforms.errors import OptionError
 from transforms.resize import ResizeOptions
@@ -164,6 +164,9 @@ class GenerateOptions(ModelJobOptions):
             self.match_by,
             "beside --match_with",
         )
+        named, colon, location = (asked.text_model or "bert:x").partition(":")
+        is_named = named in TEXT_KINDS and bool(colon and location.strip())
+        check(is_named, "--text_model", asked.text_model, f"KIND:LOC, of kind {' or '.join(TEXT_KINDS)}")
         check(is_told, "--text_model", asked.text_model, "left out: a diffusers pipeline brings its own")
 
     def rows_per_chunk(self, size_px: tuple[int, int]) -> int:
@@ -171,8 +174,14 @@ class GenerateOptions(ModelJobOptions):
 
         Args:
             size_px: (width, height) of the images.
+
+        Raises:
+            OptionError: Not even those of one prompt would fit.
         """
         of_prompt = 3 * size_px[0] * size_px[1] * self.images_per_prompt
+        most = _IMAGE_SAMPLES // (3 * size_px[0] * size_px[1])
+        bound = f"at most {most} at this size, so that the images of a prompt fit in memory"
+        check(of_prompt <= _IMAGE_SAMPLES, "--images_per_prompt", self.images_per_prompt, bound)
         return min(self.chunk_rows, max(1, _IMAGE_SAMPLES // (_PROMPTS_A_ROW * of_prompt)))
 
 

@@ -25,6 +25,7 @@ from models.store import digest as digest_of
 from models.store import localise
 from models.word2vec_training import Word2VecTraining
 from pipelines.job import State, digest, fingerprint, options_to_json
+from pipelines.options import check
 from pipelines.training_flags import add_train_flags, train_options
 from pipelines.training_options import TrainOptions
 from pipelines.training_output import ModelFolder, refuse_own_input
@@ -103,6 +104,7 @@ def run_training(options: TrainOptions) -> State:
 
 
 def _run(options: TrainOptions) -> State:
+    options = _with_shape(options)
     folder = ModelFolder(options.output)
     sources = [options.rows, *filter(None, [options.validation])]
     refuse_own_input([url for source in sources for url in source.inputs], folder)
@@ -126,6 +128,36 @@ def _run(options: TrainOptions) -> State:
     _describe_model(folder.model, options, rows, trained)
     folder.finish({"kind": trained.kind, "best_epoch": trained.best_epoch, "scores": dict(trained.scores)})
     return state
+
+
+def _with_shape(options: TrainOptions) -> TrainOptions:
+    """Returns the options with the shape of the generator that a GAN goes on with.
+
+    Raises:
+        ModelError: It cannot be loaded.
+        OptionError: Another shape is asked for.
+    """
+    training = options.training
+    if not (isinstance(training, GanTraining) and training.generator):
+        return options
+    from models.image_generator import read_generator
+
+    kind, _, location = training.generator.partition(":")
+    config = read_generator(localise(location), (kind,))[0].config
+    shape = {name: getattr(config, name) for name in _SHAPE}
+    for name, value in shape.items():
+        asked, default = getattr(training, name), getattr(GanTraining, name)
+        flag = f"--{name.removesuffix('_px')}"
+        check(
+            asked in (default, value),
+            flag,
+            asked,
+            f"left out, or {value}, as --generator {training.generator} has",
+        )
+    return dataclasses.replace(options, training=dataclasses.replace(training, **shape))
+
+
+_SHAPE = ("size_px", "latent_dim", "condition_dim", "channels", "max_channels")
 
 
 def _check_model(options: TrainOptions) -> None:

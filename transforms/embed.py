@@ -14,12 +14,15 @@ from transforms.chunk import Chunk, Reject
 from transforms.infer import Task
 from transforms.schemas import TEXTS, embeddings_schema
 
+_NO_CAPTION = "no caption is left: it has none, or none of a length that is kept"
 
-def explode_captions(chunk: Chunk) -> Chunk:
-    """Makes a row of each caption; an image without one is a reject of the stage `text`.
+
+def explode_captions(chunk: Chunk, stage: str) -> Chunk:
+    """Makes a row of each caption; an image without one is a reject.
 
     Args:
         chunk: Rows with `key`, `captions` and `row`, among others.
+        stage: Of the reject: that of the model which gets the captions.
 
     Returns:
         A chunk of schema `TEXTS`.
@@ -35,19 +38,25 @@ def explode_captions(chunk: Chunk) -> Chunk:
         chunk.rows.column("row").take(pa.array(parents)),
     ]
     rejects = [
-        Reject(chunk.rows["key"][i].as_py(), chunk.rows["row"][i].as_py(), "no_caption", "it has no caption")
+        Reject(chunk.rows["key"][i].as_py(), chunk.rows["row"][i].as_py(), "no_caption", _NO_CAPTION)
         for i in np.flatnonzero(counts == 0).tolist()
     ]
-    return chunk.explode("text", pa.RecordBatch.from_arrays(columns, schema=TEXTS), rejects)
+    return chunk.explode(stage, pa.RecordBatch.from_arrays(columns, schema=TEXTS), rejects)
 
 
 @dataclasses.dataclass(eq=False)  # not frozen: Beam labels its transforms
 class ExplodeCaptions(beam.PTransform[PCollection[Chunk], PCollection[Chunk]]):
-    """Chunks of images to chunks of captions."""
+    """Chunks of images to chunks of captions.
+
+    Attributes:
+        stage: Of the rejects without a caption.
+    """
+
+    stage: str
 
     def expand(self, chunks: PCollection[Chunk]) -> PCollection[Chunk]:
         """Applies `explode_captions`."""
-        return chunks | "Explode" >> beam.Map(explode_captions).with_output_types(Chunk)
+        return chunks | "Explode" >> beam.Map(explode_captions, self.stage).with_output_types(Chunk)
 
 
 @dataclasses.dataclass(frozen=True)

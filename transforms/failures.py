@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pyarrow.parquet as pq
 
 from transforms.errors import DiptychError
+from transforms.schemas import REASONS
 from transforms.storage import input_errors, join, locate
 
 MODEL_ERROR = "model_error"
@@ -42,7 +43,8 @@ class FailureLimit:
             DiptychError: The model failed on too many.
         """
         failures = rejected.get(MODEL_ERROR, 0)
-        rows = failures + written
+        own = {reason: count for reason, count in rejected.items() if reason in REASONS[self.stage]}
+        rows = written + sum(count for reason, count in own.items() if reason != "no_caption")
         if failures > self.max_rate * rows and (failures > 1 or rows == 1 or self.max_rate == 0):
             raise self.error(_first_message(root, self.stage), failures, rows)
 
@@ -77,11 +79,14 @@ class FailureCount:
 
 
 def _first_message(root: str, stage: str) -> str:
-    """Returns the message of the first reject of a stage."""
+    """Returns the message of the first row of a stage that the model failed on."""
     folder = join(root, "rejects", stage)
     with input_errors(folder):
         fs, path = locate(folder)
         fs.invalidate_cache(path)  # or it lists what was there before the run
-        names = sorted(name for name in fs.ls(path, detail=False) if name.endswith(".parquet"))
-        with fs.open(names[0], "rb") as file:
-            return str(pq.read_table(file, columns=["message"])["message"][0])
+        for name in sorted(name for name in fs.ls(path, detail=False) if name.endswith(".parquet")):
+            with fs.open(name, "rb") as file:
+                for row in pq.read_table(file, columns=["reason", "message"]).to_pylist():
+                    if row["reason"] == MODEL_ERROR:
+                        return str(row["message"])
+    return "it is not in the rejects"

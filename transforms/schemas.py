@@ -27,10 +27,14 @@ REASONS = {
         "too_small": "a side shorter than --min_side_px",
         "aspect_ratio": "longer to shorter side above --max_aspect_ratio",
     },
-    "embed": {"model_error": "the model fails on this row"},
+    "embed": {
+        "model_error": "the model fails on this row",
+        "no_caption": "no caption is left after cleaning",
+    },
     "caption": {"model_error": "the model fails on this row"},
     "generate": {
         "model_error": "the model fails on this row",
+        "no_caption": "no prompt is left after cleaning",
         "no_known_word": "the model's text vectors know no word of the prompt",
         "flagged": "the model's own safety checker blanked the image",
         "low_match": "the image does not show its prompt, by --min_match",

@@ -127,6 +127,11 @@ class TestImages:
         assert draw(load(saved, guided), PROMPTS[:1])[0].data != plain
         assert draw(load(saved, (("num_inference_steps", 3),)), PROMPTS[:1])[0].data != plain
 
+    def test_a_negative_prompt_is_that_of_each(self, saved):
+        plain = [image.data for image in draw(load(saved), PROMPTS)]
+        told = [image.data for image in draw(load(saved, (*STEPS, ("negative_prompt", "blurry"))), PROMPTS)]
+        assert all(one != other for one, other in zip(plain, told, strict=True))
+
     def test_size(self, saved):
         assert load(saved).size_px == (16, 16)
         assert pixels(draw(load(saved, size_px=24), PROMPTS[:1])[0]).shape == (24, 24, 3)

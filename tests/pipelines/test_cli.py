@@ -171,7 +171,11 @@ class TestHelp:
                 ["caption", "--help"],
                 ["--beam_width N", "default 3", "cnn-lstm, cnn-rnn or hf", "--generation NAME=VALUE"],
             ),
-            (["evaluate", "--help"], ["--references FILE"]),
+            (["generate", "--help"], ["--prompts SRC", "vae, gan or diffusers", "--images_per_prompt N"]),
+            (["run", "--help"], ["--embed KIND:LOC", "--generate KIND:LOC", "--size PX", "--seed N"]),
+            (["evaluate", "--help"], ["captions", "images"]),
+            (["evaluate", "captions", "--help"], ["--references FILE"]),
+            (["evaluate", "images", "--help"], ["--features NAME", "--match_with KIND:LOC"]),
             (["verify", "-h"], ["OUT"]),
             (["demo", "--help"], ["--seed N", "--scenes N"]),
         ],
@@ -189,7 +193,7 @@ class TestHelp:
         assert ended.value.code == 0
         assert re.fullmatch(r"diptych \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
-    @pytest.mark.parametrize("command", ["embed", "caption", "evaluate"])
+    @pytest.mark.parametrize("command", ["embed", "caption", "generate", "run", "evaluate"])
     def test_it_does_not_wait_for_the_models_libraries(self, command):
         code = (
             f"import sys\nfrom pipelines.cli import main\ntry: main(['{command}', '--help'])\n"

@@ -12,11 +12,11 @@ from models.scores import SCORES, score_captions
 from models.tokens import tokenize
 from pipelines.evaluate import (
     EvaluateOptions,
-    add_evaluate_flags,
     evaluate,
     evaluate_captions,
     read_candidates,
 )
+from pipelines.evaluate_flags import add_evaluate_flags
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import write_data_set

@@ -15,7 +15,7 @@ from models.base import CaptionModel, Captions
 from models.encoder import create_encoder
 from models.word2vec import Word2Vec
 from pipelines.cli import main
-from pipelines.evaluate import add_evaluate_flags
+from pipelines.evaluate_flags import add_evaluate_flags
 from pipelines.evaluate_images import EvaluateImagesOptions, evaluate_images, images_options, table
 from transforms.errors import InputError, OptionError, OutputError
 

@@ -249,7 +249,7 @@ class TestEmbed:
             ("1", 0, "A dog"),
             ("1", 1, "ok"),
         ]
-        (lost,) = pq.read_table(tmp_path / "out/rejects/text/a-00000.parquet").to_pylist()
+        (lost,) = pq.read_table(tmp_path / "out/rejects/embed/a-00000.parquet").to_pylist()
         assert (lost["key"], lost["row"], lost["reason"]) == ("2", 1, "no_caption")
         totals = read_success(str(tmp_path / "out"))["embeddings"]
         assert (totals.read, totals.written, totals.rejected) == (3, 2, {"no_caption": 1})
@@ -431,7 +431,10 @@ class TestGenerate:
         options = GenerateOptions(("a",), "b", model=MODELS["generate"], chunk_rows=250, images_per_prompt=4)
         assert options.rows_per_chunk((64, 64)) == 250
         assert options.rows_per_chunk((512, 512)) == 15
-        assert options.rows_per_chunk((4096, 4096)) == 1
+        with pytest.raises(
+            OptionError, match=r"--images_per_prompt is 4\. It must be at most 2 at this size"
+        ):
+            options.rows_per_chunk((8000, 8000))
 
     @pytest.mark.parametrize(
         ("flags", "code", "message"),
@@ -443,6 +446,7 @@ class TestGenerate:
             (["--model=diffusers:fake", "--size=4"], 2, "--size is 4"),
             (["--model=diffusers:fake", "--quality=0"], 2, "--quality is 0"),
             (["--model=diffusers:fake", "--text_model=word2vec:x"], 2, "--text_model is word2vec:x"),
+            (["--model=vae:x", "--text_model=words"], 2, "--text_model is words. It must be KIND:LOC"),
             (["--model=diffusers:fake", "--min_match=0.5"], 2, "beside a captioner"),
             (["--model=diffusers:fake", "--match_with=hf:fake"], 2, "beside a --min_match"),
             (["--model=diffusers:fake", "--match_by=bert:fake"], 2, "beside --match_with"),
@@ -784,14 +788,28 @@ class TestSeveralDataSets:
         prepare(PrepareOptions((str(tmp_path / "in"),), str(out), quiet=True))
         run("embed", out, out)
         assert sorted(name for name in files_in(out) if name.startswith("rejects")) == [
+            "rejects/embed/files-00000-00000-00000.parquet",
             "rejects/image/files-00000-00000.parquet",
-            "rejects/text/files-00000-00000-00000.parquet",
         ]
         assert problems(out) == []
         run("embed", out, out, chunk_rows=1, overwrite=True)
         assert problems(out) == []
-        (out / "rejects/text/files-00000-00000-00000.parquet").unlink()
-        assert any("rejects/text/files-00000-00000-00000.parquet holds {}" in p for p in problems(out))
+        (out / "rejects/embed/files-00000-00000-00000.parquet").unlink()
+        assert any("rejects/embed/files-00000-00000-00000.parquet holds {}" in p for p in problems(out))
+
+    def test_two_jobs_that_want_captions_keep_their_rejects_apart(self, scenes, tmp_path):
+        jpegs = sorted((scenes.flickr30k / "flickr30k-images").iterdir())[:3]
+        (tmp_path / "in").mkdir()
+        for path in jpegs:
+            shutil.copy(path, tmp_path / "in")
+        out = tmp_path / "out"
+        prepare(PrepareOptions((str(tmp_path / "in"),), str(out), quiet=True))
+        run("embed", out, out, chunk_rows=3)
+        before = files_in(out)
+        run("generate", out, out, chunk_rows=2)
+        rejects = {name: data for name, data in before.items() if name.startswith("rejects/embed")}
+        assert rejects.items() <= files_in(out).items()
+        assert problems(out) == []
 
     def test_a_data_set_that_has_only_begun_is_not_complete(self, full):
         jobs = read_jobs(str(full))

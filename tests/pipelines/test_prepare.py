@@ -587,7 +587,7 @@ class TestLaws:
         for step in (
             "ReadShards/Read/ParDo(_Read)",
             "PrepareRows/CleanCaptions/Clean",
-            "ResizeImages/Resize",
+            "PrepareRows/ResizeImages/Resize",
         ):
             assert b"ChunkCoder" in coders[f"{step}.None"]
         assert b"ChunkCoder" not in coders["WriteChunks/Write.None"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -399,3 +400,51 @@ def test_other_jobs_leave_the_folder_of_a_model_alone(tmp_path):
     (tmp_path / "model" / "_SUCCESS.json").write_text('{"model": {"best_epoch": 1}}')
     with pytest.raises(OutputError, match="holds a model that `diptych train` wrote, not data sets"):
         read_success(folder)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("words")
+    Word2Vec(["red", "blue", "star"], np.eye(3, 4, dtype=np.float32)).save(folder)
+    return f"word2vec:{folder}"
+
+
+class TestImageModels:
+    def test_a_vae_and_a_gan_that_goes_on_with_it(self, prepared, words, tmp_path, capsys):
+        flags = ("--input", prepared, "--text_model", words, "--epochs=1", "--batch_size=16", "--device=cpu")
+        small = ("--size=16", "--channels=4", "--latent_dim=3")
+        assert run("vae", *flags, *small, "--output", tmp_path / "vae") == 0
+        shown = capsys.readouterr().out
+        assert f"next      diptych generate --model vae:{tmp_path / 'vae'} --prompts SRC" in shown
+        assert {"samples.png", "encoder.safetensors", "loss.png", "model_card.json"} <= {
+            *files(tmp_path / "vae")
+        }
+        generator = ("--generator", f"vae:{tmp_path / 'vae'}")
+        assert run("gan", *flags, *generator, "--output", tmp_path / "gan") == 0
+        card = json.loads((tmp_path / "gan/model_card.json").read_text())
+        assert (card["options"]["size_px"], card["options"]["channels"]) == (16, 4)  # of the VAE
+        (tmp_path / "in.txt").write_text("a red star\n")
+        for kind in ("vae", "gan"):
+            argv = ["generate", f"--prompts={tmp_path / 'in.txt'}", f"--output={tmp_path / kind / 'out'}"]
+            assert main([*argv, f"--model={kind}:{tmp_path / kind}", "--device=cpu", "--quiet"]) == 0
+        # another shape than the generator has
+        assert run("gan", *flags, *generator, "--size=32", "--output", tmp_path / "other") == 2
+        assert "--size is 32. It must be left out, or 16, as --generator" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("flags", "code", "message"),
+        [
+            (["--text_model=word2vec:nowhere"], 1, "There is no model at 'nowhere'"),
+            (["--text_model=WORDS", "--generator=gan:nowhere"], 1, "There is no model at 'nowhere'"),
+            (["--text_model=WORDS", "--size=65"], 2, "--size is 65"),
+        ],
+    )
+    def test_what_cannot_be_is_said_before_anything(
+        self, prepared, words, tmp_path, capsys, flags, code, message
+    ):
+        flags = [flag.replace("WORDS", words) for flag in flags]
+        assert run("gan", "--input", prepared, "--output", tmp_path / "model", *flags) == code
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+        assert not (tmp_path / "model").exists()

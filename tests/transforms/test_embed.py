@@ -29,7 +29,7 @@ def vector(*values: float, known: bool = True) -> TextVector:
 
 class TestExplode:
     def test_gives_a_row_a_caption(self):
-        chunk = explode_captions(chunk_of([["a", "b"], ["c"], ["d", "e", "f"]], 7))
+        chunk = explode_captions(chunk_of([["a", "b"], ["c"], ["d", "e", "f"]], 7), "embed")
         assert chunk.rows.schema.equals(TEXTS)
         assert chunk.rows.to_pylist() == [
             {"key": key, "caption_index": index, "caption": caption, "row": row}
@@ -45,25 +45,25 @@ class TestExplode:
         assert (chunk.num_read, chunk.num_records) == (7, 4)
 
     def test_an_image_without_captions_is_a_reject(self):
-        chunk = explode_captions(chunk_of([[], ["c"], []], 7))
+        chunk = explode_captions(chunk_of([[], ["c"], []], 7), "embed")
         assert chunk.rows["caption"].to_pylist() == ["c"]
         lost = chunk.rejects.to_pylist()[1:]
         assert [(r["key"], r["row"], r["stage"], r["reason"]) for r in lost] == [
-            ("k0", 7, "text", "no_caption"),
-            ("k2", 9, "text", "no_caption"),
+            ("k0", 7, "embed", "no_caption"),
+            ("k2", 9, "embed", "no_caption"),
         ]
         assert chunk.num_read == 4
 
     @pytest.mark.parametrize("captions", [[], [[]], [[], []]])
     def test_of_no_captions(self, captions):
-        chunk = explode_captions(chunk_of(captions))
+        chunk = explode_captions(chunk_of(captions), "embed")
         assert chunk.rows.equals(pa.RecordBatch.from_pylist([], schema=TEXTS))
         assert (chunk.num_read, chunk.num_records) == (len(captions) + 1, len(captions) + 1)
 
     def test_of_a_slice(self):
         whole = chunk_of([["x"], ["a", "b"], [], ["c"], ["y"]])
         sliced = Chunk(whole.key, whole.rows.slice(1, 3), whole.rejects, True)
-        rows = explode_captions(sliced).rows
+        rows = explode_captions(sliced, "embed").rows
         assert rows["caption"].to_pylist() == ["a", "b", "c"]
         assert rows["key"].to_pylist() == ["k1", "k1", "k3"]
         assert rows["caption_index"].to_pylist() == [0, 1, 0]
@@ -71,13 +71,15 @@ class TestExplode:
     def test_in_beam(self):
         with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"])) as pipeline:
             chunks = pipeline | beam.Create([chunk_of([["a", "b"]])]).with_output_types(Chunk)
-            captions = chunks | ExplodeCaptions() | beam.Map(lambda chunk: chunk.rows["caption"].to_pylist())
+            captions = (
+                chunks | ExplodeCaptions("embed") | beam.Map(lambda chunk: chunk.rows["caption"].to_pylist())
+            )
             assert_that(captions, equal_to([["a", "b"]]))
 
 
 class TestTask:
     def test_vectors_are_added_and_failures_rejected(self):
-        chunk = explode_captions(chunk_of([["a", "b"], ["c"]]))
+        chunk = explode_captions(chunk_of([["a", "b"], ["c"]]), "embed")
         task = embed_task(2, True)
         assert task.inputs(chunk.rows) == ["a", "b", "c"]
         results = [vector(1, 2), Failure("why"), vector(0, 0, known=False)]
@@ -98,13 +100,13 @@ class TestTask:
         )
 
     def test_without_the_flag(self):
-        chunk = explode_captions(chunk_of([["a"]]))
+        chunk = explode_captions(chunk_of([["a"]]), "embed")
         done = add_results(chunk, [vector(1, 2, 3)], embed_task(3, False))
         assert done.rows.schema.equals(embeddings_schema(3))
         assert done.counters == {}
 
     def test_of_nothing(self):
-        chunk = explode_captions(chunk_of([]))
+        chunk = explode_captions(chunk_of([]), "embed")
         assert add_results(chunk, [], embed_task(3, True)).rows.schema.equals(embeddings_schema(3, True))
 
 

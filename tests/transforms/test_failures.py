@@ -6,7 +6,7 @@ import pytest
 from transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
 from transforms.errors import DiptychError
 from transforms.failures import FailureCount, FailureLimit
-from transforms.schemas import captions_schema
+from transforms.schemas import captions_schema, generated_schema
 from transforms.sink import Sink, commit_chunk
 
 
@@ -56,6 +56,17 @@ def test_in_the_end_a_few_rows_are_enough(
     )
     with pytest.raises(DiptychError, match=message):
         limit.check_totals(rejected, written, str(tmp_path))
+
+
+def test_rows_that_the_model_rejects_for_what_they_are_are_rows_that_it_has_seen(tmp_path: Path) -> None:
+    lost = [Reject("k", 0, "low_match", "far"), Reject("k", 1, "model_error", "trouble")]
+    rows = pa.RecordBatch.from_pylist([], schema=generated_schema())
+    sink = Sink(str(tmp_path), "generated", {"fingerprint": ""}, generated_schema())
+    commit_chunk(sink, Chunk(ChunkKey("s", 0), rows, reject_batch("s", "generate", lost), True))
+    limit = FailureLimit("generate", 0.1)
+    limit.check_totals({"model_error": 3, "low_match": 977, "bad_annotation": 5}, 20, str(tmp_path))
+    with pytest.raises(DiptychError, match=r"fails on 3 of 23 rows, .* The first: trouble\."):
+        limit.check_totals({"model_error": 3, "bad_annotation": 977}, 20, str(tmp_path))
 
 
 def test_the_count_names_the_first() -> None:

@@ -175,12 +175,13 @@ def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
 def _names_images(head: bytes) -> bool:
     """Tells whether a text or csv file begins as Flickr's do: lines with the name of an image and a caption of it."""
     lines = head.decode("utf-8", "replace").lstrip("\ufeff").splitlines()[:20]
-    return not lines or any(_IMAGE_LINE.match(line) for line in lines)
+    if not lines or _IMAGE_HEADER.match(lines[0]):
+        return True
+    return 2 * sum(bool(_IMAGE_LINE.match(line)) for line in lines) > len(lines)
 
 
-_IMAGE_LINE = re.compile(
-    r'"?(image(_?name)?"?\s*[,|\t;]|[^\t,|]+\.(jpe?g|png|gif|bmp|webp)[^\t,| ]*"?\s*[\t,|])', re.I
-)
+_IMAGE_HEADER = re.compile(r'"?image(_?name)?"?\s*[,|\t;]\s*"?(caption|comment)', re.I)
+_IMAGE_LINE = re.compile(r'"?[^\t,|]+\.(jpe?g|png|gif|bmp|webp)[^\t,| ]*"?\s*[\t,|]', re.I)
 
 
 def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> tuple[str, list[str], str]:
