@@ -90,7 +90,7 @@ def train_probe(size_px: int, steps: int) -> Probe:
         optimizer.step()
         schedule.step()
         if step % 200 == 0:
-            print(f"probe: step {step}/{steps}, loss {float(loss):.3f}", file=sys.stderr, flush=True)
+            print(f"probe: step {step}/{steps}, loss {loss.item():.3f}", file=sys.stderr, flush=True)
     return probe.eval()
 
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--models", default="vae,gan", help="of the demo's")
     parser.add_argument("--size", type=int, default=64, metavar="PX", help="of the models' images")
     parser.add_argument("--prompts", type=int, default=500, metavar="N")
-    parser.add_argument("--steps", type=int, default=4000, metavar="N", help="of the classifier's training")
+    parser.add_argument("--steps", type=int, default=600, metavar="N", help="of the classifier's training")
     parser.add_argument("--probe", type=Path, help="keep the classifier here, or take it from here")
     args = parser.parse_args()
     begun = time.monotonic()
