@@ -1,9 +1,9 @@
 """Images from text on drawn scenes: do they show what they are told? A classifier that knows the truth looks.
 
-    python benchmarks/scenes.py --demo demo
+    python benchmarks/scenes.py --demo demo --models vae:models/vae,gan:models/gan
 
 It is trained on scenes of its own (another seed than the demo's), and its accuracy on further ones is printed first.
-Then each model of the demo draws prompts whose words in this order no training scene has, and the classifier says how
+Then each model, which `diptych train` made of the demo's training rows, draws prompts whose words in this order no training scene has, and the classifier says how
 many of them show the right colour and the right shape, and both. Beside that: how far two samples of one prompt are
 from each other.
 """
@@ -139,7 +139,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of `diptych demo`")
-    parser.add_argument("--models", default="vae,gan", help="of the demo's")
+    parser.add_argument("--models", required=True, metavar="KIND:LOC,…", help="trained on DEMO/train")
     parser.add_argument("--size", type=int, default=64, metavar="PX", help="of the models' images")
     parser.add_argument("--prompts", type=int, default=500, metavar="N")
     parser.add_argument("--steps", type=int, default=600, metavar="N", help="of the classifier's training")
@@ -158,7 +158,7 @@ def main() -> None:
     prompts = new_prompts(args.demo, args.prompts)
     texts, colours, shapes = zip(*prompts, strict=True)
     for name in args.models.split(","):
-        samples = draw(f"{name}:{args.demo / 'models' / name}", texts, 2)
+        samples = draw(name, texts, 2)
         truth = np.repeat(colours, 2), np.repeat(shapes, 2)
         pairs = [np.stack(samples[i : i + 2]) for i in range(0, len(samples), 2)]
         apart = np.mean([pairwise_distances(pair, torch.ones(2, 1))[0] for pair in pairs])
