@@ -3,9 +3,9 @@
     python benchmarks/scenes.py --demo demo --models vae:models/vae,gan:models/gan
 
 It is trained on scenes of its own (another seed than the demo's), and its accuracy on further ones is printed first.
-Then each model, which `diptych train` made of the demo's training rows, draws prompts whose words in this order no training scene has, and the classifier says how
-many of them show the right colour and the right shape, and both. Beside that: how far two samples of one prompt are
-from each other.
+Then each model, which `diptych train` made of the demo's training rows, draws prompts whose words in this order no
+training scene has, and the classifier says how many of them show the right colour and the right shape, and both.
+Beside that: how far two samples of one prompt are from each other.
 """
 
 import argparse
