@@ -190,3 +190,8 @@ class ImageOptions:
     quality: int = 95
     text_model: str | None = None
     settings: tuple[tuple[str, Any], ...] = ()
+
+
+def lists(value: Any) -> Any:
+    """Returns a value of options, which are hashed, with lists for its tuples: libraries refuse those."""
+    return [lists(item) for item in value] if isinstance(value, tuple) else value

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from models.base import GeneratedImage, ImageModel, ImageOptions, Prompt
+from models.base import GeneratedImage, ImageModel, ImageOptions, Prompt, lists
 from models.device import choose_device
 from models.errors import FlagError, ModelError
 from models.image_generator import encode_pixels
@@ -132,7 +132,7 @@ class DiffusionPipeline(ImageModel):
 
     def predict(self, prepared: _Prepared) -> list[_Drawn]:
         """Draws what `prepare` returned."""
-        settings: dict[str, Any] = {name: _lists(value) for name, value in self._options.settings}
+        settings: dict[str, Any] = {name: lists(value) for name, value in self._options.settings}
         for name, value in settings.items():
             if name.startswith("negative_prompt") and isinstance(value, str):
                 settings[name] = [value] * len(prepared.prompts)  # as many as there are prompts
@@ -181,7 +181,3 @@ def _own_size(pipeline: Any) -> int:
     if not isinstance(size, int):
         raise FlagError(f"{type(pipeline).__name__} does not say how large its images are. Give --size.")
     return size * int(getattr(pipeline, "vae_scale_factor", 1))
-
-
-def _lists(value: Any) -> Any:
-    return [_lists(item) for item in value] if isinstance(value, tuple) else value

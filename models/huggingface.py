@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
-from models.base import CaptionModel, CaptionOptions, Captions
+from models.base import CaptionModel, CaptionOptions, Captions, lists
 from models.device import choose_device, half_precision
 from models.errors import FlagError, ModelError
 from models.huggingface_parts import EXPECTED, load_parts, one_line
@@ -225,12 +225,7 @@ def _flags(options: CaptionOptions) -> dict[str, Any]:
         flags["length_penalty"] = options.length_penalty
     if options.no_repeat_ngram:
         flags["no_repeat_ngram_size"] = options.no_repeat_ngram
-    return {**{name: _lists(value) for name, value in options.generation}, **flags, **_OUTPUTS}
-
-
-def _lists(value: Any) -> Any:
-    """Returns a value with lists for tuples, which transformers refuses."""
-    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+    return {**{name: lists(value) for name, value in options.generation}, **flags, **_OUTPUTS}
 
 
 def _find_encoder(model: Any) -> nn.Module:
