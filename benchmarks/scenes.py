@@ -1,11 +1,11 @@
 """Images from text on drawn scenes: do they show what they are told? A classifier that knows the truth looks.
 
-    python benchmarks/scenes.py --demo demo --models vae:models/vae,gan:models/gan
+    diptych demo && python benchmarks/scenes.py --demo demo
 
 It is trained on scenes of its own (another seed than the demo's), and its accuracy on further ones is printed first.
-Then each model, which `diptych train` made of the demo's training rows, draws prompts whose words in this order no
-training scene has, and the classifier says how many of them show the right colour and the right shape, and both.
-Beside that: how far two samples of one prompt are from each other.
+Then the demo's models draw prompts whose words in this order no training scene has, and the classifier says how many
+images show the right colour and the right shape, and both. Beside that: how far two samples of one prompt are from each
+other.
 """
 
 import argparse
@@ -37,7 +37,7 @@ _BATCH = 64
 
 
 class Probe(nn.Module):
-    """Colour and shape of the one group of a scene."""
+    """Colour and shape of the group of a scene."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -62,14 +62,12 @@ class Probe(nn.Module):
 
 
 def scenes(size_px: int, first: int) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Yields scenes of one group, as a training at this size sees them: pixels, colour, shape."""
+    """Yields scenes as a training at this size sees them: pixels, colour, shape."""
     for index in itertools.count(first):
         scene = draw_scene(_SEED, index)
-        if len(scene.objects) == 1:
-            image = cv2.resize(scene.image, (224, 224), interpolation=cv2.INTER_AREA)
-            image = cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA)
-            thing = scene.objects[0]
-            yield image, _COLOURS.index(thing.colour), _SHAPES.index(thing.shape)
+        image = cv2.resize(scene.image, (224, 224), interpolation=cv2.INTER_AREA)
+        image = cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA)
+        yield image, _COLOURS.index(scene.group.colour), _SHAPES.index(scene.group.shape)
 
 
 def train_probe(size_px: int, steps: int) -> Probe:
@@ -106,16 +104,16 @@ def look(probe: Probe, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.nda
 
 
 def new_prompts(demo: Path, number: int) -> list[tuple[str, int, int]]:
-    """Returns prompts of one group that no training scene has among its captions, with their colour and shape."""
+    """Returns prompts that no training scene has among its captions, with their colour and shape."""
     table = pyarrow.dataset.dataset(demo / "train" / "images").to_table(columns=["captions"])
     known = {caption for captions in table["captions"].to_pylist() for caption in captions}
     found: dict[str, tuple[str, int, int]] = {}
     for index in itertools.count():
         scene = draw_scene(_SEED + 1, index)
-        thing = scene.objects[0]
-        for caption in scene.captions if len(scene.objects) == 1 else ():
-            if caption not in known and thing.size in caption:
-                found.setdefault(caption, (caption, _COLOURS.index(thing.colour), _SHAPES.index(thing.shape)))
+        right = _COLOURS.index(scene.group.colour), _SHAPES.index(scene.group.shape)
+        for caption in scene.captions:
+            if caption not in known:
+                found.setdefault(caption, (caption, *right))
         if len(found) >= number:
             return list(found.values())[:number]
 
@@ -139,10 +137,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of `diptych demo`")
-    parser.add_argument("--models", required=True, metavar="KIND:LOC,…", help="trained on DEMO/train")
+    parser.add_argument(
+        "--models", metavar="KIND:LOC,…", help="trained on DEMO/train (default those of DEMO)"
+    )
     parser.add_argument("--size", type=int, default=64, metavar="PX", help="of the models' images")
     parser.add_argument("--prompts", type=int, default=500, metavar="N")
-    parser.add_argument("--steps", type=int, default=600, metavar="N", help="of the classifier's training")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="of the classifier's training")
     parser.add_argument("--probe", type=Path, help="keep the classifier here, or take it from here")
     args = parser.parse_args()
     begun = time.monotonic()
@@ -157,7 +157,8 @@ def main() -> None:
     report("real scenes", look(probe, images), (np.array(colours), np.array(shapes)), "")
     prompts = new_prompts(args.demo, args.prompts)
     texts, colours, shapes = zip(*prompts, strict=True)
-    for name in args.models.split(","):
+    models = args.models or ",".join(f"{kind}:{args.demo / 'models' / kind}" for kind in ("vae", "gan"))
+    for name in models.split(","):
         samples = draw(name, texts, 2)
         truth = np.repeat(colours, 2), np.repeat(shapes, 2)
         pairs = [np.stack(samples[i : i + 2]) for i in range(0, len(samples), 2)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.gan import Discriminator, discriminator_loss, r1_penalty
 from models.generator import Condition, Generator, GeneratorConfig
 from models.image_options import GanTraining, VaeTraining
-from models.vae import Vae, negative_bound
+from models.vae import Vae, vae_loss
 
 _MAX_GRADIENT = 5.0
 
@@ -86,7 +86,7 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
 
 
 class VaeObjective(Objective):
-    """The evidence lower bound."""
+    """The evidence lower bound; at first of what the text alone can say."""
 
     def __init__(
         self,
@@ -105,16 +105,17 @@ class VaeObjective(Objective):
         self._precision, self._options = precision, options
         self._num_values = 3 * config.size_px**2
         self.optimizers = {
-            "optimizer": torch.optim.AdamW(self._vae.parameters(), options.learning_rate, weight_decay=1e-4)
+            "optimizer": torch.optim.AdamW(
+                self._vae.parameters(), options.learning_rate, weight_decay=1e-4, fused=True
+            )
         }
 
     def step(self, images: Tensor, texts: Tensor, at: int, done: float) -> Figures:
         """Learns from a batch."""
         noise = torch.randn(len(images), self.generator.config.latent_dim, device=images.device)
         with self._precision():
-            bound = self._vae(images, texts, noise)
-        weight = self._options.divergence_weight * self._options.text_first ** max(0.0, 1 - 2 * done)
-        loss = negative_bound(bound, self._num_values, weight)
+            bound = self._vae(images, texts, noise, by_text=done < self._options.text_first)
+        loss = vae_loss(bound, self._num_values, self._options.divergence_weight)
         norm = _update(self.optimizers["optimizer"], loss)
         return {"train_loss": loss.detach(), "gradient_norm": norm}
 
@@ -122,8 +123,12 @@ class VaeObjective(Objective):
         """Returns the bound on a batch, and its parts."""
         with self._precision():
             bound = self._vae(images, texts, noise)
-        loss = negative_bound(bound, self._num_values, self._options.divergence_weight)
-        return {"validation_loss": loss, "error": bound.error, "divergence": bound.divergence}
+        loss = vae_loss(bound, self._num_values, self._options.divergence_weight)
+        return {
+            "validation_loss": loss,
+            "error": bound.errors.sum().sqrt(),
+            "divergence": bound.divergence,
+        }
 
 
 class GanObjective(Objective):
@@ -147,9 +152,9 @@ class GanObjective(Objective):
         self._options, self._precision = options, precision
         betas = 0.0, 0.9
         self.optimizers = {
-            "generator": torch.optim.Adam(generator.parameters(), options.learning_rate, betas),
+            "generator": torch.optim.Adam(generator.parameters(), options.learning_rate, betas, fused=True),
             "discriminator": torch.optim.Adam(
-                self._discriminator.parameters(), options.discriminator_learning_rate, betas
+                self._discriminator.parameters(), options.discriminator_learning_rate, betas, fused=True
             ),
         }
 

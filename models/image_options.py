@@ -46,14 +46,14 @@ class VaeTraining(ImageTraining):
 
     Attributes:
         divergence_weight: Of the latent's divergence from the prior; more makes images plainer, and draws more alike.
-        text_first: Times as much at the beginning, when the latent should say nothing that the text says; it sinks to
-            once that, evenly on a logarithmic scale, over the first half of `epochs`.
+        text_first: Share of `epochs` at the beginning in which the latent says nothing of the image: what the text can
+            say is left to the text.
         patience: Epochs without a better bound after which training stops.
     """
 
     kind = "vae"
-    divergence_weight: float = 1.0
-    text_first: float = 100.0
+    divergence_weight: float = 25.0
+    text_first: float = 0.25
     patience: int = 10
 
 

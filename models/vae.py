@@ -1,18 +1,20 @@
 """The variational autoencoder (Kingma and Welling 2013), both halves told of the text (Sohn et al. 2015).
 
-N images, S side in pixels, T text vector, Z latent.
+N images, S side in pixels, T text vector, Z latent, L levels of detail.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from models.generator import Condition, Generator, GeneratorConfig, Trunk
 
 _MAX_LOG_VARIANCE = 10.0
 # Of values from -1 to 1: an image is not known more exactly
 _GREY_LEVEL = 1 / 127.5
+_MAX_LEVELS = 4
 
 
 class Encoder(nn.Module):
@@ -35,14 +37,14 @@ class Encoder(nn.Module):
 
 
 class Bound(NamedTuple):
-    """The two parts of the bound, a value each over a batch.
+    """What a bound is made of, over a batch.
 
     Attributes:
-        error: Mean absolute error of a sample, of values from -1 to 1.
+        errors: (L + 1,) mean squared errors of a sample by bands of detail, the finest first, of values from -1 to 1.
         divergence: Kullback-Leibler divergence of the latent from the prior, in nats an image.
     """
 
-    error: Tensor
+    errors: Tensor
     divergence: Tensor
 
 
@@ -52,31 +54,56 @@ class Vae(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.generator, self.encoder = Generator(config), Encoder(config)
+        self._levels = min(_MAX_LEVELS, len(config.grids))
 
-    def forward(self, images: Tensor, texts: Tensor, noise: Tensor) -> Bound:
+    def forward(self, images: Tensor, texts: Tensor, noise: Tensor, by_text: bool = False) -> Bound:
         """Encodes images, and decodes a sample of what comes of it.
 
         Args:
             images: (N, 3, S, S), from -1 to 1.
             texts: (N, T).
             noise: (N, Z), standard normal: the sample's.
+            by_text: Leaves out the encoder: the latent is a draw from the prior, and only the text tells of the image.
         """
-        mean, log_variance = self.encoder(images, texts)
-        latent = mean + noise * torch.exp(log_variance / 2)  # (N, Z)
-        error = (self.generator(texts, latent).float() - images).abs().mean()
-        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
-        return Bound(error, divergence)
+        if by_text:
+            latent, divergence = noise, noise.new_zeros(())
+        else:
+            mean, log_variance = self.encoder(images, texts)
+            latent = mean + noise * torch.exp(log_variance / 2)  # (N, Z)
+            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
+        errors = squared_bands(self.generator(texts, latent).float() - images, self._levels)
+        return Bound(errors, divergence)
 
 
-def negative_bound(bound: Bound, num_values: int, divergence_weight: float = 1.0) -> Tensor:
-    """Returns minus the evidence lower bound, in nats a value, but for a constant.
+def squared_bands(images: Tensor, levels: int) -> Tensor:
+    """Returns the mean squares (L + 1,) of the bands of images (N, C, S, S), by Haar's wavelets (Mallat 1989).
 
-    The values are Laplacian around the image that is decoded; their scale is the one under which the batch is
-    likeliest, which weighs the two parts without a hand on it (Rybkin et al. 2021, 4.2).
+    The finest band is what pairs of pixels differ by; the last is the mean of 2**L pixels square. They add up to the
+    mean square of the images.
+    """
+    squares = []
+    for _ in range(levels):
+        coarse = functional.avg_pool2d(images, 2)
+        squares.append((images - functional.interpolate(coarse, scale_factor=2.0)).square().mean())
+        images = coarse
+    return torch.stack([*squares, images.square().mean()])
+
+
+def vae_loss(bound: Bound, num_values: int, divergence_weight: float = 1.0) -> Tensor:
+    """Returns minus the evidence lower bound, in nats a value, but for a constant and the weights.
+
+    In each band the values are normal around the image that is decoded. Their scale is the one under which the batch
+    is likeliest (Rybkin et al. 2021, 4.2): so an edge counts much, though a noisy background hides it in the mean
+    square of all pixels. In the bound a band weighs as its share of the values; here as the square root of that,
+    because the few coarse values, which say what is where, would weigh next to nothing.
 
     Args:
         bound: Of a batch.
         num_values: Of an image: 3 * S * S.
         divergence_weight: More makes the latent simpler, so that a draw from the prior is more like a latent.
     """
-    return torch.log(bound.error + _GREY_LEVEL) + divergence_weight * bound.divergence / num_values
+    levels = len(bound.errors) - 1
+    shares = [3 / 4 ** (level + 1) for level in range(levels)] + [1 / 4**levels]
+    weights = torch.tensor(shares, device=bound.errors.device).sqrt()
+    error = (weights * torch.log(bound.errors + _GREY_LEVEL**2) / 2).sum() / weights.sum()
+    return error + divergence_weight * bound.divergence / num_values

@@ -5,28 +5,33 @@ diptych demo --output demo
 
 import argparse
 import dataclasses
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from models.base import CaptionOptions, TextOptions
+from models.base import CaptionOptions, ImageOptions, TextOptions
 from models.captioner_data import CaptionerTraining
+from models.image_options import GanTraining, VaeTraining
 from models.spec import ModelSpec
 from models.word2vec_training import Word2VecTraining
-from pipelines.caption import caption
 from pipelines.contact_sheet import contact_sheet
-from pipelines.embed import embed
 from pipelines.evaluate import EvaluateOptions, evaluate_captions, read_candidates, table
+from pipelines.evaluate_images import EvaluateImagesOptions, evaluate_images
+from pipelines.evaluate_images import table as images_table
 from pipelines.lite0 import ENCODER, write_lite0_weights
-from pipelines.options import ModelJobOptions, PrepareOptions
+from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions, RunOptions
 from pipelines.prepare import prepare
+from pipelines.run import run
 from pipelines.scene_folders import SceneFolders, write_data_set
 from pipelines.scenes import draw_scene, named_groups
 from pipelines.summary import summary
 from pipelines.train import run_training
-from pipelines.training_options import RowSource, TrainOptions
+from pipelines.training_options import RowSource, Training, TrainOptions
 from pipelines.verify import verify
 from transforms.errors import DiptychError, OptionError
 from transforms.storage import output_errors
@@ -56,6 +61,20 @@ CAPTIONER = CaptionerTraining(
     threads=1,
 )
 NUM_SCENES = 5400
+# Small batches: the networks need steps, more than images
+VAE = VaeTraining(
+    size_px=64,
+    latent_dim=32,
+    channels=16,
+    max_channels=128,
+    epochs=9,
+    batch_size=16,
+    learning_rate=2e-3,
+    ema=0.99,
+    precision="bfloat16",
+    threads=1,
+)
+GAN = GanTraining(epochs=2, batch_size=16, ema=0.99, precision="bfloat16")
 WORD2VEC = Word2VecTraining(vector_size=64, epochs=5, patience=5)
 
 
@@ -83,16 +102,16 @@ class _Steps:
     def lines(self) -> Iterator[str]:
         total = sum(seconds for _, seconds in self._seconds)
         for name, seconds in self._seconds:
-            yield f"{name:16} {seconds:6.1f} s  {seconds / total:4.0%}"
-        yield f"{'in all':16} {total:6.1f} s"
+            yield f"{name:20} {seconds:6.1f} s  {seconds / total:4.0%}"
+        yield f"{'in all':20} {total:6.1f} s"
 
 
 def demo(output: str, seed: int = 0, num_scenes: int = NUM_SCENES) -> None:
-    """Draws a data set, prepares it, trains on a part of it, and describes the rest, which the models never saw.
+    """Draws a data set, prepares it, trains on a part of it, and runs all models on the rest, which they never saw.
 
     Args:
         output: A local folder: the data go to `data`, the rows to train on to `train`, the models to `models`, and
-            what the jobs make of the other rows to `out` in it.
+            what the models make of the other rows to `out` in it.
         seed: Of the drawings.
         num_scenes: How many.
 
@@ -102,40 +121,24 @@ def demo(output: str, seed: int = 0, num_scenes: int = NUM_SCENES) -> None:
     """
     step = _Steps()
     data, train, out = (os.path.join(output, name) for name in ("data", "train", "out"))
-    words, captioner = (os.path.join(output, "models", name) for name in ("word2vec", "captioner"))
     with step(
         "draw", f"drawing {num_scenes:,} captioned scenes to {data}, as COCO, Flickr30k and WebDataset"
     ):
         folders = _draw(Path(data), num_scenes, seed)
-    for split, folder in (("train", train), ("val", out)):
-        annotation = folders.coco / "annotations" / f"captions_{split}2017.json"
-        with step(f"prepare {split}", f"diptych prepare --input {annotation} --output {folder}"):
-            start = time.monotonic()
-            result = prepare(PrepareOptions(inputs=(str(annotation),), output=folder, quiet=True))
-            _say(summary(result, time.monotonic() - start))
-    rows = RowSource((train,))
-    with step("train word2vec", f"diptych train word2vec --input {train} --output {words}"):
-        run_training(TrainOptions(rows, words, WORD2VEC))
-    weights = Path(output) / "models" / "efficientnet_lite0.safetensors"
-    training = dataclasses.replace(CAPTIONER, encoder_weights=str(weights))
-    command = f"diptych train captioner --input {train} --output {captioner} {_flags(training)}"
-    with step("train captioner", command):
-        write_lite0_weights(weights)
-        run_training(TrainOptions(rows, captioner, training, device="cpu"))
-    text_model = ModelSpec("word2vec", words, TextOptions())
-    with step("embed", f"diptych embed --input {out} --output {out} --model {text_model}"):
+    annotations = folders.coco / "annotations"
+    annotation = str(annotations / "captions_train2017.json")
+    with step("prepare", f"diptych prepare --input {annotation} --output {train}"):
         start = time.monotonic()
-        result = embed(ModelJobOptions(inputs=(out,), output=out, model=text_model, quiet=True))
+        result = prepare(PrepareOptions(inputs=(annotation,), output=train, quiet=True))
         _say(summary(result, time.monotonic() - start))
-    model = ModelSpec("cnn-lstm", captioner, CaptionOptions(), "cpu")
-    with step("caption", f"diptych caption --input {out} --output {out} --model {model}"):
-        start = time.monotonic()
-        result = caption(ModelJobOptions(inputs=(out,), output=out, model=model, quiet=True))
-        _say(summary(result, time.monotonic() - start))
-    with step("evaluate", f"diptych evaluate captions --input {out}"):
-        scores = evaluate_captions(EvaluateOptions(out))
-        _say(table(scores))
+    models = _train(step, train, os.path.join(output, "models"))
+    _run(step, str(annotations / "captions_val2017.json"), out, models)
+    with step("evaluate captions", f"diptych evaluate captions --input {out}"):
+        _say(table(evaluate_captions(EvaluateOptions(out))))
         _say(_rightness(out, seed))
+    options = _images_options(out, models)
+    with step("evaluate images", f"diptych evaluate images --input {out} {_flags(options)}"):
+        _say(images_table(evaluate_images(options)))
     with step("verify", f"diptych verify {out}"):
         findings = verify(out)
         _say("\n".join(findings.lines()))
@@ -153,6 +156,86 @@ def demo(output: str, seed: int = 0, num_scenes: int = NUM_SCENES) -> None:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Models:
+    """Where the models of the demo are."""
+
+    words: str
+    captioner: str
+    vae: str
+    gan: str
+    weights: str
+
+
+def _train(step: _Steps, train: str, home: str) -> _Models:
+    """Trains the four models."""
+    names = ("word2vec", "captioner", "vae", "gan", "efficientnet_lite0.safetensors")
+    models = _Models(*(os.path.join(home, name) for name in names))
+    rows = RowSource((train,))
+    text = f"word2vec:{models.words}"
+    with step("train word2vec", f"diptych train word2vec --input {train} --output {models.words}"):
+        run_training(TrainOptions(rows, models.words, WORD2VEC))
+    write_lite0_weights(Path(models.weights))
+    captioner, vae, gan = (
+        TrainOptions(rows, folder, training, device="cpu")
+        for folder, training in (
+            (models.captioner, dataclasses.replace(CAPTIONER, encoder_weights=models.weights)),
+            (models.vae, dataclasses.replace(VAE, text_model=text)),
+            (models.gan, dataclasses.replace(GAN, text_model=text, generator=f"vae:{models.vae}")),
+        )
+    )
+
+    def command(options: TrainOptions) -> str:
+        return f"diptych train {options.model} --input {train} --output {options.output} {_flags(options.training)}"
+
+    # A core each: with a second one neither is much faster
+    both = f"{command(vae)}\n   and beside it: {command(captioner)}"
+    with (
+        step("train vae, captioner", both),
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as beside,
+    ):
+        done = beside.submit(run_training, dataclasses.replace(captioner, quiet=True))
+        run_training(vae)
+        done.result()
+    with step("train gan", command(gan)):
+        run_training(gan)
+    return models
+
+
+def _run(step: _Steps, annotation: str, out: str, models: _Models) -> None:
+    """Runs all models on the rows that they have not seen."""
+    job: dict[str, Any] = {"inputs": (annotation,), "output": out, "quiet": True}
+    words = ModelSpec("word2vec", models.words, TextOptions(), "cpu")
+    captioner = ModelSpec("cnn-lstm", models.captioner, CaptionOptions(), "cpu")
+    gan = ModelSpec("gan", models.gan, ImageOptions(), "cpu")
+    options = RunOptions(
+        **job,
+        embed=ModelJobOptions(**job, model=words),
+        caption=ModelJobOptions(**job, model=captioner),
+        generate=GenerateOptions(**job, model=gan),
+    )
+    flags = f"--embed {words} --caption {captioner} --generate {gan} --device cpu"
+    with step("run", f"diptych run --input {annotation} --output {out} {flags}"):
+        start = time.monotonic()
+        _say(summary(run(options), time.monotonic() - start))
+
+
+def _images_options(out: str, models: _Models) -> EvaluateImagesOptions:
+    return EvaluateImagesOptions(
+        out,
+        features=ENCODER,
+        feature_weights=models.weights,
+        max_images=_NUM_SCORED,
+        match_with=ModelSpec("cnn-lstm", models.captioner, CaptionOptions(), "cpu"),
+        match_by=ModelSpec("word2vec", models.words, TextOptions(), "cpu"),
+        device="cpu",
+    )
+
+
+# Images whose features are compared: enough to see them differ, few enough to wait for
+_NUM_SCORED = 300
+
+
 def _draw(data: Path, num_scenes: int, seed: int) -> SceneFolders:
     if num_scenes < _MIN_SCENES:
         raise OptionError(
@@ -168,26 +251,25 @@ def _draw(data: Path, num_scenes: int, seed: int) -> SceneFolders:
 _MIN_SCENES = 100
 
 
-def _flags(training: CaptionerTraining) -> str:
-    """Returns options as flags, those that are not the defaults."""
-    default = CaptionerTraining()
-    chosen = {name: value for name, value in vars(training).items() if value != getattr(default, name)}
-    return " ".join(f"--{name.removesuffix('_px')} {value}" for name, value in chosen.items())
+def _flags(options: Training | EvaluateImagesOptions) -> str:
+    """Returns options as flags, those that are not the defaults; none of these is a switch."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options) if field.name != "input"}
+    chosen = {name: getattr(options, name) for name in defaults}
+    return " ".join(
+        f"--{name.removesuffix('_px')} {value}" for name, value in chosen.items() if value != defaults[name]
+    )
 
 
 def _rightness(out: str, seed: int) -> str:
-    """Says how many captions name colour and shape as they are: of the main object, and of every group and no other."""
-    total = main = whole = 0
-    for candidate in read_candidates(out):
-        groups = [(thing.colour, thing.shape) for thing in draw_scene(seed, int(candidate.key)).objects]
-        named = named_groups(candidate.caption)
-        total += 1
-        main += groups[0] in named
-        whole += named == set(groups)
-    return (
-        f"colour and shape are right of the main object in {main:,} of {total:,} scenes, {main / total:.1%}; of every "
-        f"group in {whole:,}, {whole / total:.1%}"
+    """Says how many captions name colour and shape as they are."""
+    candidates = list(read_candidates(out))
+    groups = [draw_scene(seed, int(candidate.key)).group for candidate in candidates]
+    right = sum(
+        named_groups(candidate.caption) == {(group.colour, group.shape)}
+        for candidate, group in zip(candidates, groups, strict=True)
     )
+    total = len(candidates)
+    return f"colour and shape are right in {right:,} of {total:,} captions, {right / total:.1%}"
 
 
 def _say(text: str) -> None:

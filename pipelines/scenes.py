@@ -32,17 +32,13 @@ COLOURS = {
     "white": (248, 248, 248),
 }
 # Radius of each size word, as a range of fractions of the picture's shorter side.
-SIZES = {"small": (0.085, 0.1), "large": (0.17, 0.195)}
+SIZES = {"small": (0.113, 0.122), "large": (0.196, 0.205)}
 POSITIONS = {
     "left": "on the left",
     "right": "on the right",
     "top": "at the top",
     "bottom": "at the bottom",
     "middle": "in the middle",
-}
-_RELATIONS = {  # of a first group there: the second's place, first to second, second to first
-    "left": ("right", "to the left of", "to the right of"),
-    "top": ("bottom", "above", "below"),
 }
 _TEXTURES = ("noise", "clouds", "gradient", "stripes", "checks")
 _ANCHORS = {  # where a group's centre is, roughly, in widths and heights
@@ -52,26 +48,19 @@ _ANCHORS = {  # where a group's centre is, roughly, in widths and heights
     "bottom": (0.5, 0.8),
     "middle": (0.5, 0.5),
 }
-_NUMBERS = ("a", "two", "three", "four")
+_NUMBERS = ("a", "two", "three")
 _TINT = 10
 _REACH = 1.15  # the furthest point of any outline, in radii
 _SHIFT = 4  # fractional bits of the coordinates that OpenCV is given
 
-# Each slot gives one caption. The first has a single form: a wording that every picture has among
-# its references is one that a captioner can settle on.
-_ALONE = (
-    ("{full} {place}",),
-    ("there {be} {full} {place}", "there {be} {plain} {place} of the picture"),
-    ("a picture of {full}", "a picture of {plain}"),
-    ("{place} there {be} {plain}", "{place} of the picture there {be} {full}"),
-    ("the {these} {be} {colour} and {size}", "the {these} {place} {be} {colour}"),
-)
-_PAIR = (
-    ("{full} {relation} {full2}",),
-    ("{full} {place} and {full2} {place2}", "{plain} {place} and {plain2} {place2}"),
-    ("a picture of {full} and {full2}", "a picture of {plain} and {plain2}"),
-    ("there {be} {plain} {relation} {plain2}", "{place} there {be} {full}"),
-    ("the {these} {be} {colour} and the {these2} {be2} {colour2}", "{full2} {inverse} {full}"),
+# Each slot gives one caption, which says all: a model that draws from it has nothing to guess but the background. The
+# first has a single form: a wording that every picture has among its references is one that a captioner can settle on.
+_SLOTS = (
+    ("{group} {place}",),
+    ("there {be} {group} {place}", "there {be} {group} {place} of the picture"),
+    ("a picture of {group} {place}",),
+    ("{place} there {be} {group}", "{place} of the picture there {be} {group}"),
+    ("the {these} {place} {be} {colour} and {size}",),
 )
 
 
@@ -99,8 +88,6 @@ SHAPES: dict[str, _Points] = {
     "circle": _around(np.arange(0, 360, 6), 0.95),
     "square": _around([45, 135, 225, 315], 1.15),
     "triangle": _around([0, 120, 240], 1.15),
-    "star": _around(np.arange(0, 360, 36), [1.15, 0.5] * 5),
-    "diamond": _around([0, 90, 180, 270], [1.15, 0.72] * 2),
     "cross": _around(np.add.outer([0, 90, 180, 270], [-19, 19, 45]).ravel(), [1.1, 1.1, 0.51] * 4),
     "heart": _heart(),
     "moon": _moon(),
@@ -108,14 +95,14 @@ SHAPES: dict[str, _Points] = {
 
 
 @dataclass(frozen=True)
-class SceneObject:
-    """One to four equal shapes that stand together.
+class Group:
+    """One to three equal shapes that stand together.
 
     Attributes:
         shape: A key of ``SHAPES``.
         colour: A key of ``COLOURS``.
         size: A key of ``SIZES``.
-        count: How many there are, 1 to 4.
+        count: How many there are, 1 to 3.
         position: A key of ``POSITIONS``.
     """
 
@@ -132,16 +119,15 @@ class Scene:
 
     Attributes:
         index: The scene's ordinal in its data set; its key is ``scene_key(index)``.
-        image: (H, W, 3) RGB, each side 160 to 320 px.
-        captions: Five true sentences, no two alike, each naming the main object's colour and shape.
-        objects: One or two groups, unlike in shape and colour. The first is the main object: of
-            two, the one on the left or at the top.
+        image: (H, W, 3) RGB, each side 160 to 255 px.
+        captions: Five true sentences, no two alike, each of all that there is to say of the group.
+        group: What is on it.
     """
 
     index: int
     image: npt.NDArray[np.uint8]
     captions: tuple[str, ...]
-    objects: tuple[SceneObject, ...]
+    group: Group
 
 
 def scene_key(index: int) -> str:
@@ -152,17 +138,16 @@ def scene_key(index: int) -> str:
 def draw_scene(seed: int, index: int) -> Scene:
     """Draws scene ``index`` of ``seed`` (neither negative): the same in any process."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-    objects = _choose_objects(rng)
+    group = _choose_group(rng)
     short = int(rng.integers(160, 221))
-    long = min(320, round(short * rng.uniform(1, 1.6)))
+    long = round(short * rng.uniform(1, 1.15))
     width, height = (long, short) if rng.random() < 0.6 else (short, long)
     image = _draw_background(rng, width, height)
-    placed = [_place(rng, thing, width, height) for thing in objects]
-    _draw_shadows(image, [outline for outlines in placed for outline in outlines], short / 70)
-    for thing, outlines in zip(objects, placed, strict=True):
-        tint = np.add(COLOURS[thing.colour], rng.integers(-_TINT, _TINT + 1, 3)).clip(0, 255)
-        cv2.fillPoly(image, outlines, tint.tolist(), cv2.LINE_AA, _SHIFT)
-    return Scene(index, image, _describe(rng, objects), objects)
+    outlines = _place(rng, group, width, height)
+    _draw_shadows(image, outlines, short / 70)
+    tint = np.add(COLOURS[group.colour], rng.integers(-_TINT, _TINT + 1, 3)).clip(0, 255)
+    cv2.fillPoly(image, outlines, tint.tolist(), cv2.LINE_AA, _SHIFT)
+    return Scene(index, image, _describe(rng, group), group)
 
 
 def named_groups(caption: str) -> set[tuple[str, str]]:
@@ -185,20 +170,13 @@ def named_groups(caption: str) -> set[tuple[str, str]]:
     return found
 
 
-def _choose_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
-    pair = rng.random() < 0.45
-    shapes = rng.permutation(list(SHAPES))[:2].tolist()
-    colours = rng.permutation(list(COLOURS))[:2].tolist()
-    first = str(rng.choice(list(_RELATIONS if pair else POSITIONS)))
-    places = [first, _RELATIONS[first][0]] if pair else [first]
-    objects = []
-    for shape, colour, position in zip(shapes, colours, places, strict=False):
-        size = str(rng.choice(list(SIZES)))
-        # More than two large ones fit only as a cluster in the middle.
-        most = 2 if size == "large" and position != "middle" else 4
-        count = int(rng.integers(1, most + 1))
-        objects.append(SceneObject(shape, colour, size, count, position))
-    return tuple(objects)
+def _choose_group(rng: np.random.Generator) -> Group:
+    shape, colour, size, position = (
+        str(rng.choice(list(words))) for words in (SHAPES, COLOURS, SIZES, POSITIONS)
+    )
+    # More than two large ones fit only as a cluster in the middle
+    most = 2 if size == "large" and position != "middle" else 3
+    return Group(shape, colour, size, int(rng.integers(1, most + 1)), position)
 
 
 def _lay_out(position: str, count: int) -> _Points:
@@ -206,30 +184,27 @@ def _lay_out(position: str, count: int) -> _Points:
     line, zeros = np.arange(count) - (count - 1) / 2, np.zeros(count)
     if position in ("left", "right"):
         return np.stack([zeros, line], axis=1)
-    if position != "middle" or count < 3:
-        return np.stack([line, zeros], axis=1)
-    corners = np.array([[-0.5, 0.5], [0.5, 0.5], [-0.5, -0.5], [0.5, -0.5]])
-    return corners if count == 4 else np.concatenate([corners[:2], [[0, -0.5]]])
+    if position == "middle" and count == 3:
+        return np.array([[-0.5, 0.5], [0.5, 0.5], [0, -0.5]])
+    return np.stack([line, zeros], axis=1)
 
 
-def _place(
-    rng: np.random.Generator, thing: SceneObject, width: int, height: int
-) -> list[npt.NDArray[np.int32]]:
+def _place(rng: np.random.Generator, group: Group, width: int, height: int) -> list[npt.NDArray[np.int32]]:
     """Outlines of the shapes of a group, in units of 1 / 2**_SHIFT px."""
     frame = np.array([width, height], dtype=float)
-    radius = min(width, height) * rng.uniform(*SIZES[thing.size])
+    radius = min(width, height) * rng.uniform(*SIZES[group.size])
     # Loose where there is room, never so tight that two shapes touch.
-    room = (0.97 * frame.min() / radius - 2 * _REACH) / max(1, thing.count - 1)
-    step = radius * rng.uniform(2.35, np.clip(room, 2.35, 3.2))
-    centres = step * _lay_out(thing.position, thing.count)
-    centres += (_ANCHORS[thing.position] + rng.uniform(-0.06, 0.06, 2)) * frame
+    room = (0.97 * frame.min() / radius - 2 * _REACH) / max(1, group.count - 1)
+    step = radius * rng.uniform(2.4, np.clip(room, 2.4, 2.7))
+    centres = step * _lay_out(group.position, group.count)
+    centres += (_ANCHORS[group.position] + rng.uniform(-0.02, 0.02, 2)) * frame
     margin = _REACH * radius + 2
     centres += np.clip(0, margin - centres.min(axis=0), frame - margin - centres.max(axis=0))
     outlines = []
     for centre in centres:
         turn = np.radians(rng.uniform(-8, 8))
         rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-        points = SHAPES[thing.shape] @ rotation * radius + centre
+        points = SHAPES[group.shape] @ rotation * radius + centre
         outlines.append(np.rint(points * 2**_SHIFT).astype(np.int32))
     return outlines
 
@@ -276,29 +251,23 @@ def _draw_shadows(image: _Image, outlines: Sequence[npt.NDArray[np.int32]], blur
     cv2.multiply(image, cv2.merge([light] * 3), dst=image, scale=1 / 255)
 
 
-def _describe(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> tuple[str, ...]:
+def _describe(rng: np.random.Generator, group: Group) -> tuple[str, ...]:
     """Five captions, one from each slot, in random order."""
-    words = _words(objects[0])
-    if len(objects) > 1:
-        words |= {f"{name}2": word for name, word in _words(objects[1]).items()}
-        _, words["relation"], words["inverse"] = _RELATIONS[objects[0].position]
-    slots = _PAIR if len(objects) > 1 else _ALONE
-    captions = [slot[rng.integers(len(slot))].format_map(words) for slot in slots]
+    words = _words(group)
+    captions = [slot[rng.integers(len(slot))].format_map(words) for slot in _SLOTS]
     return tuple(captions[i] for i in rng.permutation(len(captions)))
 
 
-def _words(thing: SceneObject) -> dict[str, str]:
-    """What the templates may say of one group."""
-    one = thing.count == 1
-    noun = thing.shape if one else {"cross": "crosses"}.get(thing.shape, f"{thing.shape}s")
-    number = _NUMBERS[thing.count - 1]
-    article = "an" if one and thing.colour == "orange" else number
+def _words(group: Group) -> dict[str, str]:
+    """What the templates may say of a group."""
+    one = group.count == 1
+    noun = group.shape if one else {"cross": "crosses"}.get(group.shape, f"{group.shape}s")
+    number = _NUMBERS[group.count - 1]
     return {
-        "full": f"{number} {thing.size} {thing.colour} {noun}",
-        "plain": f"{article} {thing.colour} {noun}",
+        "group": f"{number} {group.size} {group.colour} {noun}",
         "these": noun if one else f"{number} {noun}",
         "be": "is" if one else "are",
-        "colour": thing.colour,
-        "size": thing.size,
-        "place": POSITIONS[thing.position],
+        "colour": group.colour,
+        "size": group.size,
+        "place": POSITIONS[group.position],
     }

@@ -216,7 +216,7 @@ def _add_image_flags(
     if isinstance(default, VaeTraining):
         values += [
             ("divergence_weight", "X", "of the latent's divergence: more makes images plainer"),
-            ("text_first", "X", "times as much at the beginning, that the text be learnt first"),
+            ("text_first", "X", "share of the epochs at the beginning that learn from the text alone"),
         ]
     else:
         values += [

@@ -113,7 +113,8 @@ def _check_image_model(training: VaeTraining | GanTraining) -> None:
     rates = ["learning_rate"]
     if isinstance(training, VaeTraining):
         check(training.patience >= 1, "--patience", training.patience, "at least 1")
-        rates += ["divergence_weight", "text_first"]
+        check(0 <= training.text_first < 1, "--text_first", training.text_first, "from 0 to below 1")
+        rates.append("divergence_weight")
     else:
         kind, colon, location = training.generator.partition(":")
         is_named = not training.generator or (kind in ("vae", "gan") and bool(colon and location.strip()))

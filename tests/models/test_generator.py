@@ -6,7 +6,7 @@ import torch
 
 from models.gan import Discriminator, discriminator_loss, r1_penalty
 from models.generator import Generator, GeneratorConfig, Trunk, from_pixels, is_size, to_pixels
-from models.vae import Bound, Vae, negative_bound
+from models.vae import Bound, Vae, squared_bands, vae_loss
 
 CONFIG = GeneratorConfig(size_px=32, text_dim=6, latent_dim=8, condition_dim=10, channels=4, max_channels=12)
 
@@ -92,19 +92,41 @@ class TestVae:
         bound = vae(images, texts, noise)
         assert bound.divergence.item() == pytest.approx(8 * (np.e - 1) / 2, rel=1e-5)
         made = vae.generator(texts, 1 + noise * np.exp(0.5))
-        assert bound.error.item() == pytest.approx((made - images).abs().mean().item(), rel=1e-5)
+        assert bound.errors.sum().item() == pytest.approx((made - images).square().mean().item(), rel=1e-5)
 
     def test_divergence_is_none_where_the_latent_says_nothing(self):
         vae = Vae(CONFIG)
         torch.nn.init.zeros_(vae.encoder.last.weight)
         assert vae(*inputs()).divergence.item() == 0
 
-    def test_weight_of_the_divergence(self):
-        bound = Bound(torch.tensor(0.25), torch.tensor(30.0))
-        assert negative_bound(bound, 300).item() == pytest.approx(np.log(0.25 + 1 / 127.5) + 0.1, rel=1e-4)
-        assert negative_bound(bound, 300, 2.0).item() == pytest.approx(
-            np.log(0.25 + 1 / 127.5) + 0.2, rel=1e-4
-        )
+    def test_the_text_alone(self):
+        vae = Vae(CONFIG)
+        images, texts, noise = inputs()
+        bound = vae(images, texts, noise, by_text=True)
+        assert bound.divergence.item() == 0
+        made = vae.generator(texts, noise)
+        assert bound.errors.sum().item() == pytest.approx((made - images).square().mean().item(), rel=1e-5)
+
+    def test_loss_of_known_values(self):
+        # shares of 3/4, 3/16 and 1/16 of the values, whose roots are as 2√3, √3 and 1
+        bound = Bound(torch.tensor([0.25, 0.04, 0.01]), torch.tensor(30.0))
+        logs = np.log(np.array([0.25, 0.04, 0.01]) + 127.5**-2) / 2
+        error = logs @ [12**0.5, 3**0.5, 1] / (27**0.5 + 1)
+        assert vae_loss(bound, 300).item() == pytest.approx(error + 0.1, rel=1e-4)
+        assert vae_loss(bound, 300, 2.0).item() == pytest.approx(error + 0.2, rel=1e-4)
+
+
+class TestBands:
+    def test_of_known_patterns(self):
+        stripes = torch.tensor([1.0, -1.0]).repeat(1, 1, 8, 4)
+        torch.testing.assert_close(squared_bands(stripes, 2), torch.tensor([1.0, 0.0, 0.0]))
+        wide = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(1, 1, 8, 2)
+        torch.testing.assert_close(squared_bands(wide, 2), torch.tensor([0.0, 1.0, 0.0]))
+        torch.testing.assert_close(squared_bands(0.5 * torch.ones(1, 1, 8, 8), 2), torch.tensor([0, 0, 0.25]))
+
+    def test_add_up_to_the_mean_square(self):
+        images, _, _ = inputs()
+        torch.testing.assert_close(squared_bands(images, 2).sum(), images.square().mean())
 
 
 class TestGan:

@@ -36,15 +36,17 @@ def test_says_what_it_does_and_what_comes_of_it(folder, capsys):
         f"1. drawing 100 captioned scenes to {folder}/data, as COCO, Flickr30k and WebDataset",
         f"2. diptych prepare --input {folder}/data/coco/annotations/captions_train2017.json --output {folder}/train",
         "   read      90 rows",
-        f"4. diptych train word2vec --input {folder}/train --output {folder}/models/word2vec",
+        f"3. diptych train word2vec --input {folder}/train --output {folder}/models/word2vec",
         f"   written   50 to {folder}/out/embeddings",
         f"   written   10 to {folder}/out/captions",
         "   captions: 1 shards, 1 files: 10 rows read = 10 written + 0 rejected",
+        f"   written   50 to {folder}/out/generated",
+        "   generated: 1 shards, 1 files: 50 rows read = 50 written + 0 rejected",
         "   complete and sound",
     ):
         assert line in shown.splitlines()
-    assert shown.count("nothing to do: an earlier run has finished this") == 4
-    assert re.search(r"right of the main object in \d+ of 10 scenes, .* of every group in \d+", shown)
+    assert shown.count("nothing to do: an earlier run has finished this") == 2
+    assert re.search(r"colour and shape are right in \d+ of 10 captions", shown)
     assert re.search(r"^train captioner +\d+\.\d s", shown, re.MULTILINE)
     assert {path.name for path in folder.iterdir()} == {"data", "train", "models", "out", "sheet.png"}
     assert verify(str(folder / "out")).problems == []
@@ -52,12 +54,21 @@ def test_says_what_it_does_and_what_comes_of_it(folder, capsys):
 
 def test_its_commands_are_those_of_the_command_line(folder, capsys):
     demo(str(folder), seed=3, num_scenes=100)
-    commands = re.findall(r"^\d\. diptych (train captioner .*)$", capsys.readouterr().out, re.MULTILINE)
-    [command] = [command.replace("my demo", "my_demo") for command in commands]
-    arguments = [argument.replace("my_demo", "my demo") for argument in command.split()]
-    assert (
-        main([*arguments, "--device=cpu", "--quiet"]) == 0
-    )  # a flag that differed would be another training: refused
+    shown = capsys.readouterr().out
+    commands = re.findall(
+        r"^(?:\d+\.|   and beside it:) diptych ((?:train|run|evaluate images) .*)$", shown, re.MULTILINE
+    )
+    assert len(commands) == 6
+    for command in commands:
+        arguments = [
+            argument.replace("my_demo", "my demo")
+            for argument in command.replace("my demo", "my_demo").split()
+        ]
+        if arguments[0] == "train" and arguments[1] != "word2vec":
+            arguments.append("--device=cpu")
+        # a flag that differed would be another training, or another run: refused
+        assert main(arguments) == 0
+        assert arguments[0] == "evaluate" or "nothing to do" in capsys.readouterr().out
 
 
 def test_what_it_says_at_the_end_works(folder, capsys, tmp_path):
