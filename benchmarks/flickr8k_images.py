@@ -1,0 +1,80 @@
+"""Images from text on Flickr8k: a VAE, and a GAN that goes on from it, trained and scored on real photos at 64 x 64.
+
+    python benchmarks/flickr8k_images.py --annotation dataset_flickr8k.json --images Images.zip --output flickr8k \
+        --text_model bert:sentence-transformers/all-MiniLM-L6-v2 --captioner cnn-lstm:flickr8k/models/attention
+
+Each step is a command of `diptych`, printed as it is run: prepare the splits; train the VAE on the train split, then
+the GAN; draw an image of every caption of the other split; score. FID is between drawn images and the photos of the
+captions, on a yardstick of real photos: those of the train split against the same ones. The captioner (such as
+`benchmarks/flickr8k.py` makes, which has seen no drawn image) describes what is drawn, and the text model compares
+that with the image's prompt, and with another's. Look at samples.png in the models' folders.
+"""
+
+import argparse
+import json
+import shlex
+import time
+from pathlib import Path
+
+from flickr8k import SPLITS, diptych
+
+from pipelines.lite0 import ENCODER, write_lite0_weights
+
+COMMON = shlex.split("--size 64 --precision bfloat16 --ema 0.995 --flips --batch_size 32")
+VAE = shlex.split(
+    "--channels 32 --max_channels 256 --latent_dim 64 --learning_rate 1e-3 --divergence_weight 10"
+)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--annotation", required=True, help="Karpathy's dataset_flickr8k.json")
+    parser.add_argument("--images", required=True, help="folder, tar or zip of the photos")
+    parser.add_argument("--output", type=Path, default=Path("flickr8k"))
+    parser.add_argument("--test_split", default="val", help="the split to draw from (default val)")
+    parser.add_argument("--text_model", required=True, metavar="KIND:LOC")
+    parser.add_argument("--captioner", required=True, metavar="KIND:LOC", help="the probe")
+    parser.add_argument("--vae_epochs", default="25", metavar="N")
+    parser.add_argument("--gan_epochs", default="20", metavar="N")
+    parser.add_argument(
+        "--max_images", default="1000", metavar="N", help="of each side, for FID and the match"
+    )
+    args = parser.parse_args()
+    out, start = args.output, time.monotonic()
+    for name, split in {**SPLITS, "test": args.test_split}.items():
+        source = ["--input", args.annotation, "--images", args.images, "--split", split]
+        diptych("prepare", *source, "--output", str(out / name))
+    weights = out / "efficientnet_lite0.safetensors"
+    if not weights.exists():
+        write_lite0_weights(weights)
+    features = ["--features", ENCODER, "--feature_weights", str(weights), "--max_images", args.max_images]
+    photos = ["--references", str(out / "test"), "--size", "64", *features]
+    scores = {"photos": out / "photos.json"}
+    evaluate = ("evaluate", "images", "--input")
+    diptych(*evaluate, str(out / "train"), "--dataset", "images", *photos, "--scores", str(scores["photos"]))
+    rows = ["--input", str(out / "train"), "--validation", str(out / "validation")]
+    seconds = {}
+    for kind, flags in (
+        ("vae", [*VAE, "--epochs", args.vae_epochs]),
+        ("gan", ["--epochs", args.gan_epochs, "--generator", f"vae:{out / 'models' / 'vae'}"]),
+    ):
+        begun = time.monotonic()
+        model, drawn = str(out / "models" / kind), str(out / "drawn" / kind)
+        told = ["--text_model", args.text_model, "--output", model]
+        diptych("train", kind, *rows, *told, *COMMON, *flags)
+        seconds[kind] = time.monotonic() - begun
+        diptych("generate", "--input", str(out / "test"), "--model", f"{kind}:{model}", "--output", drawn)
+        scores[kind] = out / f"{kind}.json"
+        match = ["--match_with", args.captioner, "--match_by", args.text_model]
+        diptych(*evaluate, drawn, *photos, *match, "--scores", str(scores[kind]))
+    for name, path in scores.items():
+        shown = shlex.join(f"{key}={value}" for key, value in json.loads(path.read_text())["scores"].items())
+        print(f"{name:8} {shown}" + (f" training {seconds[name] / 60:.1f} min" if name in seconds else ""))
+    print(f"in all {(time.monotonic() - start) / 60:.1f} min")
+
+
+if __name__ == "__main__":
+    main()
