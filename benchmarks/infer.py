@@ -71,16 +71,15 @@ class Setting(NamedTuple):
     batch_size: int
 
 
-def make_prepared(photos: Path, scratch: Path, num_rows: int) -> Path:
-    """Writes photos, repeated under keys of their own, with drawn captions, and prepares them; returns the output."""
-    output = scratch / f"prepared-{num_rows}"
-    if output.exists():
-        return output
+def make_shards(photos: Path, scratch: Path, num_rows: int) -> Path:
+    """Writes photos, repeated under keys of their own, with drawn captions, as tar shards; returns their folder."""
+    shards = scratch / f"shards-{num_rows}"
+    if shards.exists():
+        return shards
     files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
         sys.exit(f"{photos} holds no JPEG. --photos names a folder of photos.")
     random.Random(0).shuffle(files)
-    shards = scratch / f"shards-{num_rows}"
     shards.mkdir()
     draw = random.Random(1)
     for shard in range(-(-num_rows // SHARD_ROWS)):
@@ -97,9 +96,16 @@ def make_prepared(photos: Path, scratch: Path, num_rows: int) -> Path:
                     member = tarfile.TarInfo(f"{row:06d}.{extension}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-    command = [sys.executable, "-m", "pipelines.cli", "prepare", "--quiet"]
-    subprocess.run([*command, "--input", str(shards), "--output", str(output)], check=True)
-    shutil.rmtree(shards)
+    return shards
+
+
+def make_prepared(photos: Path, scratch: Path, num_rows: int) -> Path:
+    """Prepares such shards; returns the output."""
+    output = scratch / f"prepared-{num_rows}"
+    if not output.exists():
+        shards = make_shards(photos, scratch, num_rows)
+        command = [sys.executable, "-m", "pipelines.cli", "prepare", "--quiet"]
+        subprocess.run([*command, "--input", str(shards), "--output", str(output)], check=True)
     return output
 
 
@@ -253,7 +259,7 @@ def measure(
                 command += ["--model", setting.model, "--device", setting.device]
                 command += ["--batch_size", str(setting.batch_size)]
                 runs.setdefault((name, num_rows), []).append(run(command))
-                _check(Path(output), num_rows * _items(setting), name)
+                check_rows(Path(output), num_rows * _items(setting), name)
                 shutil.rmtree(output)
     return runs
 
@@ -263,7 +269,8 @@ def _items(setting: Setting) -> int:
     return 1 if setting.job == "caption" else CAPTIONS_A_ROW
 
 
-def _check(output: Path, num_rows: int, name: str) -> None:
+def check_rows(output: Path, num_rows: int, name: str) -> None:
+    """Ends the benchmark if an output holds another number of rows."""
     import pyarrow.parquet as pq
 
     files = [path for path in output.rglob("*.parquet") if "rejects" not in path.parts]
