@@ -137,7 +137,7 @@ def evaluate_images(options: EvaluateImagesOptions) -> dict[str, Any]:
 def _evaluate(options: EvaluateImagesOptions, features: Features) -> dict[str, Any]:
     distances, spread, matches = Distances(features.dim), _Spread(), _Matches(options)
     size_px = options.size_px
-    for batch in _batched(itertools.islice(_read_made(options.input, options.dataset), options.max_images)):
+    for batch in _batched(_chosen(options.input, options.dataset, options.max_images)):
         size_px = size_px or len(_decode([batch[0].data], 0)[0])
         pixels = _decode([row.data for row in batch], size_px)
         found = features(_resize(pixels, features.size_px))
@@ -146,10 +146,9 @@ def _evaluate(options: EvaluateImagesOptions, features: Features) -> dict[str, A
         matches.add(batch)
     if size_px is None:
         raise InputError(f"{join(options.input, options.dataset)} holds no image. There is nothing to score.")
-    for images in _batched(
-        itertools.islice(_read_real(options.references or options.input), options.max_images)
-    ):
-        distances.add(features(_resize(_decode(images, size_px), features.size_px)), real=True)
+    for batch in _batched(_chosen(options.references or options.input, "images", options.max_images)):
+        pixels = _decode([row.data for row in batch], size_px)
+        distances.add(features(_resize(pixels, features.size_px)), real=True)
     return {
         "input": join(options.input, options.dataset),
         "references": join(options.references or options.input, "images"),
@@ -180,7 +179,7 @@ class _Spread:
     def add(self, batch: Sequence[_Made], pixels: np.ndarray[Any, Any], features: torch.Tensor) -> None:
         for row, image, feature in zip(batch, pixels, features, strict=True):
             if row.name != self._name:
-                if self._pixels:  # with the last of another prompt
+                if self._name and row.name[0] != self._name[0]:  # with the last of another image's prompt
                     pair = np.stack([self._pixels[-1], image]), torch.stack([self._features[-1], feature])
                     self._between.append(pairwise_distances(*pair))
                 self._end()
@@ -212,7 +211,7 @@ class _Matches:
         specs = [spec for spec in (options.match_with, options.match_by) if spec]
         self._runners = [ModelRunner(load_model(spec)) for spec in specs]
         self.own: list[float] = []
-        self._other: list[float] = []
+        self._gains: list[float] = []
         self.num_failures = 0
 
     def add(self, batch: Sequence[_Made]) -> None:
@@ -223,27 +222,36 @@ class _Matches:
         self.num_failures += sum(isinstance(caption, Failure) for caption in captions)
         said = {i: found.candidates[0] for i, found in enumerate(captions) if not isinstance(found, Failure)}
         others = [_other_prompt(batch, i) for i in range(len(batch))]
-        for values, prompts in ((self.own, [row.prompt for row in batch]), (self._other, others)):
-            pairs = [
-                (said[i], prompt) for i, prompt in enumerate(prompts) if i in said and prompt is not None
-            ]
-            if pairs:
-                left, right = (_vectors(text, texts) for texts in zip(*pairs, strict=True))
-                values += cosines(left, right).tolist()
+        prompts = [row.prompt for row in batch]
+        own = self._cosines(text, said, [(i, prompt) for i, prompt in enumerate(prompts)])
+        other = self._cosines(
+            text, said, [(i, prompt) for i, prompt in enumerate(others) if prompt is not None]
+        )
+        self.own += own.values()
+        self._gains += [own[i] - value for i, value in other.items()]
+
+    @staticmethod
+    def _cosines(
+        text: "ModelRunner[str, TextVector]", said: dict[int, str], prompts: Sequence[tuple[int, str]]
+    ) -> dict[int, float]:
+        """Returns how near what is said of images is to prompts, by the image's number."""
+        pairs = [(said[i], prompt) for i, prompt in prompts if i in said]
+        if not pairs:
+            return {}
+        left, right = (_vectors(text, texts) for texts in zip(*pairs, strict=True))
+        return dict(zip((i for i, _ in prompts if i in said), cosines(left, right).tolist(), strict=True))
 
     def scores(self) -> dict[str, Any]:
         if not self.own:
             return {}
         scores = {"match": float(np.mean(self.own))}
-        if not self._other:
+        if not self._gains:
             return scores
-        draw = np.random.default_rng(0)
-        own, others = np.asarray(self.own), np.asarray(self._other)
-        gains = [_resampled(own, draw) - _resampled(others, draw) for _ in range(_BOOTSTRAPS)]
-        low, high = np.quantile(gains, (0.025, 0.975)).tolist()
-        other = float(np.mean(self._other))
-        gain = {"match_gain": scores["match"] - other, "match_gain_low": low, "match_gain_high": high}
-        return {**scores, "match_swapped": other, **gain}
+        draw, gains = np.random.default_rng(0), np.asarray(self._gains)
+        means = [gains[draw.integers(0, len(gains), len(gains))].mean() for _ in range(_BOOTSTRAPS)]
+        low, high = np.quantile(means, (0.025, 0.975)).tolist()
+        gain = float(gains.mean())
+        return {**scores, "match_gain": gain, "match_gain_low": low, "match_gain_high": high}
 
 
 def _vectors(text: "ModelRunner[str, TextVector]", texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
@@ -253,14 +261,34 @@ def _vectors(text: "ModelRunner[str, TextVector]", texts: Sequence[str]) -> list
     return [vector.values for vector in found if not isinstance(vector, Failure)]
 
 
-def _resampled(values: np.ndarray[Any, Any], draw: np.random.Generator) -> float:
-    return float(values[draw.integers(0, len(values), len(values))].mean())
-
-
 def _other_prompt(batch: Sequence[_Made], number: int) -> str | None:
-    """Returns the prompt of another image of a batch, None where they all have the same."""
+    """Returns the prompt of another key of a batch, None where there is none: captions of one photo are much alike."""
+    here = batch[number]
     rows = itertools.chain(batch[number + 1 :], batch[:number])
-    return next((row.prompt for row in rows if row.prompt != batch[number].prompt), None)
+    return next(
+        (row.prompt for row in rows if row.name[0] != here.name[0] and row.prompt != here.prompt), None
+    )
+
+
+def _chosen(root: str, dataset: str, most: int | None) -> Iterator[_Made]:
+    """Yields images of an output, all or about evenly chosen ones; of a prompt all samples or none."""
+    rows = _read_made(root, dataset)
+    if most is None:
+        return rows
+    totals = (read_success(root) or {}).get(dataset)
+    share = most / totals.written if totals and totals.written > most else 1.0
+    return itertools.islice(_thinned(rows, share), most)
+
+
+def _thinned(rows: Iterator[_Made], share: float) -> Iterator[_Made]:
+    seen = taken = 0
+    for _, samples in itertools.groupby(rows, key=lambda row: row.name):
+        takes = taken < (seen + 1) * share
+        for row in samples:
+            seen += 1
+            if takes:
+                taken += 1
+                yield row
 
 
 def _batched(rows: Iterator[Any]) -> Iterator[list[Any]]:
@@ -322,7 +350,6 @@ _NAMES = {
     "within_prompt_features": "distance within a prompt, features",
     "between_prompts_features": "distance between prompts, features",
     "match": "match with the prompt",
-    "match_swapped": "match with another prompt",
     "match_gain": "difference",
     "match_gain_low": "at least (95 %)",
     "match_gain_high": "at most (95 %)",

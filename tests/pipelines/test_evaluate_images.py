@@ -16,7 +16,15 @@ from models.encoder import create_encoder
 from models.word2vec import Word2Vec
 from pipelines.cli import main
 from pipelines.evaluate_flags import add_evaluate_flags
-from pipelines.evaluate_images import EvaluateImagesOptions, evaluate_images, images_options, table
+from pipelines.evaluate_images import (
+    EvaluateImagesOptions,
+    _chosen,
+    _Made,
+    _other_prompt,
+    evaluate_images,
+    images_options,
+    table,
+)
 from transforms.errors import InputError, OptionError, OutputError
 
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
@@ -144,12 +152,26 @@ class TestScores:
         report = evaluate_images(EvaluateImagesOptions(out, max_images=7, **network))
         assert (report["num_made"], report["num_real"]) == (7, 7)
 
+    def test_those_some_are_of_all_prompts(self, tmp_path):
+        rows = [row | {"prompt_index": i // 2 % 5} for i, row in enumerate(made(40, samples=10))]
+        out = write(tmp_path, "generated", rows)
+        found = [
+            row.name for row in _chosen(out, "generated", 8)
+        ]  # of 4 keys, 5 prompts each, 2 samples of each
+        assert found == [(f"k{key}", index) for key, index in ((0, 0), (1, 0), (2, 0), (3, 0)) for _ in "ab"]
+        assert len([*_chosen(out, "generated", 7)]) == 7
+        assert len([*_chosen(out, "generated", 100)]) == len([*_chosen(out, "generated", None)]) == 40
+
+    def test_a_prompt_is_compared_with_that_of_another_key(self):
+        batch = [_Made(("a", 0), "x", b""), _Made(("a", 1), "y", b""), _Made(("b", 0), "z", b"")]
+        assert [_other_prompt(batch, i) for i in range(3)] == ["z", "z", "x"]
+        assert _other_prompt(batch[:2], 0) is None
+
     def test_match(self, out, network, match, tmp_path):
         flags = [f"--features={network['features']}", f"--feature_weights={network['feature_weights']}"]
         report = evaluate_images(parse(f"--input={out}", "--device=cpu", *flags, *match))
         scores = report["scores"]
         assert scores["match"] == 1
-        assert scores["match_swapped"] == 0
         assert scores["match_gain_low"] == scores["match_gain"] == scores["match_gain_high"] == 1
         assert (report["num_matched"], report["num_not_matched"]) == (40, 0)
 
