@@ -4,7 +4,8 @@
         --text_model bert:sentence-transformers/all-MiniLM-L6-v2 --captioner cnn-lstm:flickr8k/models/attention
 
 Each step is a command of `diptych`, printed as it is run: prepare the splits; train the VAE on the train split, then
-the GAN; draw an image of every caption of the other split; score. FID is between drawn images and the photos of the
+the GAN; draw an image of every caption of a split that is not trained on (by default the one that the VAE's best epoch
+is chosen by); score. FID is between drawn images and the photos of the
 captions, on a yardstick of real photos: those of the train split against the same ones. The captioner (such as
 `benchmarks/flickr8k.py` makes, which has seen no drawn image) describes what is drawn, and the text model compares
 that with the image's prompt, and with another's. Look at samples.png in the models' folders.

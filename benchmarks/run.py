@@ -4,9 +4,9 @@
 
 `run` reads raw shards (made here of the JPEGs below PHOTOS, with drawn captions) and writes images, embeddings,
 captions and drawn images. Its parts are `diptych prepare` of the same shards, and of each model the loop `bare` of
-`benchmarks/infer.py`, with the models of that: it reads what was prepared, and neither encodes nor writes. They run in
-turn as whole processes. Printed are marginal seconds of a thousand rows (the slope between the smaller and the larger
-number: what a long run takes), what `run` takes of the sum of its parts, and the peak memory at both sizes.
+`benchmarks/infer.py`, with the models of that: it reads what was prepared, encodes nothing, and writes the keys alone.
+They run in turn as whole processes. Printed are marginal seconds of a thousand rows (the slope between the smaller and
+the larger number: what a long run takes), what `run` takes of the sum of its parts, and the peak memory at both sizes.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     diptych demo && python benchmarks/scenes.py --demo demo
 
 It is trained on scenes of its own (another seed than the demo's), and its accuracy on further ones is printed first.
-Then the demo's models draw prompts whose words in this order no training scene has, and the classifier says how many
-images show the right colour and the right shape, and both. Beside that: how far two samples of one prompt are from each
-other.
+Then the demo's models draw prompts of groups (number, size, colour, shape and place) that no training scene has, in any
+words, and the classifier says how many images show the right colour and the right shape, and both. Beside that: how far
+two samples of one prompt are from each other.
 """
 
 import argparse
@@ -34,6 +34,8 @@ from pipelines.scenes import COLOURS, SHAPES, draw_scene
 _SEED = 977  # of the classifier's scenes
 _COLOURS, _SHAPES = [*COLOURS], [*SHAPES]
 _BATCH = 64
+_MAX_SCENES = 20_000
+_OTHER_WORDS = frozenset(("a", "and", "are", "at", "in", "is", "of", "on", "picture", "the", "there"))
 
 
 class Probe(nn.Module):
@@ -103,19 +105,28 @@ def look(probe: Probe, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.nda
     return np.concatenate(colours), np.concatenate(shapes)
 
 
-def new_prompts(demo: Path, number: int) -> list[tuple[str, int, int]]:
-    """Returns prompts that no training scene has among its captions, with their colour and shape."""
+def new_prompts(demo: Path, most: int) -> list[tuple[str, int, int]]:
+    """Returns prompts of groups that no training scene shows, in any words, with their colour and shape."""
     table = pyarrow.dataset.dataset(demo / "train" / "images").to_table(columns=["captions"])
-    known = {caption for captions in table["captions"].to_pylist() for caption in captions}
+    known = {_group(caption) for captions in table["captions"].to_pylist() for caption in captions}
     found: dict[str, tuple[str, int, int]] = {}
-    for index in itertools.count():
+    for index in range(_MAX_SCENES):
         scene = draw_scene(_SEED + 1, index)
         right = _COLOURS.index(scene.group.colour), _SHAPES.index(scene.group.shape)
-        for caption in scene.captions:
-            if caption not in known:
-                found.setdefault(caption, (caption, *right))
-        if len(found) >= number:
-            return list(found.values())[:number]
+        if _group(scene.captions[0]) not in known:
+            found |= {caption: (caption, *right) for caption in scene.captions}
+        if len(found) >= most:
+            break
+    if not found:
+        sys.exit(
+            f"the demo has seen every group there is in {_MAX_SCENES:,} scenes. Draw fewer for it: --scenes."
+        )
+    return list(found.values())[:most]
+
+
+def _group(caption: str) -> frozenset[str]:
+    """Returns the words that say something, in no order: number, size, colour, shape and place."""
+    return frozenset(caption.split()) - _OTHER_WORDS
 
 
 def draw(model: str, prompts: Sequence[str], samples: int) -> list[np.ndarray]:
@@ -141,7 +152,7 @@ def main() -> None:
         "--models", metavar="KIND:LOC,…", help="trained on DEMO/train (default those of DEMO)"
     )
     parser.add_argument("--size", type=int, default=64, metavar="PX", help="of the models' images")
-    parser.add_argument("--prompts", type=int, default=500, metavar="N")
+    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="at most (default 500)")
     parser.add_argument("--steps", type=int, default=400, metavar="N", help="of the classifier's training")
     parser.add_argument("--probe", type=Path, help="keep the classifier here, or take it from here")
     args = parser.parse_args()

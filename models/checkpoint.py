@@ -200,6 +200,7 @@ def restore_optimizer(
                 if isinstance(own.get(key), tuple):  # JSON knows lists only
                     group[key] = tuple(value)
         _check_shapes(optimizer, parameters)
+        _lay_out(optimizer, parameters)
         optimizer.load_state_dict({"state": parameters, "param_groups": groups})
     except (KeyError, ValueError, TypeError) as error:
         raise ModelError(
@@ -212,6 +213,15 @@ def _join(values: Mapping[str, Any], name: str, tensors: Mapping[str, torch.Tens
     prefix = f"{name}."
     found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     return {**values, **found}
+
+
+def _lay_out(optimizer: torch.optim.Optimizer, parameters: dict[int, dict[str, Any]]) -> None:
+    """Brings moments into the strides of their parameters: fused kernels take both by their place in memory."""
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in parameters.items():
+        for key, value in values.items():
+            if torch.is_tensor(value) and value.shape == own[index].shape:
+                values[key] = torch.empty_like(own[index], dtype=value.dtype, device="cpu").copy_(value)
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, parameters: Mapping[int, Mapping[str, Any]]) -> None:

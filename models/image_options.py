@@ -48,7 +48,7 @@ class VaeTraining(ImageTraining):
         divergence_weight: Of the latent's divergence from the prior; more makes images plainer, and draws more alike.
         text_first: Share of `epochs` at the beginning in which the latent says nothing of the image: what the text can
             say is left to the text.
-        patience: Epochs without a better bound after which training stops.
+        patience: Epochs without a better bound after which training stops, counted from those of `text_first`.
     """
 
     kind = "vae"

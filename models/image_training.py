@@ -278,7 +278,7 @@ class _Training:
             raise self._diverged(f"the {broken[0].replace('_', ' ')} is {entry[broken[0]]}")
         # a GAN has no figure that says which is the best: the last is
         value = found.get("validation_loss", -math.inf)
-        if value < self.at.best or value == -math.inf:
+        if value < self.at.best or value == -math.inf or self._is_text_first(epoch):
             self.at.best, self.at.best_epoch = value, epoch
             self._best = {name: value.clone() for name, value in self._average.items()}
         self.at.history.append(entry)
@@ -286,6 +286,10 @@ class _Training:
         num_rows = len(self._validation)
         self._on_progress(Progress("validating", epoch, num_rows, num_rows, entry=entry))
         self._check_balance(entry)
+
+    def _is_text_first(self, epoch: int) -> bool:
+        """Tells whether a VAE began an epoch without its encoder: until that has learnt, no weights are the best."""
+        return epoch < getattr(self._options, "text_first", 0.0) * self._options.epochs
 
     def _check_balance(self, entry: dict[str, float]) -> None:
         """Stops a GAN that teaches nothing any more, or that draws one image a prompt."""

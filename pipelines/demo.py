@@ -5,11 +5,12 @@ diptych demo --output demo
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,9 @@ VAE = VaeTraining(
     batch_size=16,
     learning_rate=2e-3,
     ema=0.99,
-    precision="bfloat16",
     threads=1,
 )
-GAN = GanTraining(epochs=2, batch_size=16, ema=0.99, precision="bfloat16")
+GAN = GanTraining(epochs=2, batch_size=16, ema=0.99)
 WORD2VEC = Word2VecTraining(vector_size=64, epochs=5, patience=5)
 
 
@@ -133,7 +133,7 @@ def demo(output: str, seed: int = 0, num_scenes: int = NUM_SCENES) -> None:
         _say(table(evaluate_captions(EvaluateOptions(out))))
         _say(_rightness(out, seed))
     options = _images_options(out, models)
-    with step("evaluate images", f"diptych evaluate images --input {out} {_flags(options)}"):
+    with step("evaluate images", f"diptych evaluate images --input {out} {' '.join(_flags(options))}"):
         _say(images_table(evaluate_images(options)))
     with step("verify", f"diptych verify {out}"):
         findings = verify(out)
@@ -167,35 +167,53 @@ def _train(step: _Steps, train: str, home: str) -> _Models:
     """Trains the four models."""
     names = ("word2vec", "captioner", "vae", "gan", "efficientnet_lite0.safetensors")
     models = _Models(*(os.path.join(home, name) for name in names))
-    rows = RowSource((train,))
-    text = f"word2vec:{models.words}"
-    with step("train word2vec", f"diptych train word2vec --input {train} --output {models.words}"):
-        run_training(TrainOptions(rows, models.words, WORD2VEC))
-    write_lite0_weights(Path(models.weights))
-    captioner, vae, gan = (
+    rows, text = RowSource((train,)), f"word2vec:{models.words}"
+    words, captioner, vae, gan = (
         TrainOptions(rows, folder, training, device="cpu")
         for folder, training in (
+            (models.words, WORD2VEC),
             (models.captioner, dataclasses.replace(CAPTIONER, encoder_weights=models.weights)),
             (models.vae, dataclasses.replace(VAE, text_model=text)),
             (models.gan, dataclasses.replace(GAN, text_model=text, generator=f"vae:{models.vae}")),
         )
     )
 
-    def command(options: TrainOptions) -> str:
-        return f"diptych train {options.model} --input {train} --output {options.output} {_flags(options.training)}"
+    def command(options: TrainOptions) -> list[str]:
+        folders = ["--input", train, "--output", options.output]
+        return ["train", options.model, *folders, *_flags(options.training)]
 
+    def said(options: TrainOptions) -> str:
+        return " ".join(["diptych", *command(options)])
+
+    with step("train word2vec", said(words)):
+        run_training(words)
+    write_lite0_weights(Path(models.weights))
     # A core each: with a second one neither is much faster
-    both = f"{command(vae)}\n   and beside it: {command(captioner)}"
     with (
-        step("train vae, captioner", both),
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as beside,
+        step("train vae, captioner", f"{said(vae)}\n   and beside it: {said(captioner)}"),
+        _beside([*command(captioner), "--device", "cpu", "--quiet"]),
     ):
-        done = beside.submit(run_training, dataclasses.replace(captioner, quiet=True))
         run_training(vae)
-        done.result()
-    with step("train gan", command(gan)):
+    with step("train gan", said(gan)):
         run_training(gan)
     return models
+
+
+@contextmanager
+def _beside(arguments: list[str]) -> Iterator[None]:
+    """Runs a command of diptych meanwhile, in a process of its own, and ends with it."""
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            yield
+            process.wait()
+        finally:
+            process.terminate()  # of one that is done: nothing
+            process.wait()
+        if process.returncode:
+            errors.seek(0)
+            raise DiptychError(f"diptych {' '.join(arguments)} failed: {errors.read().strip()[-1000:]}")
 
 
 def _run(step: _Steps, annotation: str, out: str, models: _Models) -> None:
@@ -247,13 +265,16 @@ def _draw(data: Path, num_scenes: int, seed: int) -> SceneFolders:
 _MIN_SCENES = 100
 
 
-def _flags(options: Training | EvaluateImagesOptions) -> str:
+def _flags(options: Training | EvaluateImagesOptions) -> list[str]:
     """Returns options as flags, those that are not the defaults; none of these is a switch."""
     defaults = {field.name: field.default for field in dataclasses.fields(options) if field.name != "input"}
     chosen = {name: getattr(options, name) for name in defaults}
-    return " ".join(
-        f"--{name.removesuffix('_px')} {value}" for name, value in chosen.items() if value != defaults[name]
-    )
+    return [
+        word
+        for name, value in chosen.items()
+        if value != defaults[name]
+        for word in (f"--{name.removesuffix('_px')}", str(value))
+    ]
 
 
 def _rightness(out: str, seed: int) -> str:

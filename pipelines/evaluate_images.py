@@ -271,7 +271,7 @@ def _other_prompt(batch: Sequence[_Made], number: int) -> str | None:
 
 
 def _chosen(root: str, dataset: str, most: int | None) -> Iterator[_Made]:
-    """Yields images of an output, all or about evenly chosen ones; of a prompt all samples or none."""
+    """Yields images of an output, all or about evenly chosen ones; of a prompt all samples or none, but the last's."""
     rows = _read_made(root, dataset)
     if most is None:
         return rows

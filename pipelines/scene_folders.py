@@ -15,7 +15,7 @@ import cv2
 
 from pipelines.scenes import draw_scene, scene_key
 
-_VERSION = 1  # to be raised with every change that alters the bytes of a data set
+_VERSION = 2  # to be raised with every change that alters the bytes of a data set
 _SHARD_SCENES = 500
 _JPEG_QUALITY = 92
 

@@ -151,10 +151,10 @@ def draw_scene(seed: int, index: int) -> Scene:
 
 
 def named_groups(caption: str) -> set[tuple[str, str]]:
-    """Returns the (colour, shape) of each group that a caption names."""
-    words = caption.replace(",", " ").split()
+    """Returns the (colour, shape) of each group that a caption names; a model's may name several."""
+    words = caption.split()
     nouns = {form: shape for shape in SHAPES for form in (shape, f"{shape}s", f"{shape}es")}
-    # "a large red star", and "the stars are red": a colour goes with the noun after it, or with the one before its "is"
+    # "a large red heart", "the hearts are red": a colour goes with the noun after it, or with the one before its "is"
     found, colour, noun = set(), None, None
     for before, word in zip(["", *words], words, strict=False):
         if word in COLOURS:

@@ -209,7 +209,7 @@ def _add_image_flags(
         _add_value(model, default, name, metavar, text)
     values = [
         ("batch_size", "N", "images a step"),
-        ("learning_rate", "X", "the highest"),
+        ("learning_rate", "X", "the highest; a GAN keeps to it"),
         ("ema", "X", "decay of the average of the weights that is kept"),
         ("threads", "N", "CPU threads of a step, 0 for all"),
     ]

@@ -50,7 +50,8 @@ class TrainOptions:
         validation: Rows to choose the best epoch by; None holds some of `rows` out.
         validation_share: How many: about this share, the same ones in whatever order the rows come.
         device: `auto`, `cpu`, `cuda` or `cuda:N`; word vectors are trained on the CPU.
-        cache: Folder for a captioner's cache of encoded images, kept for the next training; None makes one that is not.
+        cache: Folder for the cache of images, or of what an encoder makes of them, kept for the next training; None
+            makes one that is not.
         overwrite: Delete what an earlier training wrote to `output`.
         quiet: Show neither progress nor summary.
     """

@@ -51,7 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_kaggle(home / "kaggle", captions)
     _write_flickr8k(home / "flickr8k", captions, images)
     _write_shards(home / "shards", captions, images)
-    (home / "prompts.txt").write_text("a large red star\ntwo small blue moons on the left\n")
+    (home / "prompts.txt").write_text("a large red heart\ntwo small blue moons on the left\n")
     return home
 
 

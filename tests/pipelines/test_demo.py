@@ -1,4 +1,5 @@
 import re
+import subprocess
 from pathlib import Path
 
 import datasets
@@ -8,7 +9,7 @@ from PIL import Image, ImageColor
 from pipelines import demo as demo_module
 from pipelines.cli import main
 from pipelines.contact_sheet import _GIVEN, _SAID
-from pipelines.demo import demo
+from pipelines.demo import _beside, demo
 from pipelines.evaluate import read_candidates
 from pipelines.scene_folders import write_data_set
 from pipelines.verify import Findings, verify
@@ -36,7 +37,8 @@ def test_says_what_it_does_and_what_comes_of_it(folder, capsys):
         f"1. drawing 100 captioned scenes to {folder}/data, as COCO, Flickr30k and WebDataset",
         f"2. diptych prepare --input {folder}/data/coco/annotations/captions_train2017.json --output {folder}/train",
         "   read      90 rows",
-        f"3. diptych train word2vec --input {folder}/train --output {folder}/models/word2vec",
+        f"3. diptych train word2vec --input {folder}/train --output {folder}/models/word2vec --vector_size 64 "
+        "--epochs 5 --patience 5",
         f"   written   50 to {folder}/out/embeddings",
         f"   written   10 to {folder}/out/captions",
         "   captions: 1 shards, 1 files: 10 rows read = 10 written + 0 rejected",
@@ -47,7 +49,7 @@ def test_says_what_it_does_and_what_comes_of_it(folder, capsys):
         assert line in shown.splitlines()
     assert shown.count("nothing to do: an earlier run has finished this") == 2
     assert re.search(r"colour and shape are right in \d+ of 10 captions", shown)
-    assert re.search(r"^train captioner +\d+\.\d s", shown, re.MULTILINE)
+    assert re.search(r"^train vae, captioner +\d+\.\d s", shown, re.MULTILINE)
     assert {path.name for path in folder.iterdir()} == {"data", "train", "models", "out", "sheet.png"}
     assert verify(str(folder / "out")).problems == []
 
@@ -108,6 +110,31 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file/data cannot be written"):
         demo(str(tmp_path / "file"), num_scenes=100)
+
+
+class TestBeside:
+    def test_what_fails_is_said(self, tmp_path):
+        nowhere = [
+            "train",
+            "captioner",
+            "--input",
+            str(tmp_path / "nowhere"),
+            "--output",
+            str(tmp_path / "model"),
+        ]
+        with (
+            pytest.raises(DiptychError, match=r"diptych train captioner .* failed: .*nowhere"),
+            _beside(nowhere),
+        ):
+            pass
+
+    def test_it_ends_with_what_it_is_beside(self, monkeypatch):
+        started = []
+        popen = subprocess.Popen
+        monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0])
+        with pytest.raises(KeyError), _beside(["train", "--help"]):
+            raise KeyError
+        assert started[0].returncode is not None
 
 
 def test_an_unsound_result_fails(folder, monkeypatch, capsys):

@@ -195,7 +195,7 @@ class TestCaptions:
     ("caption", "groups"),
     [
         ("a large red heart", {("red", "heart")}),
-        ("two small black crosses above an orange moon", {("black", "cross"), ("orange", "moon")}),
+        ("two small black crosses and an orange moon", {("black", "cross"), ("orange", "moon")}),
         ("the two crosses are black and the moon is orange", {("black", "cross"), ("orange", "moon")}),
         ("a red heart and a red heart", {("red", "heart")}),
         ("a heart, red", set()),
