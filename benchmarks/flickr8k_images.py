@@ -67,7 +67,7 @@ def main() -> None:
         told = ["--text_model", args.text_model, "--output", model]
         diptych("train", kind, *rows, *told, *COMMON, *flags)
         seconds[kind] = time.monotonic() - begun
-        diptych("generate", "--input", str(out / "test"), "--model", f"{kind}:{model}", "--output", drawn)
+        diptych("generate", "--prompts", str(out / "test"), "--model", f"{kind}:{model}", "--output", drawn)
         scores[kind] = out / f"{kind}.json"
         match = ["--match_with", args.captioner, "--match_by", args.text_model]
         diptych(*evaluate, drawn, *photos, *match, "--scores", str(scores[kind]))
