@@ -114,17 +114,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 class TestBeside:
     def test_what_fails_is_said(self, tmp_path):
-        nowhere = [
-            "train",
-            "captioner",
-            "--input",
-            str(tmp_path / "nowhere"),
-            "--output",
-            str(tmp_path / "model"),
-        ]
+        nowhere = str(tmp_path / "nowhere")
+        failing = ["train", "word2vec", "--input", nowhere, "--output", str(tmp_path / "model")]
         with (
-            pytest.raises(DiptychError, match=r"diptych train captioner .* failed: .*nowhere"),
-            _beside(nowhere),
+            pytest.raises(DiptychError, match="diptych train word2vec .* failed: .*nowhere"),
+            _beside(failing),
         ):
             pass
 
