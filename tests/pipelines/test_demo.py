@@ -117,7 +117,7 @@ class TestBeside:
         nowhere = str(tmp_path / "nowhere")
         failing = ["train", "word2vec", "--input", nowhere, "--output", str(tmp_path / "model")]
         with (
-            pytest.raises(DiptychError, match="diptych train word2vec .* failed: .*nowhere"),
+            pytest.raises(DiptychError, match=r"diptych train word2vec .* failed: .*nowhere"),
             _beside(failing),
         ):
             pass
