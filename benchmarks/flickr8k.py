@@ -39,25 +39,36 @@ def diptych(*args: str) -> None:
     subprocess.run([sys.executable, "-m", "pipelines.cli", *args], check=True)
 
 
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say where Flickr8k is, and where what comes of it goes."""
+    parser.add_argument("--annotation", required=True, help="Karpathy's dataset_flickr8k.json")
+    parser.add_argument("--images", required=True, help="folder, tar or zip of the photos")
+    parser.add_argument("--output", type=Path, default=Path("flickr8k"))
+    parser.add_argument("--test_split", default="val", help="the split to score (default val)")
+
+
+def prepare_splits(args: argparse.Namespace) -> Path:
+    """Prepares the splits below --output, and writes the encoder's weights there; returns their file."""
+    for name, split in {**SPLITS, "test": args.test_split}.items():
+        source = ["--input", args.annotation, "--images", args.images, "--split", split]
+        diptych("prepare", *source, "--output", str(args.output / name))
+    weights: Path = args.output / "efficientnet_lite0.safetensors"
+    if not weights.exists():
+        write_lite0_weights(weights)
+    return weights
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--annotation", required=True, help="Karpathy's dataset_flickr8k.json")
-    parser.add_argument("--images", required=True, help="folder, tar or zip of the photos")
-    parser.add_argument("--output", type=Path, default=Path("flickr8k"))
-    parser.add_argument("--test_split", default="val", help="the split to score (default val)")
+    add_data_flags(parser)
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--more", default="", help="further flags of the trainings, as one text")
     args = parser.parse_args()
     out, start = args.output, time.monotonic()
-    for name, split in {**SPLITS, "test": args.test_split}.items():
-        source = ["--input", args.annotation, "--images", args.images, "--split", split]
-        diptych("prepare", *source, "--output", str(out / name))
-    weights = out / "efficientnet_lite0.safetensors"
-    if not weights.exists():
-        write_lite0_weights(weights)
+    weights = prepare_splits(args)
     found = {}
     for name in args.models.split(","):
         kind, flags = MODELS[name]

@@ -5,21 +5,20 @@
 
 Each step is a command of `diptych`, printed as it is run: prepare the splits; train the VAE on the train split, then
 the GAN; draw an image of every caption of a split that is not trained on (by default the one that the VAE's best epoch
-is chosen by); score. FID is between drawn images and the photos of the
-captions, on a yardstick of real photos: those of the train split against the same ones. The captioner (such as
-`benchmarks/flickr8k.py` makes, which has seen no drawn image) describes what is drawn, and the text model compares
-that with the image's prompt, and with another's. Look at samples.png in the models' folders.
+is chosen by); score. FID is between drawn images and the photos of the captions, on a yardstick of real photos: those
+of the train split against the same ones. The captioner (such as `benchmarks/flickr8k.py` makes, which has seen no drawn
+image) describes what is drawn, and the text model compares that with the image's prompt, and with another's. Look at
+samples.png in the models' folders.
 """
 
 import argparse
 import json
 import shlex
 import time
-from pathlib import Path
 
-from flickr8k import SPLITS, diptych
+from flickr8k import add_data_flags, diptych, prepare_splits
 
-from pipelines.lite0 import ENCODER, write_lite0_weights
+from pipelines.lite0 import ENCODER
 
 COMMON = shlex.split("--size 64 --precision bfloat16 --ema 0.995 --flips --batch_size 32")
 VAE = shlex.split(
@@ -32,10 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--annotation", required=True, help="Karpathy's dataset_flickr8k.json")
-    parser.add_argument("--images", required=True, help="folder, tar or zip of the photos")
-    parser.add_argument("--output", type=Path, default=Path("flickr8k"))
-    parser.add_argument("--test_split", default="val", help="the split to draw from (default val)")
+    add_data_flags(parser)
     parser.add_argument("--text_model", required=True, metavar="KIND:LOC")
     parser.add_argument("--captioner", required=True, metavar="KIND:LOC", help="the probe")
     parser.add_argument("--vae_epochs", default="25", metavar="N")
@@ -45,12 +41,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     out, start = args.output, time.monotonic()
-    for name, split in {**SPLITS, "test": args.test_split}.items():
-        source = ["--input", args.annotation, "--images", args.images, "--split", split]
-        diptych("prepare", *source, "--output", str(out / name))
-    weights = out / "efficientnet_lite0.safetensors"
-    if not weights.exists():
-        write_lite0_weights(weights)
+    weights = prepare_splits(args)
     features = ["--features", ENCODER, "--feature_weights", str(weights), "--max_images", args.max_images]
     photos = ["--references", str(out / "test"), "--size", "64", *features]
     scores = {"photos": out / "photos.json"}

@@ -28,9 +28,8 @@ from infer import (
     run,
 )
 
-_DATA_SETS_ROWS = (
-    2 + 2 * CAPTIONS_A_ROW
-)  # of a row: its image and caption, vectors and images of its captions
+# Of a row of input: its image and caption, and of each caption a vector and a drawn image
+_ROWS_A_ROW = 2 + 2 * CAPTIONS_A_ROW
 
 
 def main() -> None:
@@ -74,7 +73,7 @@ def main() -> None:
                 for name, command in commands.items():
                     runs.setdefault((name, size), []).append(run(command))
                     if name in ("run", "prepare"):
-                        check_rows(Path(output), size * (_DATA_SETS_ROWS if name == "run" else 1), name)
+                        check_rows(Path(output), size * (_ROWS_A_ROW if name == "run" else 1), name)
                     shutil.rmtree(output)
     report(runs, sizes[0], sizes[1])
 

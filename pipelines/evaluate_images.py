@@ -221,25 +221,16 @@ class _Matches:
         captions = captioner.run([row.data for row in batch])
         self.num_failures += sum(isinstance(caption, Failure) for caption in captions)
         said = {i: found.candidates[0] for i, found in enumerate(captions) if not isinstance(found, Failure)}
-        others = [_other_prompt(batch, i) for i in range(len(batch))]
-        prompts = [row.prompt for row in batch]
-        own = self._cosines(text, said, [(i, prompt) for i, prompt in enumerate(prompts)])
-        other = self._cosines(
-            text, said, [(i, prompt) for i, prompt in enumerate(others) if prompt is not None]
-        )
-        self.own += own.values()
-        self._gains += [own[i] - value for i, value in other.items()]
-
-    @staticmethod
-    def _cosines(
-        text: "ModelRunner[str, TextVector]", said: dict[int, str], prompts: Sequence[tuple[int, str]]
-    ) -> dict[int, float]:
-        """Returns how near what is said of images is to prompts, by the image's number."""
-        pairs = [(said[i], prompt) for i, prompt in prompts if i in said]
-        if not pairs:
-            return {}
-        left, right = (_vectors(text, texts) for texts in zip(*pairs, strict=True))
-        return dict(zip((i for i, _ in prompts if i in said), cosines(left, right).tolist(), strict=True))
+        if not said:
+            return
+        told = dict(zip(said, _vectors(text, list(said.values())), strict=True))
+        own = cosines(list(told.values()), _vectors(text, [batch[i].prompt for i in told])).tolist()
+        self.own += own
+        others = {i: prompt for i in told if (prompt := _other_prompt(batch, i)) is not None}
+        if others:
+            other = cosines([told[i] for i in others], _vectors(text, list(others.values()))).tolist()
+            matches = dict(zip(told, own, strict=True))
+            self._gains += [matches[i] - value for i, value in zip(others, other, strict=True)]
 
     def scores(self) -> dict[str, Any]:
         if not self.own:
