@@ -21,9 +21,7 @@ from flickr8k import add_data_flags, diptych, prepare_splits
 from pipelines.lite0 import ENCODER
 
 COMMON = shlex.split("--size 64 --precision bfloat16 --ema 0.995 --flips --batch_size 32")
-VAE = shlex.split(
-    "--channels 32 --max_channels 256 --latent_dim 64 --learning_rate 1e-3 --divergence_weight 10"
-)
+VAE = shlex.split("--channels 32 --max_channels 256 --latent_dim 64 --learning_rate 1e-3")
 
 
 def main() -> None:
