@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import fsspec
 
 from models.errors import ModelError
+from models.remote import open_store
 
 # What models are made of. Pickles are not in it, nor what other frameworks read (ONNX, OpenVINO, TensorFlow).
 MODEL_SUFFIXES = (".json", ".txt", ".safetensors", ".model", ".jinja", ".npy", ".kv", ".vec", ".gz")
@@ -58,7 +59,7 @@ def fetch(url: str) -> Path:
         ModelError: It is not there or may not be read, or the cache has no room for it or may not be written.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = open_store(url)
         fs.invalidate_cache()
         is_folder = fs.isdir(path)
         files = _list_folder(fs, path) if is_folder else _list_file(fs, path)

@@ -1,4 +1,4 @@
-"""Services that tests run against: Beam's embedded Flink, and an emulator of Google Cloud Storage."""
+"""Services that tests run against: Beam's embedded Flink, and emulators of Google Cloud Storage and of S3."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import http.client
 import importlib.resources
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -22,6 +23,7 @@ from typing import NoReturn
 import fsspec
 import hypothesis
 import pytest
+from flaky_proxy import FlakyProxy
 
 # Read when torch is imported: its threads would wait for each other at full speed, and this machine may be busy
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -38,11 +40,11 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Gcs:
-    """A bucket of the emulator, empty and the test's own.
+class Bucket:
+    """A bucket of an emulator, empty and the test's own.
 
     Attributes:
-        url: `gs://BUCKET`; plain fsspec URLs below it work in this process while the test runs.
+        url: `gs://BUCKET` or `s3://BUCKET`; plain fsspec URLs below it work in this process while the test runs.
         env: The whole environment for a subprocess in which such URLs work too.
     """
 
@@ -57,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "flink_jar" in fixtures:
             # The first of them waits until the job server has been built.
             item.add_marker(pytest.mark.timeout(BUILD_TIMEOUT_S + 240))
-        if "gcs" in fixtures:
+        if not {"gcs", "bucket", "flaky_bucket"}.isdisjoint(fixtures):
             # aiohttp's advice to gcsfs, at every upload of more than 1 MB.
             item.add_marker(pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning"))
 
@@ -83,13 +85,63 @@ def run_command() -> Command:
 
 @pytest.fixture(scope="session")
 def gcs_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The emulator's address; tests want `gcs`."""
-    log = tmp_path_factory.mktemp("gcs") / "server.log"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    host, port = address.split(":")
-    command = [_emulator(), "-scheme=http", "-backend=memory", "-log-level=error"]
-    command += [f"-host={host}", f"-port={port}", f"-public-host={address}"]
+    """The address of the emulator of Google Cloud Storage; tests want `gcs`."""
+    with _gcs_emulator(tmp_path_factory.mktemp("gcs") / "server.log", _free_port()) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The address of the emulator of S3; tests want `s3`."""
+    with _s3_emulator() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def gcs(gcs_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """A bucket of its own on the emulator, which `gs://` means for as long as the test runs."""
+    with _gcs_bucket(gcs_endpoint, gcs_endpoint, monkeypatch) as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """A bucket of its own on the emulator, which `s3://` means for as long as the test runs."""
+    with _s3_bucket(s3_endpoint, s3_endpoint, monkeypatch) as bucket:
+        yield bucket
+
+
+@pytest.fixture(params=["gcs", "s3"])
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    """A bucket of each store in turn."""
+    found: Bucket = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(params=["gcs", "s3"])
+def flaky_bucket(
+    request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Bucket, FlakyProxy]]:
+    """A bucket of each store in turn, behind a proxy that passes everything on until it is told otherwise."""
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    with contextlib.ExitStack() as stack:
+        if request.param == "gcs":
+            log, own = tmp_path / "server.log", _free_port()
+            endpoint = stack.enter_context(_gcs_emulator(log, own, public_port=port))
+        else:
+            endpoint = request.getfixturevalue("s3_endpoint")
+        proxy = FlakyProxy(endpoint)
+        stack.enter_context(proxy.serve(port))
+        make = _gcs_bucket if request.param == "gcs" else _s3_bucket
+        yield stack.enter_context(make(endpoint, url, monkeypatch)), proxy
+
+
+@contextlib.contextmanager
+def _gcs_emulator(log: pathlib.Path, port: int, public_port: int | None = None) -> Iterator[str]:
+    address = f"127.0.0.1:{port}"
+    command = [_emulator(), "-scheme=http", "-backend=memory", "-log-level=error", "-host=127.0.0.1"]
+    command += [f"-port={port}", f"-public-host=127.0.0.1:{public_port or port}"]
     # Into a file: the server stops when a pipe that nobody reads is full.
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
         try:
@@ -99,13 +151,29 @@ def gcs_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             server.kill()
 
 
-@pytest.fixture
-def gcs(gcs_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gcs]:
-    """A bucket of its own on the emulator, which `gs://` means for as long as the test runs."""
-    bucket = f"diptych-{uuid.uuid4().hex[:12]}"
-    status, reply = _request(gcs_endpoint, "POST", "/storage/v1/b", json.dumps({"name": bucket}))
+@contextlib.contextmanager
+def _s3_emulator() -> Iterator[str]:
+    try:
+        from moto.server import ThreadedMotoServer
+    except ModuleNotFoundError:
+        _unavailable("No S3 emulator: pip install 'moto[server]'")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", _free_port(), verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def _gcs_bucket(endpoint: str, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """Makes a bucket at an emulator, which `gs://` finds at a URL."""
+    name = f"diptych-{uuid.uuid4().hex[:12]}"
+    status, reply = _request(endpoint, "POST", "/storage/v1/b", json.dumps({"name": name}))
     assert status == 200, reply
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_endpoint)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
     monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     # fsspec and gcsfs have read their variables by now if an earlier test used them.
@@ -115,8 +183,33 @@ def gcs(gcs_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gcs]:
     for protocol in ("gs", "gcs"):
         fsspec.register_implementation(protocol, GCSFileSystem, clobber=True)
     GCSFileSystem.clear_instance_cache()
-    yield Gcs(f"gs://{bucket}", dict(os.environ))
+    yield Bucket(f"gs://{name}", dict(os.environ))
     GCSFileSystem.clear_instance_cache()
+
+
+@contextlib.contextmanager
+def _s3_bucket(endpoint: str, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """Makes a bucket at an emulator, which `s3://` finds at a URL."""
+    name = f"diptych-{uuid.uuid4().hex[:12]}"
+    status, reply = _request(endpoint, "PUT", f"/{name}")
+    assert status == 200, reply
+    for variable, value in (
+        ("AWS_ENDPOINT_URL", url),
+        ("AWS_ACCESS_KEY_ID", "any"),
+        ("AWS_SECRET_ACCESS_KEY", "any"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(variable, value)
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    yield Bucket(f"s3://{name}", dict(os.environ))
+    S3FileSystem.clear_instance_cache()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def _unavailable(reason: str) -> NoReturn:

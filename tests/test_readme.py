@@ -27,7 +27,7 @@ from pipelines.scene_folders import write_data_set
 from transforms.schemas import REASONS
 
 if TYPE_CHECKING:
-    from conftest import Command, Gcs
+    from conftest import Bucket, Command
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -165,7 +165,7 @@ def _python_block(home: Path) -> None:
 
 
 def test_commands_on_a_bucket(
-    home: Path, gcs: "Gcs", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: Path, gcs: "Bucket", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(home)
     commands = [command.replace("gs://bucket", gcs.url) for command in COMMANDS if "gs://" in command]

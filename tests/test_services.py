@@ -17,7 +17,7 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 
 if TYPE_CHECKING:
-    from conftest import Command, Gcs
+    from conftest import Bucket, Command
 
 ELEMENT_BYTES = 100_000
 
@@ -60,7 +60,7 @@ def test_flink_runs_a_job(flink_jar: str, run_command: Command, tmp_path: pathli
     assert files == [{"pid": int(done.stdout), "bytes": ELEMENT_BYTES}] * 300
 
 
-def test_gcs_serves_plain_urls_in_this_process(gcs: Gcs) -> None:
+def test_gcs_serves_plain_urls_in_this_process(gcs: Bucket) -> None:
     data = os.urandom(20 << 20)
     files = fsspec.filesystem("gs")
     files.pipe_file(f"{gcs.url}/a/large.bin", data)
@@ -78,7 +78,7 @@ def test_gcs_serves_plain_urls_in_this_process(gcs: Gcs) -> None:
     assert files.find(gcs.url) == []
 
 
-def test_gcs_serves_plain_urls_in_a_subprocess(gcs: Gcs, run_command: Command) -> None:
+def test_gcs_serves_plain_urls_in_a_subprocess(gcs: Bucket, run_command: Command) -> None:
     command = [sys.executable, __file__, f"{gcs.url}/out", "5", "--runner=FnApiRunner"]
     done = run_command(command, env=gcs.env)
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,7 @@ def test_gcs_serves_plain_urls_in_a_subprocess(gcs: Gcs, run_command: Command) -
 
 
 @pytest.mark.parametrize("test", ["first", "second"])
-def test_gcs_starts_empty(gcs: Gcs, test: str) -> None:
+def test_gcs_starts_empty(gcs: Bucket, test: str) -> None:
     files = fsspec.filesystem("gs")
     assert files.find(gcs.url) == []
     files.pipe_file(f"{gcs.url}/same_name", test.encode())

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Iterator
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from models.remote import open_store
 from transforms.errors import InputError, OutputError
 
 # Stores where one upload appears whole or not at all. A rename there is a copy and a delete: worse, not better.
 _ATOMIC_UPLOAD = frozenset({"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "memory"})
 # Packages whose errors are a store's answer (no rights, no credentials, no connection), though not OSErrors
-_STORE_CLIENTS = frozenset({"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google"})
+_STORE_CLIENTS = frozenset(
+    {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests"}
+)
 
 
 def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -23,7 +26,7 @@ def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         InputError: No file system is installed for the URL's protocol, or it cannot be opened.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = open_store(url)
     except (ValueError, ImportError, OSError) as error:
         raise InputError(
             f"{url!r} cannot be opened: {error}. Expected a path or a URL of an installed fsspec file system."
@@ -52,17 +55,12 @@ def input_errors(url: str) -> Iterator[None]:
         raise InputError(
             f"{url} may not be read ({error.strerror or error}). Give this user the right to read it, and run again."
         ) from error
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise InputError(
-            f"{url} cannot be read: {error.strerror or error}. Run the same command again once the storage answers."
-        ) from error
     except Exception as error:
-        if not _is_of_store(error):
+        if not _is_answer(error):
             raise
         raise InputError(
-            f"{url} cannot be read: {_one_line(error)}. Check its name and your rights to it, and run again."
+            f"{url} cannot be read: {_what(error)}. Check its name and your rights to it, and run the same command "
+            "again once the storage answers."
         ) from error
 
 
@@ -77,21 +75,25 @@ def output_errors(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError | NotImplementedError) and not _is_of_store(error):
+        if not isinstance(error, OSError | NotImplementedError) and not _is_answer(error):
             raise
-        what = (isinstance(error, OSError) and error.strerror) or _one_line(error)
         raise OutputError(
-            f"{url} cannot be written: {what}. Nothing that was committed is lost: mend this "
+            f"{url} cannot be written: {_what(error)}. Nothing that was committed is lost: mend this "
             "(free space, rights, the folder's name) and run the same command again; it goes on where it stopped."
         ) from error
 
 
-def _is_of_store(error: Exception) -> bool:
-    return type(error).__module__.partition(".")[0] in _STORE_CLIENTS
+def _is_answer(error: Exception) -> bool:
+    """Tells what a file system or a store's client raises from what a decoder raises for damaged data."""
+    if isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno is not None):
+        return True
+    is_refusal = type(error) is OSError and str(error).startswith("Forbidden: ")  # gcsfs gives it no class
+    return is_refusal or type(error).__module__.partition(".")[0] in _STORE_CLIENTS
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _what(error: Exception) -> str:
+    said = error.strerror if isinstance(error, OSError) else None
+    return said or " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def delete(root: str, names: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import fsspec
 import pytest
 
+from models import remote
 from pipelines import scene_folders
 from pipelines.job import State
 from pipelines.options import PrepareOptions
@@ -19,10 +20,10 @@ from pipelines.prepare import prepare
 from pipelines.scene_folders import SceneFolders, write_data_set
 from pipelines.verify import verify
 from transforms.errors import InputError, OutputError
-from transforms.storage import join
 
 if TYPE_CHECKING:
-    from conftest import Gcs
+    from conftest import Bucket
+    from flaky_proxy import FlakyProxy
 
 CHUNK_ROWS = 7
 
@@ -113,55 +114,104 @@ class TestFlink:
 
 
 @pytest.fixture
-def bucket(gcs: Gcs, scenes: SceneFolders) -> str:
-    """A bucket with the tar files below `data` and the COCO layout below `coco`."""
-    fs = fsspec.filesystem("gs")
+def filled(bucket: Bucket, scenes: SceneFolders) -> str:
+    """A bucket with the tar files below `data`."""
+    fill(bucket.url, scenes)
+    return bucket.url
+
+
+def fill(url: str, scenes: SceneFolders) -> None:
+    fs, top = fsspec.core.url_to_fs(url)
     for path in sorted(scenes.webdataset.iterdir()):
-        fs.pipe_file(f"{gcs.url}/data/{path.name}", path.read_bytes())
-    return gcs.url
+        fs.pipe_file(f"{top}/data/{path.name}", path.read_bytes())
 
 
-class TestGcs:
-    def test_from_and_to_a_bucket_in_a_process_of_its_own(self, bucket, gcs, local, run_command):
-        done = run_command(command(f"{bucket}/data", f"{bucket}/out"), env=gcs.env)
+def fill_coco(url: str, scenes: SceneFolders) -> str:
+    """Puts an annotation and its images, an object each, into a bucket; returns the annotation's path."""
+    fs, top = fsspec.core.url_to_fs(url)
+    annotation = scenes.coco / "annotations" / "captions_train2017.json"
+    for path in [annotation, *(scenes.coco / "train2017").iterdir()]:
+        fs.pipe_file(f"{top}/coco/{path.relative_to(scenes.coco)}", path.read_bytes())
+    return str(annotation.relative_to(scenes.coco))
+
+
+class TestStores:
+    def test_from_and_to_a_bucket_in_a_process_of_its_own(self, filled, bucket, local, run_command):
+        done = run_command(command(f"{filled}/data", f"{filled}/out"), env=bucket.env)
         assert (done.returncode, done.stderr) == (0, "")
-        assert f"written   60 to {bucket}/out/images" in done.stdout
-        assert objects_in(f"{bucket}/out") == local
+        assert f"written   60 to {filled}/out/images" in done.stdout
+        assert objects_in(f"{filled}/out") == local
 
-    def test_it_goes_on_and_is_verified_as_on_a_disk(self, bucket, scenes, local, tmp_path):
-        out = f"{bucket}/out"
-        assert run(f"{bucket}/data/*.tar", out) is State.FRESH
+    def test_it_goes_on_and_is_verified_as_on_a_disk(self, filled, scenes, local, tmp_path):
+        out = f"{filled}/out"
+        assert run(f"{filled}/data/*.tar", out) is State.FRESH
         assert objects_in(out) == local
         assert verify(out).problems == []
-        assert run(f"{bucket}/data", out) is State.DONE
-        fs = fsspec.filesystem("gs")
+        assert run(f"{filled}/data", out) is State.DONE
+        fs, _ = fsspec.core.url_to_fs(out)
         fs.rm_file(f"{out}/images/train-00001-00001.parquet")
         assert any("images/train-00001-00001.parquet" in problem for problem in verify(out).problems)
-        assert run(f"{bucket}/data", out) is State.RESUMED
+        assert run(f"{filled}/data", out) is State.RESUMED
         assert objects_in(out) == local
         # One end alone may be in the bucket
-        run(f"{bucket}/data", str(tmp_path / "down"))
+        run(f"{filled}/data", str(tmp_path / "down"))
         assert files_in(tmp_path / "down") == local
-        run(str(scenes.webdataset), f"{bucket}/up")
-        assert objects_in(f"{bucket}/up") == local
+        run(str(scenes.webdataset), f"{filled}/up")
+        assert objects_in(f"{filled}/up") == local
 
     def test_an_annotation_is_planned_in_the_bucket(self, bucket, scenes, tmp_path):
-        fs = fsspec.filesystem("gs")
-        for path in [
-            scenes.coco / "annotations" / "captions_val2017.json",
-            *(scenes.coco / "val2017").iterdir(),
-        ]:
-            fs.pipe_file(join(bucket, "coco", str(path.relative_to(scenes.coco))), path.read_bytes())
-        annotation = "annotations/captions_val2017.json"
-        run(f"{bucket}/coco/{annotation}", f"{bucket}/out")
+        annotation = fill_coco(bucket.url, scenes)
+        run(f"{bucket.url}/coco/{annotation}", f"{bucket.url}/out")
         run(str(scenes.coco / annotation), str(tmp_path))
-        assert objects_in(f"{bucket}/out") == files_in(tmp_path)
-        assert json.loads(files_in(tmp_path)["_SUCCESS.json"])["images"]["written"] == 6
+        assert objects_in(f"{bucket.url}/out") == files_in(tmp_path)
+        assert json.loads(files_in(tmp_path)["_SUCCESS.json"])["images"]["written"] == 54
 
-    def test_what_is_not_there_is_named(self, bucket, scenes, tmp_path):
-        with pytest.raises(InputError, match=f"{bucket}/nothing is not there"):
-            run(f"{bucket}/nothing", str(tmp_path / "out"))
+    def test_what_is_not_there_is_named(self, filled, scenes, tmp_path):
+        with pytest.raises(InputError, match=f"{filled}/nothing is not there"):
+            run(f"{filled}/nothing", str(tmp_path / "out"))
         with pytest.raises(InputError, match=r"has no _job\.json"):
-            verify(f"{bucket}/data")
-        with pytest.raises(OutputError, match=r"gs://diptych-none/out/_job\.json cannot be written"):
-            run(str(scenes.webdataset), "gs://diptych-none/out")
+            verify(f"{filled}/data")
+        none = f"{filled.partition('://')[0]}://diptych-none/out"
+        with pytest.raises(OutputError, match=rf"{none}/_job\.json cannot be written"):
+            run(str(scenes.webdataset), none)
+
+
+class TestBadDays:
+    """A store that refuses, drops, cuts off or never answers some requests."""
+
+    @pytest.fixture(autouse=True)
+    def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(remote, "SILENCE_S", 1.0)
+
+    def test_nothing_is_lost(self, flaky_bucket: tuple[Bucket, FlakyProxy], scenes, local, tmp_path):
+        bucket, proxy = flaky_bucket
+        fill(bucket.url, scenes)
+        annotation = fill_coco(bucket.url, scenes)
+        run(str(scenes.coco / annotation), str(tmp_path / "coco"))
+        proxy.counts.clear()
+        proxy.failing, proxy.hanging = 0.08, 0.02
+        run(f"{bucket.url}/data", f"{bucket.url}/out")
+        run(f"{bucket.url}/coco/{annotation}", f"{bucket.url}/coco-out")
+        proxy.failing = proxy.hanging = 0.0
+        assert objects_in(f"{bucket.url}/out") == local
+        assert objects_in(f"{bucket.url}/coco-out") == files_in(tmp_path / "coco")
+        assert min(proxy.counts[kind] for kind in ("hanging", "unavailable", "busy", "reset")) > 0
+
+    def test_a_store_that_is_gone_is_one_paragraph_and_nothing_is_lost(
+        self, flaky_bucket: tuple[Bucket, FlakyProxy], scenes, local, monkeypatch
+    ):
+        bucket, proxy = flaky_bucket
+        fill(bucket.url, scenes)
+        run(f"{bucket.url}/data", f"{bucket.url}/out")
+        fs, _ = fsspec.core.url_to_fs(f"{bucket.url}/out")
+        fs.rm_file(f"{bucket.url}/out/images/train-00001-00001.parquet")
+        proxy.failing = 1.0
+        monkeypatch.setattr("random.random", lambda: 0.0)
+        with pytest.raises(
+            (InputError, OutputError), match=f"{bucket.url}.* cannot be (read|written): "
+        ) as found:
+            run(f"{bucket.url}/data", f"{bucket.url}/out")
+        assert "\n" not in str(found.value)
+        proxy.failing = 0.0
+        assert run(f"{bucket.url}/data", f"{bucket.url}/out") is State.RESUMED
+        assert objects_in(f"{bucket.url}/out") == local

@@ -4,13 +4,16 @@ Members of an archive are read as byte ranges of it. fsspec's own `tar://` share
 threads (they read each other's bytes), and reads the whole archive again wherever it is opened.
 """
 
+import collections
+import contextlib
 import os
 import posixpath
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import fsspec
@@ -19,8 +22,8 @@ from fsspec.implementations.local import LocalFileSystem
 from transforms import storage
 from transforms.errors import InputError
 
-_GROUP_FILES = 32
-_GROUP_BYTES = 64 << 20
+_FILES_AT_ONCE = 32
+_BYTES_AT_ONCE = 64 << 20
 _ZIP_HEADER_BYTES = 30
 
 
@@ -69,40 +72,47 @@ def members(url: str, *, sizes: bool = False) -> Iterator[Member]:
 
 
 def fetch(url: str, wanted: Sequence[Member]) -> Iterator[bytes | None]:
-    """Yields the bytes of files in the order asked, getting a bounded group of them at a time.
+    """Yields the bytes of files in the order asked.
 
-    On stores with a latency, a group's files are fetched side by side. A member of a zip that cannot be
-    unpacked gives None.
+    On stores with a latency a bounded number of files is fetched side by side, and the next are asked for as soon as
+    the first has come. A member of a zip that cannot be unpacked gives None.
 
     Raises:
         InputError: A file is gone, or may not be read.
     """
     fs, path = storage.locate(url)
-    for group in _groups(wanted, _GROUP_FILES if fs.async_impl else 1):
-        paths = [
-            path if member.offset is not None else f"{path.rstrip('/')}/{member.path}" for member in group
-        ]
-        starts = [member.offset for member in group]
-        ends = [None if m.offset is None else m.offset + (m.size_bytes or 0) for m in group]
-        results = fs.cat_ranges(paths, starts, ends, on_error="return")
-        for member, result in zip(group, results, strict=True):
+
+    def get(member: Member) -> bytes:
+        if member.offset is None:
+            return bytes(fs.cat_file(f"{path.rstrip('/')}/{member.path}"))
+        return bytes(fs.cat_file(path, member.offset, member.offset + (member.size_bytes or 0)))
+
+    found = _side_by_side(get, wanted) if fs.async_impl else (get(member) for member in wanted)
+    with contextlib.closing(found):
+        for member in wanted:
             with storage.input_errors(storage.join(url, member.path)):
-                if isinstance(result, BaseException):
-                    raise result
-            yield result if member.packed_bytes is None else _unpack(result, member.packed_bytes)
+                data = next(found)
+            yield data if member.packed_bytes is None else _unpack(data, member.packed_bytes)
 
 
-def _groups(wanted: Iterable[Member], most: int) -> Iterator[list[Member]]:
-    group: list[Member] = []
+def _side_by_side(get: Callable[[Member], bytes], wanted: Iterable[Member]) -> Generator[bytes, None, None]:
+    """Yields what each file gives, in order, with so many asked for ahead as may be in memory at a time."""
+    asked: collections.deque[tuple[Member, Future[bytes]]] = collections.deque()
     num_bytes = 0
-    for member in wanted:
-        num_bytes += member.size_bytes or 0
-        if group and (len(group) == most or num_bytes > _GROUP_BYTES):
-            yield group
-            group, num_bytes = [], member.size_bytes or 0
-        group.append(member)
-    if group:
-        yield group
+    pool = ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="fetch")
+    try:
+        for member in wanted:
+            size_bytes = member.size_bytes or 0
+            while asked and (len(asked) == _FILES_AT_ONCE or num_bytes + size_bytes > _BYTES_AT_ONCE):
+                first, future = asked.popleft()
+                yield future.result()
+                num_bytes -= first.size_bytes or 0
+            asked.append((member, pool.submit(get, member)))
+            num_bytes += size_bytes
+        while asked:
+            yield asked.popleft()[1].result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _local_members(top: str, sizes: bool) -> Iterator[Member]:

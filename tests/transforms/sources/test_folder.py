@@ -2,6 +2,8 @@ import concurrent.futures
 import io
 import os
 import tarfile
+import threading
+import time
 import uuid
 import zipfile
 
@@ -99,25 +101,50 @@ def test_archives_are_read_from_many_threads(tmp_path, name):
     assert results == [FILES[member.path] for member in members]
 
 
+class Slow(AsyncFileSystemWrapper):
+    """Local files as a store that answers late, one of them very late; counts what is asked for at a time."""
+
+    def __init__(self, late: str = "") -> None:
+        super().__init__(LocalFileSystem(), asynchronous=False)
+        self.late, self.lock = late, threading.Lock()
+        self.asked = self.most = self.total = 0
+        self.before_late = None
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        with self.lock:
+            self.asked, self.total = self.asked + 1, self.total + 1
+            self.most = max(self.most, self.asked)
+        if self.late and self.late in path:
+            time.sleep(0.3)
+            self.before_late = self.total
+        time.sleep(0.002)
+        with self.lock:
+            self.asked -= 1
+        with open(path, "rb") as file:
+            return file.read()[start:end]
+
+
 @pytest.mark.parametrize("name", WRITERS)
-def test_store_with_latency_is_asked_for_a_group_at_once(tmp_path, name, monkeypatch):
+def test_store_with_latency_is_asked_for_many_files_at_a_time(tmp_path, name, monkeypatch):
     url = str(tmp_path / name)
     WRITERS[name](url, FILES)
     members = sorted(folder.members(url))
-    fs = AsyncFileSystemWrapper(LocalFileSystem(), asynchronous=False)
-    groups = []
-    cat_ranges = fs.cat_ranges
-
-    def count(paths, *args, **kwargs):
-        groups.append(len(paths))
-        return cat_ranges(paths, *args, **kwargs)
-
-    monkeypatch.setattr(fs, "cat_ranges", count)
+    fs = Slow()
     monkeypatch.setattr(folder.storage, "locate", lambda url: (fs, url))
     assert list(folder.fetch(url, members)) == [FILES[member.path] for member in members]
-    assert groups == [32, len(FILES) - 32]
+    assert 4 < fs.most <= 32
+    assert fs.total == len(FILES)
     with pytest.raises(InputError, match=r"gone\.jpg is not there"):
         list(folder.fetch(str(tmp_path), [Member("gone.jpg")]))
+
+
+def test_one_late_answer_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    write_folder(str(tmp_path), FILES)
+    members = sorted(folder.members(str(tmp_path)))
+    fs = Slow(late=members[3].path)
+    monkeypatch.setattr(folder.storage, "locate", lambda url: (fs, url))
+    assert list(folder.fetch(str(tmp_path), members)) == [FILES[member.path] for member in members]
+    assert fs.before_late == 3 + 32  # all that may be asked for beyond it
 
 
 def test_archive_with_a_folder_inside_serves_an_annotation(tmp_path):
@@ -187,10 +214,23 @@ def test_what_is_not_there_is_an_input_error(tmp_path, name):
         list(folder.members(str(tmp_path / name)))
 
 
-def test_groups_are_bounded_in_number_and_bytes():
-    members = [
-        Member(str(i), size) for i, size in enumerate([10, 10, 70 << 20, 10, *[30 << 20] * 3, *[None] * 5])
-    ]
-    groups = list(folder._groups(members, 4))
-    assert [member for group in groups for member in group] == members
-    assert [len(group) for group in groups] == [2, 1, 3, 4, 2]
+def test_what_is_asked_for_ahead_is_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(folder, "_BYTES_AT_ONCE", 100)
+    ahead, lock = [], threading.Lock()
+
+    def get(member):
+        with lock:
+            ahead.append(member.size_bytes)
+        return bytes(member.size_bytes)
+
+    members = [Member(str(number), size) for number, size in enumerate([10, 10, 170, *[40] * 7])]
+    found = folder._side_by_side(get, members)
+    sizes = []
+    for data in found:
+        sizes.append(len(data))
+        with lock:
+            assert sum(ahead) - sum(sizes) <= 100 or len(ahead) == len(sizes) + 1
+    assert sizes == [member.size_bytes for member in members]
+    later = folder._side_by_side(get, members)
+    next(later)
+    later.close()  # a reader that stops early leaves nothing behind

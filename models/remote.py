@@ -1,0 +1,38 @@
+"""Clients of stores, with time-outs: a request that nobody answers is made again, and never waited for."""
+
+from typing import Any
+
+import fsspec
+from fsspec.core import split_protocol
+
+# A store that sends or takes nothing for so long will not any more
+CONNECT_S, SILENCE_S = 10.0, 20.0
+_GCS, _S3 = ("gs", "gcs"), ("s3", "s3a")
+
+
+def open_store(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Returns the file system of a URL or path, and the path in it.
+
+    Rights come from where the store's own client looks for them (the environment, its files, the machine's account),
+    nothing of them is kept here. What fsspec's configuration says of time-outs goes before ours.
+
+    Raises:
+        ValueError: The URL is none.
+        ImportError: The package for its protocol is not installed.
+        OSError: The store cannot be opened.
+    """
+    protocol, _ = split_protocol(url)
+    fs, path = fsspec.core.url_to_fs(url, **_time_outs(protocol or "file"))
+    return fs, path
+
+
+def _time_outs(protocol: str) -> dict[str, Any]:
+    """Returns arguments of a client: gcsfs has no time-outs of its own, s3fs has; both try again by themselves."""
+    configured = fsspec.config.conf.get(protocol, {})
+    if protocol in _GCS and "requests_timeout" not in configured:
+        from aiohttp import ClientTimeout
+
+        return {"requests_timeout": ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)}
+    if protocol in _S3 and "config_kwargs" not in configured:
+        return {"config_kwargs": {"connect_timeout": CONNECT_S, "read_timeout": SILENCE_S}}
+    return {}
