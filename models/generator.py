@@ -18,6 +18,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 _SLOPE = 0.2
 # Deviations: a text that is further out than any of the training is taken to be so far
 _FAR = 6.0
+# Text vectors up to this long are taken as they are
+_USUAL_DIM = 64
+# Of a latent under its prior: it may be nearly certain, but is never much wider than without the text
+_LOG_VARIANCES = -4.0, 2.0
 _SMALLEST_GRID, _LARGEST_GRID = 4, 7
 
 
@@ -32,6 +36,7 @@ class GeneratorConfig:
         condition_dim: E.
         channels: C at S / 2; twice as many at half of it, and so on.
         max_channels: But never more than these.
+        text_prior: Whether the noise is scaled and shifted by what the text says of the latent; see `Prior`.
     """
 
     size_px: int
@@ -40,6 +45,7 @@ class GeneratorConfig:
     condition_dim: int = 128
     channels: int = 32
     max_channels: int = 256
+    text_prior: bool = False
 
     def __post_init__(self) -> None:
         if not is_size(self.size_px):
@@ -75,7 +81,8 @@ class Condition(nn.Module):
     """Text vectors to what the blocks are told of the text.
 
     They are whitened first, by the principal axes of the training's texts: what tells captions from one another, such
-    as their colours, may be a small part of what is in a vector.
+    as their colours, may be a small part of what is in a vector. Long ones are shortened then, or each of Adam's steps,
+    which are as large for every weight, would move the more what the first layer gives, and few trainings would hold.
     """
 
     mean: Tensor
@@ -85,6 +92,7 @@ class Condition(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(config.text_dim))
         self.register_buffer("whitening", torch.eye(config.text_dim))
+        self._scale = min(1.0, (_USUAL_DIM / config.text_dim) ** 0.5)
         self.layers = nn.Sequential(
             nn.Linear(config.text_dim, config.condition_dim),
             nn.LeakyReLU(_SLOPE),
@@ -94,8 +102,28 @@ class Condition(nn.Module):
     def forward(self, texts: Tensor) -> Tensor:
         """Returns (N, E) of (N, T)."""
         white = (texts - self.mean) @ self.whitening
-        found: Tensor = self.layers(white.clamp(-_FAR, _FAR))
+        found: Tensor = self.layers(white.clamp(-_FAR, _FAR) * self._scale)
         return found
+
+
+class Prior(nn.Module):
+    """Text vectors to the distribution of the latent (Sohn et al. 2015): of what is drawn, what is likely for a text.
+
+    It begins as the standard normal distribution.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.condition = Condition(config)
+        self.last = nn.Linear(config.condition_dim, 2 * config.latent_dim)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and logarithm of the variance, (N, Z) each, of (N, T)."""
+        told = functional.leaky_relu(self.condition(texts), _SLOPE)
+        mean, log_variance = self.last(told).float().chunk(2, 1)
+        return mean, log_variance.clamp(*_LOG_VARIANCES)
 
 
 class Generator(nn.Module):
@@ -104,6 +132,7 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
+        self.prior = Prior(config) if config.text_prior else None
         self.condition = Condition(config)
         sides = config.grids
         self._shape = config.channels_at(sides[0]), sides[0], sides[0]
@@ -117,8 +146,15 @@ class Generator(nn.Module):
         self.last = nn.Conv2d(channels[-1], 12, 3, padding=1)
 
     def forward(self, texts: Tensor, noise: Tensor) -> Tensor:
-        """Returns images (N, 3, S, S), from -1 to 1, of (N, T) and (N, Z)."""
-        told = torch.cat([self.condition(texts), noise], 1)  # (N, E + Z)
+        """Returns images (N, 3, S, S), from -1 to 1, of (N, T) and (N, Z), standard normal."""
+        if self.prior is not None:
+            mean, log_variance = self.prior(texts)
+            noise = mean + noise * torch.exp(log_variance / 2)
+        return self.decode(texts, noise)
+
+    def decode(self, texts: Tensor, latent: Tensor) -> Tensor:
+        """Returns images (N, 3, S, S), from -1 to 1, of (N, T) and a latent (N, Z)."""
+        told = torch.cat([self.condition(texts), latent], 1)  # (N, E + Z)
         grid = self.first(told).view(-1, *self._shape).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             grid = block(grid, told)

@@ -146,6 +146,8 @@ class GanObjective(Objective):
         _tell_spread(self._discriminator, texts)
         if not options.generator:
             _tell_spread(generator, texts)
+        if generator.prior is not None:  # of a VAE; else a loss that knows no likelihood would narrow it
+            generator.prior.requires_grad_(False)
         self.network = nn.ModuleDict({"generator": generator, "discriminator": self._discriminator})
         self.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = self.generator = generator

@@ -144,6 +144,7 @@ def make_generator(options: VaeTraining | GanTraining, source: TextSource, text_
             options.condition_dim,
             options.channels,
             options.max_channels,
+            text_prior=isinstance(options, VaeTraining),
         )
     )
 

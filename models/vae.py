@@ -1,4 +1,4 @@
-"""The variational autoencoder (Kingma and Welling 2013), both halves told of the text (Sohn et al. 2015).
+"""The variational autoencoder (Kingma and Welling 2013), encoder, prior and decoder told of the text (Sohn et al. 2015).
 
 N images, S side in pixels, T text vector, Z latent, L levels of detail.
 """
@@ -49,7 +49,7 @@ class Bound(NamedTuple):
 
 
 class Vae(nn.Module):
-    """Generator and encoder."""
+    """Generator and encoder. A generator without a prior of its own has the standard normal one."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -63,16 +63,24 @@ class Vae(nn.Module):
             images: (N, 3, S, S), from -1 to 1.
             texts: (N, T).
             noise: (N, Z), standard normal: the sample's.
-            by_text: Leaves out the encoder: the latent is a draw from the prior, and only the text tells of the image.
+            by_text: Leaves out encoder and prior: the latent is the noise, and only the text tells of the image.
         """
         if by_text:
             latent, divergence = noise, noise.new_zeros(())
         else:
             mean, log_variance = self.encoder(images, texts)
             latent = mean + noise * torch.exp(log_variance / 2)  # (N, Z)
-            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
-        errors = squared_bands(self.generator(texts, latent).float() - images, self._levels)
+            divergence = self._divergence(mean, log_variance, texts)
+        errors = squared_bands(self.generator.decode(texts, latent).float() - images, self._levels)
         return Bound(errors, divergence)
+
+    def _divergence(self, mean: Tensor, log_variance: Tensor, texts: Tensor) -> Tensor:
+        """Returns the mean divergence of normal distributions (N, Z) from the prior, in nats."""
+        wanted = wanted_log_variance = torch.zeros_like(mean)
+        if self.generator.prior is not None:
+            wanted, wanted_log_variance = self.generator.prior(texts)
+        off = ((mean - wanted).square() + log_variance.exp()) / wanted_log_variance.exp()  # (N, Z)
+        return (off - 1 + wanted_log_variance - log_variance).sum(1).mean() / 2
 
 
 def squared_bands(images: Tensor, levels: int) -> Tensor:

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -6,6 +7,8 @@ import torch
 
 from models.gan import Discriminator, discriminator_loss, r1_penalty
 from models.generator import Generator, GeneratorConfig, Trunk, from_pixels, is_size, to_pixels
+from models.image_objectives import GanObjective, Texts
+from models.image_options import GanTraining
 from models.vae import Bound, Vae, squared_bands, vae_loss
 
 CONFIG = GeneratorConfig(size_px=32, text_dim=6, latent_dim=8, condition_dim=10, channels=4, max_channels=12)
@@ -114,6 +117,50 @@ class TestVae:
         error = logs @ [12**0.5, 3**0.5, 1] / (27**0.5 + 1)
         assert vae_loss(bound, 300).item() == pytest.approx(error + 0.1, rel=1e-4)
         assert vae_loss(bound, 300, 2.0).item() == pytest.approx(error + 0.2, rel=1e-4)
+
+
+class TestPrior:
+    PRIOR = dataclasses.replace(CONFIG, text_prior=True)
+
+    def test_begins_as_the_standard_normal_distribution(self):
+        generator = Generator(self.PRIOR)
+        _, texts, noise = inputs()
+        mean, log_variance = generator.prior(texts)
+        assert mean.shape == log_variance.shape == (3, 8)
+        assert not mean.any()
+        assert not log_variance.any()
+        torch.testing.assert_close(generator(texts, noise), generator.decode(texts, noise))
+
+    def test_noise_is_scaled_and_shifted_by_the_text(self):
+        generator = Generator(self.PRIOR)
+        _, texts, noise = inputs()
+        torch.nn.init.normal_(generator.prior.last.weight)
+        mean, log_variance = generator.prior(texts)
+        assert not torch.allclose(mean[0], mean[1])
+        latent = mean + noise * torch.exp(log_variance / 2)
+        torch.testing.assert_close(generator(texts, noise), generator.decode(texts, latent))
+
+    def test_divergence_is_from_the_prior(self):
+        # by hand: of N(1, e) from N(2, e**2), a dimension: ((1 + e) / e**2 - 1 + 2 - 1) / 2
+        vae = Vae(self.PRIOR)
+        for layer, value in ((vae.encoder.last, [1.0] * 16), (vae.generator.prior.last, [2.0] * 16)):
+            torch.nn.init.zeros_(layer.weight)
+            layer.bias.data.copy_(torch.tensor(value))
+        assert vae(*inputs()).divergence.item() == pytest.approx(8 * (1 + np.e) / np.e**2 / 2, rel=1e-5)
+
+    def test_a_gan_leaves_it_alone(self):
+        generator = Generator(self.PRIOR)
+        texts = Texts(torch.zeros(6), torch.eye(6))
+        options = GanTraining(generator="vae:x")
+        objective = GanObjective(generator, texts, options, torch.device("cpu"), contextlib.nullcontext)
+        before = {name: value.clone() for name, value in generator.state_dict().items()}
+        images, told, _ = inputs()
+        objective.step(images, told, 0, 0.0)
+        changed = {
+            name for name, value in generator.state_dict().items() if not torch.equal(value, before[name])
+        }
+        assert "condition.layers.0.weight" in changed
+        assert not any(name.startswith("prior.") for name in changed)
 
 
 class TestBands:
