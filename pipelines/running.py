@@ -14,6 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from tqdm import tqdm
 
+from pipelines.flink import flink_flags, size_for_flink
 from pipelines.job import State, read_success
 from transforms import errors
 from transforms.finish import Totals
@@ -53,7 +54,7 @@ def new_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:
             "--runner=FnApiRunner"
         )  # plain DirectRunner may look for another runner on the network first
     try:
-        pipeline = beam.Pipeline(options=PipelineOptions(args))
+        pipeline = beam.Pipeline(options=PipelineOptions([*args, *flink_flags(args)]))
     except ValueError as error:
         raise errors.OptionError(f"Apache Beam refuses its flags: {' '.join(str(error).split())}") from error
     os.rmdir(
@@ -68,6 +69,7 @@ def run_pipeline(pipeline: beam.Pipeline, num_shards: int, quiet: bool) -> None:
     Raises:
         DiptychError: What a worker raised, as it raised it.
     """
+    size_for_flink(pipeline, num_shards)
     progress.start()
     with _shown(num_shards, quiet):
         try:
