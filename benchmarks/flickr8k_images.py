@@ -17,11 +17,18 @@ import shlex
 import time
 
 from flickr8k import add_data_flags, diptych, prepare_splits
+from text_probe import TextProbe
 
+from models.base import TextOptions
+from models.image_scores import Features
+from models.text_model import load_text_model
 from pipelines.lite0 import ENCODER
 
-COMMON = shlex.split("--size 64 --precision bfloat16 --ema 0.995 --flips --batch_size 32")
-VAE = shlex.split("--channels 32 --max_channels 256 --latent_dim 64 --learning_rate 1e-3")
+COMMON = shlex.split("--size 64 --ema 0.995 --flips")
+VAE = shlex.split(
+    "--channels 16 --max_channels 128 --latent_dim 32 --batch_size 16 --learning_rate 2e-3 --divergence_weight 8"
+)
+GAN = shlex.split("--batch_size 16 --learning_rate 2e-4 --precision bfloat16")
 
 
 def main() -> None:
@@ -32,7 +39,7 @@ def main() -> None:
     add_data_flags(parser)
     parser.add_argument("--text_model", required=True, metavar="KIND:LOC")
     parser.add_argument("--captioner", required=True, metavar="KIND:LOC", help="the probe")
-    parser.add_argument("--vae_epochs", default="25", metavar="N")
+    parser.add_argument("--vae_epochs", default="30", metavar="N")
     parser.add_argument("--gan_epochs", default="20", metavar="N")
     parser.add_argument(
         "--max_images", default="1000", metavar="N", help="of each side, for FID and the match"
@@ -49,7 +56,7 @@ def main() -> None:
     seconds = {}
     for kind, flags in (
         ("vae", [*VAE, "--epochs", args.vae_epochs]),
-        ("gan", ["--epochs", args.gan_epochs, "--generator", f"vae:{out / 'models' / 'vae'}"]),
+        ("gan", [*GAN, "--epochs", args.gan_epochs, "--generator", f"vae:{out / 'models' / 'vae'}"]),
     ):
         begun = time.monotonic()
         model, drawn = str(out / "models" / kind), str(out / "drawn" / kind)
@@ -63,6 +70,14 @@ def main() -> None:
     for name, path in scores.items():
         shown = shlex.join(f"{key}={value}" for key, value in json.loads(path.read_text())["scores"].items())
         print(f"{name:8} {shown}" + (f" training {seconds[name] / 60:.1f} min" if name in seconds else ""))
+    kind, _, location = args.text_model.partition(":")
+    text = load_text_model(kind, location, TextOptions(), "cpu")
+    probe = TextProbe(Features.load(ENCODER, str(weights), "cpu"), text, out / "train")
+    looked_at = {"photos": (out / "test", "images")}
+    looked_at |= {kind: (out / "drawn" / kind, "generated") for kind in seconds}
+    print("own text over others', by a probe of photos:")
+    for name, (root, dataset) in looked_at.items():
+        print(f"{name:8} {probe.gain(root, dataset, int(args.max_images))}")
     print(f"in all {(time.monotonic() - start) / 60:.1f} min")
 
 

@@ -60,8 +60,9 @@ def _master(options: PipelineOptions) -> str | None:
 
 
 def _num_slots(master: str) -> int:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # as the job server asks it
     try:
-        with urllib.request.urlopen(f"{master}/overview", timeout=_ANSWER_S) as answer:
+        with direct.open(f"{master}/overview", timeout=_ANSWER_S) as answer:
             return int(json.load(answer)["slots-total"])
     except (OSError, urllib.error.URLError, ValueError, KeyError) as error:
         raise OptionError(

@@ -1,0 +1,251 @@
+"""A standalone Flink cluster, of which processes are killed; and what a job asks of one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import IO
+
+import apache_beam as beam
+import pytest
+import worker_pool
+from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions
+from apache_beam.portability.api import beam_fn_api_pb2
+
+from pipelines import scene_folders
+from pipelines.flink import flink_flags, size_for_flink
+from pipelines.options import PrepareOptions
+from pipelines.prepare import prepare
+from pipelines.scene_folders import write_data_set
+from transforms.errors import OptionError
+
+CLUSTER = Path(__file__).parents[2] / "deploy" / "flink_cluster.py"
+CHUNK_ROWS = 5
+START_TIMEOUT_S = 150.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A cluster that is up.
+
+    Attributes:
+        flags: With which a job runs on it.
+        folder: Its configuration and logs.
+    """
+
+    flags: list[str]
+    folder: Path
+
+    def pid(self, name: str) -> int:
+        return int(json.loads((self.folder / "processes.json").read_text())[name])
+
+
+@pytest.fixture(scope="module")
+def cluster(flink_jar: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A job manager, two task managers and a pool of Python workers."""
+    folder = tmp_path_factory.mktemp("cluster")
+    command = [sys.executable, str(CLUSTER), f"--folder={folder}"]
+    command += [f"--rest_port={free_ports()}", f"--worker_port={free_ports()}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = first_line(process.stdout)
+            if not line:
+                process.terminate()
+                pytest.fail(f"the cluster did not start: {process.communicate(timeout=30)[1]}")
+            yield Cluster(shlex.split(line), folder)
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+def first_line(output: IO[str]) -> str:
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=lambda: lines.put(output.readline()), daemon=True).start()
+    with contextlib.suppress(queue.Empty):
+        return lines.get(timeout=START_TIMEOUT_S)
+    return ""
+
+
+def free_ports() -> int:
+    """Returns a port that is free, as is the one after it."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as one, contextlib.suppress(OSError):
+            port = int(one.getsockname()[1])
+            with socket.create_server(("127.0.0.1", port + 1)):
+                return port
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """900 scenes in nine tar files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scene_folders, "_SHARD_SCENES", 90)
+        return write_data_set(str(tmp_path_factory.mktemp("scenes") / "data"), 900, seed=1).webdataset
+
+
+@pytest.fixture(scope="module")
+def local(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("local")
+    prepare(PrepareOptions((str(scenes),), str(out), chunk_rows=CHUNK_ROWS, quiet=True))
+    return files_in(out)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def command(data: Path, out: Path, cluster: Cluster) -> list[str]:
+    argv = ["prepare", f"--input={data}", f"--output={out}", f"--chunk_rows={CHUNK_ROWS}", *cluster.flags]
+    return [sys.executable, "-c", "from pipelines.cli import main; raise SystemExit(main())", *argv]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", ["task-manager-1", "python worker", "job-manager"])
+def test_a_killed_process_costs_nothing(victim, cluster, scenes, local, tmp_path):
+    out = tmp_path / "out"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command(scenes, out, cluster), stdout=pipe, stderr=pipe, text=True) as job:
+        try:
+            deadline = time.monotonic() + 200
+            while len(list(out.glob("images/*.parquet"))) < 8:
+                assert job.poll() is None, job.communicate()[1]
+                assert time.monotonic() < deadline, "the job wrote nothing"
+                time.sleep(0.02)
+            os.kill(worker(cluster) if victim == "python worker" else cluster.pid(victim), signal.SIGKILL)
+            assert not (out / "_SUCCESS.json").exists()
+            _, stderr = job.communicate(timeout=240)
+        finally:
+            job.kill()
+    if victim == "job-manager":  # its jobs go with it; the same command completes them
+        assert job.returncode == 1, stderr
+        wait_until_up(cluster)
+        again = subprocess.run(
+            command(scenes, out, cluster), capture_output=True, text=True, timeout=240, check=False
+        )
+        assert again.returncode == 0, again.stderr
+        assert "were there from before" in again.stdout
+    else:
+        assert job.returncode == 0, stderr
+    assert files_in(out) == local
+
+
+def worker(cluster: Cluster) -> int:
+    """Returns the process of a Python worker of the pool."""
+    pool = cluster.pid("worker-pool")
+    children = Path(f"/proc/{pool}/task").glob("*/children")
+    return next(int(pid) for file in children for pid in file.read_text().split())
+
+
+def wait_until_up(cluster: Cluster) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    master = next(flag for flag in cluster.flags if flag.startswith("--flink_master="))
+    pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FlinkRunner", master]))
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OptionError):
+            size_for_flink(pipeline, 1)
+            return
+        time.sleep(0.5)
+    pytest.fail("the job manager did not come back")
+
+
+class TestWorkerPool:
+    @pytest.mark.parametrize(
+        ("code", "found"),
+        [
+            (
+                "print('no such thing'); raise SystemExit(3)",
+                "ended with exit code 3. Its last words: no such thing.",
+            ),
+            ("import not_installed", "ModuleNotFoundError: No module named 'not_installed'"),
+            ("import time; time.sleep(60)", "was not ready in 1 s. Its last words: it printed nothing."),
+        ],
+    )
+    def test_a_worker_that_cannot_start_says_why(self, code, found, monkeypatch):
+        monkeypatch.setattr(worker_pool, "_WORKER", code)
+        monkeypatch.setattr(worker_pool, "START_TIMEOUT_S", 1.0 if "sleep" in code else 50.0)
+        pool = worker_pool.WorkerPool(use_process=True)
+        answer = pool.StartWorker(beam_fn_api_pb2.StartWorkerRequest(worker_id="7-1"), None)
+        assert found in answer.error
+        assert f"Check that {sys.executable} has Diptych" in answer.error
+        assert not pool._worker_processes
+
+    def test_one_that_is_ready_is_stopped_with_its_job(self, monkeypatch):
+        code = "import os, time\nprint('x' * 300_000)\nos.write({ready}, b'ready')\ntime.sleep(60)"
+        monkeypatch.setattr(worker_pool, "_WORKER", code)
+        pool = worker_pool.WorkerPool(use_process=True)
+        assert not pool.StartWorker(beam_fn_api_pb2.StartWorkerRequest(worker_id="7-1"), None).error
+        process = pool._worker_processes["7-1"]
+        assert process.poll() is None
+        pool.StopWorker(beam_fn_api_pb2.StopWorkerRequest(worker_id="7-1"), None)
+        assert process.wait(10) == -signal.SIGTERM
+
+
+@pytest.fixture
+def master() -> Iterator[tuple[str, dict[str, object]]]:
+    """The address of something that answers as a job manager does, and what it answers."""
+    overview: dict[str, object] = {"slots-total": 6}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(overview).encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}", overview
+    server.shutdown()
+    server.server_close()
+
+
+class TestSize:
+    def parallelism(self, num_shards: int, *flags: str) -> int:
+        pipeline = beam.Pipeline(options=PipelineOptions(list(flags)))
+        size_for_flink(pipeline, num_shards)
+        return int(pipeline.options.view_as(FlinkRunnerOptions).parallelism)
+
+    @pytest.mark.parametrize(("num_shards", "tasks"), [(1, 1), (4, 4), (100, 6), (0, 1)])
+    def test_a_task_a_shard_as_far_as_there_are_slots(self, master, num_shards, tasks):
+        assert self.parallelism(num_shards, "--runner=FlinkRunner", f"--flink_master={master[0]}") == tasks
+
+    def test_what_is_given_stays(self, master):
+        flags = ["--runner=FlinkRunner", f"--flink_master={master[0]}", "--parallelism=3"]
+        assert self.parallelism(100, *flags) == 3
+        assert "--number_of_execution_retries=10" in flink_flags(flags)
+        given = [*flags, "--number_of_execution_retries=0", "--execution_retry_delay=1"]
+        assert flink_flags(given) == ["--job_server_jvm_properties=-Xmx512m"]
+
+    @pytest.mark.parametrize(
+        "flags", [[], ["--runner=FnApiRunner"], ["--runner=FlinkRunner", "--flink_master=[local]"]]
+    )
+    def test_without_a_cluster_there_is_nothing_to_set(self, flags):
+        assert flink_flags(flags) == []
+        assert self.parallelism(9, *flags) == -1
+
+    def test_no_slot_and_no_cluster_are_said_at_once(self, master):
+        address, overview = master
+        overview["slots-total"] = 0
+        with pytest.raises(OptionError, match=f"{address} has no slot for a task"):
+            self.parallelism(9, "--runner=FlinkRunner", f"--flink_master={address}")
+        with pytest.raises(OptionError, match="localhost:1 does not answer as a Flink cluster: "):
+            self.parallelism(9, "--runner=FlinkRunner", "--flink_master=localhost:1")
+        del overview["slots-total"]
+        with pytest.raises(OptionError, match=f"{address} does not answer as a Flink cluster"):
+            self.parallelism(9, "--runner=FlinkRunner", f"--flink_master={address}")
