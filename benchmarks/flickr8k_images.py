@@ -26,7 +26,7 @@ from pipelines.lite0 import ENCODER
 
 COMMON = shlex.split("--size 64 --ema 0.995 --flips")
 VAE = shlex.split(
-    "--channels 16 --max_channels 128 --latent_dim 32 --batch_size 16 --learning_rate 2e-3 --divergence_weight 8"
+    "--channels 16 --max_channels 128 --latent_dim 32 --batch_size 16 --learning_rate 1e-3 --divergence_weight 8"
 )
 GAN = shlex.split("--batch_size 16 --learning_rate 2e-4 --precision bfloat16")
 

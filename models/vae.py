@@ -1,4 +1,4 @@
-"""The variational autoencoder (Kingma and Welling 2013), encoder, prior and decoder told of the text (Sohn et al. 2015).
+"""The variational autoencoder (Kingma and Welling 2013), all of it told of the text (Sohn et al. 2015).
 
 N images, S side in pixels, T text vector, Z latent, L levels of detail.
 """

@@ -28,6 +28,7 @@ def add_embed_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     _add_model_flag(model, "--model", TEXT_KINDS, required=True)
     _add_device_flags(model)
+    _add_done_flag(model)
     _add_text_flags(model)
 
 
@@ -38,6 +39,7 @@ def add_caption_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     _add_model_flag(model, "--model", CAPTION_KINDS, required=True)
     _add_device_flags(model)
+    _add_done_flag(model)
     _add_captioner_flags(model)
 
 
@@ -48,6 +50,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     _add_model_flag(model, "--model", IMAGE_KINDS, required=True)
     _add_device_flags(model)
+    _add_done_flag(model)
     _add_generator_flags(model)
     _add_match_flags(parser.add_argument_group("match"))
     image = parser.add_argument_group("images")
@@ -90,6 +93,16 @@ def _add_device_flags(model: argparse._ArgumentGroup) -> None:
         default=0.1,
         metavar="X",
         help="stop where the model fails on more than this share of rows (default 0.1)",
+    )
+
+
+def _add_done_flag(model: argparse._ArgumentGroup) -> None:
+    model.add_argument(
+        "--skip_done_in",
+        action="append",
+        default=[],
+        metavar="OUT",
+        help="leave out rows whose keys this earlier output holds, or those of a glob; may repeat",
     )
 
 
@@ -254,6 +267,7 @@ def _model_values(
         "model": parse_model(named, kinds, asked, args.device, flag),
         "batch_size": args.batch_size,
         "max_failure_rate": args.max_failure_rate,
+        "skip_done_in": tuple(getattr(args, "skip_done_in", ())),
     }
 
 

@@ -12,11 +12,13 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from models.base import Model
 from models.errors import FlagError, ModelError
 from models.spec import MatchOptions, ModelSpec, load_model
+from pipelines.done_before import find_done
 from pipelines.job import data_files, fingerprint, is_same_place, read_success, refuse_overlap
 from pipelines.launch import Job, Written, finish_job, launch, source_options
 from pipelines.options import ModelJobOptions
 from pipelines.running import Result
 from transforms.chunk import Chunk
+from transforms.done_keys import DropDone
 from transforms.errors import InputError, OptionError
 from transforms.failures import FailureLimit
 from transforms.infer import RunModel, Task
@@ -216,12 +218,15 @@ def run_model_job(
         "chunk_rows": chunk_rows,
         "source": source_options(options, found.source),
         **before_asked,
+        **({"skip_done_in": list(options.skip_done_in)} if options.skip_done_in else {}),
     }
     print_of_run = fingerprint(branch.job, found.source.inputs(), asked, branch.libraries)
     job = Job({branch.dataset: branch.written}, print_of_run, chunk_rows, found.derived)
 
     def graph(pipeline: beam.Pipeline, shards: list[Shard], sinks: Mapping[str, Sink]) -> None:
-        model_graph(pipeline, shards, job, options.output, sinks, branch, before, with_images)
+        done = find_done(options, branch.dataset)
+        steps = {**({"DropDone": DropDone(done)} if done else {}), **before}
+        model_graph(pipeline, shards, job, options.output, sinks, branch, steps, with_images)
 
     return launch(job, options, found.source, pipeline, graph)
 

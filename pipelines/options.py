@@ -102,11 +102,13 @@ class ModelJobOptions(JobOptions):
         model: The model, and what is asked of it.
         batch_size: Most rows of a micro-batch; None takes the model's own.
         max_failure_rate: The share of rows that the model may fail on.
+        skip_done_in: Earlier outputs, or globs of them: rows whose keys they hold are left out.
     """
 
     model: ModelSpec = dataclasses.field(kw_only=True)
     batch_size: int | None = None
     max_failure_rate: float = 0.1
+    skip_done_in: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -118,6 +118,16 @@ class Chunk:
             records=self.num_records,
         )
 
+    def leave_out(self, rows: pa.RecordBatch, counters: Mapping[str, int]) -> "Chunk":
+        """Returns the chunk with some of its rows, as if the others had not been read; `num_records` stays.
+
+        Args:
+            rows: The rows that are left.
+            counters: What was left out, added to the chunk's own.
+        """
+        counts = add_counts(self.counters, counters)
+        return dataclasses.replace(self, rows=rows, counters=counts, records=self.num_records)
+
     def explode(self, stage: str, rows: pa.RecordBatch, rejects: Iterable[Reject] = ()) -> "Chunk":
         """Returns the chunk after a stage that makes several rows of one; `num_records` stays.
 

@@ -1,0 +1,57 @@
+"""What a nightly job leaves out: rows that the outputs of earlier nights have."""
+
+from collections.abc import Iterator
+
+from fsspec.core import has_magic
+
+from pipelines.job import data_files, is_same_place, read_success
+from pipelines.options import ModelJobOptions
+from transforms.done_keys import write_done_keys
+from transforms.errors import InputError
+from transforms.storage import input_errors, join, locate
+
+
+def find_done(options: ModelJobOptions, dataset: str) -> str | None:
+    """Returns the URL of the keys that a run leaves out, brought together at its first start; None where it does not.
+
+    Raises:
+        InputError: An earlier output is not there, or not complete.
+        OutputError: They cannot be written.
+    """
+    if not options.skip_done_in:
+        return None
+    url = join(options.output, "_plan", f"done-{dataset}.keys")
+    fs, path = locate(url)
+    if not fs.exists(path):  # else of the run that this one goes on with
+        write_done_keys(_earlier_files(options, dataset), url)
+    return url
+
+
+def _earlier_files(options: ModelJobOptions, dataset: str) -> Iterator[str]:
+    """Yields the data files of the earlier outputs."""
+    for root in _earlier_outputs(options):
+        totals = (read_success(root) or {}).get(dataset)
+        names = data_files(root, dataset)
+        if totals is None or totals.files != len(names):
+            raise InputError(
+                f"--skip_done_in names {root}, which holds no {dataset}, or not all: its run has not finished, or "
+                "files were deleted since. Were this run to go on, rows could be made twice: run that one's command "
+                "again first, or leave it out."
+            )
+        yield from (join(root, dataset, name) for name in names)
+
+
+def _earlier_outputs(options: ModelJobOptions) -> list[str]:
+    """Returns the outputs that are named, without the run's own; on the first night a glob may name none."""
+    found: dict[str, None] = {}
+    for url in options.skip_done_in:
+        with input_errors(url):
+            fs, path = locate(url)
+            if has_magic(path):
+                fs.invalidate_cache()
+                found.update(
+                    (str(fs.unstrip_protocol(name)), None) for name in fs.glob(path) if fs.isdir(name)
+                )
+            else:
+                found[url] = None
+    return [root for root in found if not is_same_place(root, options.output)]

@@ -1,0 +1,162 @@
+"""Jobs that run again and again over data that grow: each makes what is new."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.dataset
+import pytest
+from fake_models import use_fakes
+
+from models.base import CaptionOptions, ImageOptions, TextOptions
+from models.spec import ModelSpec
+from pipelines import done_before, scene_folders
+from pipelines.caption import caption
+from pipelines.cli import main
+from pipelines.embed import embed
+from pipelines.generate import generate
+from pipelines.job import State, read_success
+from pipelines.options import GenerateOptions, ModelJobOptions
+from pipelines.scene_folders import write_data_set
+from pipelines.verify import verify
+from transforms.errors import InputError, OutputError
+
+DATASETS = {"embed": "embeddings", "caption": "captions", "generate": "generated"}
+MODELS = {
+    "embed": ModelSpec("bert", "fake", TextOptions()),
+    "caption": ModelSpec("hf", "fake", CaptionOptions()),
+    "generate": ModelSpec("diffusers", "fake", ImageOptions()),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fakes(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Tar files of 20 scenes each, as one a night comes in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scene_folders, "_SHARD_SCENES", 20)
+        folder = write_data_set(str(tmp_path_factory.mktemp("scenes") / "data"), 60, seed=1).webdataset
+    return [path.read_bytes() for path in sorted(folder.glob("train-*.tar"))[:2]]
+
+
+@pytest.fixture
+def data(tmp_path: Path, shards: list[bytes]) -> Path:
+    """A folder that the first night's tar file is in."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-0.tar").write_bytes(shards[0])
+    return tmp_path / "data"
+
+
+def run(job: str, data: Path | str, out: Path | str, earlier: str, **options: Any) -> State:
+    options = {
+        "inputs": (str(data),),
+        "output": str(out),
+        "model": MODELS[job],
+        "chunk_rows": 7,
+        "quiet": True,
+        "skip_done_in": (earlier,),
+    } | options
+    if job == "generate":
+        return generate(GenerateOptions(**options)).state
+    return {"embed": embed, "caption": caption}[job](ModelJobOptions(**options)).state
+
+
+def keys_in(root: Path | str, dataset: str) -> list[str]:
+    fs, path = fsspec.core.url_to_fs(str(root))
+    names = [name for name in fs.ls(f"{path}/{dataset}", detail=False) if name.endswith(".parquet")]
+    table = pyarrow.dataset.dataset(names, filesystem=fs, format="parquet").to_table(["key"])
+    return table.column("key").to_pylist()
+
+
+@pytest.mark.parametrize("job", DATASETS)
+def test_each_night_makes_what_is_new(job, data, shards, tmp_path):
+    dataset, earlier = DATASETS[job], str(tmp_path / "nights" / "*")
+    first, second, third = (tmp_path / "nights" / day for day in ("2026-11-20", "2026-11-21", "2026-11-22"))
+    assert run(job, data, first, earlier) is State.FRESH
+    (data / "train-1.tar").write_bytes(shards[1])
+    run(job, data, second, earlier)
+    run(job, data, third, earlier)
+    old, new = keys_in(first, dataset), keys_in(second, dataset)
+    assert len({*old}) == len({*new}) == 20
+    assert not {*old} & {*new}
+    assert keys_in(third, dataset) == []
+    totals = read_success(str(second))[dataset]
+    assert totals.counters["done_before"] == 20
+    assert totals.read == totals.written
+    assert read_success(str(third))[dataset].counters["done_before"] == 40
+    assert [verify(str(night)).problems for night in (first, second, third)] == [[], [], []]
+    assert not (second / "_plan").exists()
+    # the same command once more has nothing to do, whatever came in between
+    assert run(job, data, second, earlier) is State.DONE
+
+
+def test_a_night_that_died_goes_on_with_what_it_left_out_at_first(data, shards, tmp_path, monkeypatch):
+    earlier = str(tmp_path / "nights" / "*")
+    first, second = tmp_path / "nights" / "1", tmp_path / "nights" / "2"
+    run("embed", data, first, earlier)
+    (data / "train-1.tar").write_bytes(shards[1])
+    run("embed", data, tmp_path / "whole", earlier)
+    run("embed", data, second, earlier)
+    wanted = {path.name: path.read_bytes() for path in (second / "embeddings").iterdir()}
+    for name in ("_SUCCESS.json", "embeddings/train-0-00001.parquet", "embeddings/train-1-00002.parquet"):
+        (second / name).unlink()
+    keys = second / "_plan" / "done-embeddings.keys"
+    done_before.find_done(ModelJobOptions(**options_of(second, earlier)), "embeddings")
+    assert keys.exists()
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the keys are brought together once")
+
+    monkeypatch.setattr(done_before, "write_done_keys", refuse)
+    assert run("embed", data, second, earlier) is State.RESUMED
+    assert {path.name: path.read_bytes() for path in (second / "embeddings").iterdir()} == wanted
+
+
+def options_of(out: Path, earlier: str) -> dict[str, Any]:
+    return {"inputs": ("x",), "output": str(out), "model": MODELS["embed"], "skip_done_in": (earlier,)}
+
+
+def test_an_earlier_night_that_is_not_complete_is_refused(data, tmp_path):
+    first = tmp_path / "nights" / "1"
+    run("embed", data, first, str(tmp_path / "nights" / "*"))
+    (first / "_SUCCESS.json").unlink()
+    with pytest.raises(
+        InputError, match=rf"--skip_done_in names .*{first}, which holds no embeddings, or not all"
+    ):
+        run("embed", data, tmp_path / "nights" / "2", str(tmp_path / "nights" / "*"))
+    with pytest.raises(InputError, match="holds no captions, or not all"):
+        run("caption", data, tmp_path / "other", str(first))
+    with pytest.raises(InputError, match="which holds no captions, or not all"):
+        run("caption", data, tmp_path / "another", str(tmp_path / "nothing"))
+
+
+def test_what_is_left_out_is_part_of_the_run(data, tmp_path):
+    run("embed", data, tmp_path / "1", str(tmp_path / "none*"))
+    run("embed", data, tmp_path / "2", str(tmp_path / "1"))
+    with pytest.raises(OutputError, match="skip_done_in"):
+        run("embed", data, tmp_path / "2", str(tmp_path / "none*"))
+
+
+def test_in_a_bucket(data, shards, bucket):
+    earlier = f"{bucket.url}/nights/*"
+    run("embed", data, f"{bucket.url}/nights/1", earlier)
+    (data / "train-1.tar").write_bytes(shards[1])
+    run("embed", data, f"{bucket.url}/nights/2", earlier)
+    old, new = (keys_in(f"{bucket.url}/nights/{night}", "embeddings") for night in "12")
+    assert len({*old, *new}) == 40
+    assert not {*old} & {*new}
+
+
+def test_the_command(data, tmp_path, capsys):
+    command = ["embed", f"--input={data}", "--model=bert:fake", "--chunk_rows=7"]
+    command += [f"--skip_done_in={tmp_path / 'nights'}/*"]
+    assert main([*command, f"--output={tmp_path / 'nights' / '1'}"]) == 0
+    assert main([*command, f"--output={tmp_path / 'nights' / '2'}"]) == 0
+    assert "done before 20\n" in capsys.readouterr().out
+    job = json.loads((tmp_path / "nights" / "2" / "_job.json").read_text())
+    assert job["embeddings"]["options"]["skip_done_in"] == [f"{tmp_path / 'nights'}/*"]
