@@ -10,10 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from typing import Any, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from transforms.errors import DiptychError, OptionError
 from transforms.progress import PROGRESS_THREAD
+
+if TYPE_CHECKING:
+    from pipelines.running import Result
 
 _START = time.monotonic()  # before the libraries load: that time is the user's as well
 _DESCRIPTION = (
@@ -164,33 +167,45 @@ def _add_flags(name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def _run_job(args: argparse.Namespace, beam_args: list[str]) -> int:
-    from pipelines import flags, model_flags
-    from pipelines.summary import summary
+    from pipelines.summary import failure_json, summary, summary_json
 
     sys.stderr = cast(TextIO, _OwnWords(sys.stderr))
+    for_machines = args.summary == "json"
+    try:
+        result = _job_result(args, beam_args)
+    except DiptychError as error:
+        if for_machines:
+            print(failure_json(args.output, time.monotonic() - _START, error))
+        raise
+    if for_machines:
+        print(summary_json(result, time.monotonic() - _START))
+    elif not args.quiet:
+        print(summary(result, time.monotonic() - _START))
+    return 0
+
+
+def _job_result(args: argparse.Namespace, beam_args: list[str]) -> "Result":
+    from pipelines import flags, model_flags
+
     if args.command == "prepare":
         from pipelines.prepare import prepare
 
-        result = prepare(flags.prepare_options(args, beam_args))
-    elif args.command == "embed":
+        return prepare(flags.prepare_options(args, beam_args))
+    if args.command == "embed":
         from pipelines.embed import embed
 
-        result = embed(model_flags.embed_options(args, beam_args))
-    elif args.command == "caption":
+        return embed(model_flags.embed_options(args, beam_args))
+    if args.command == "caption":
         from pipelines.caption import caption
 
-        result = caption(model_flags.caption_options(args, beam_args))
-    elif args.command == "run":
+        return caption(model_flags.caption_options(args, beam_args))
+    if args.command == "run":
         from pipelines.run import run
 
-        result = run(model_flags.run_options(args, beam_args))
-    else:
-        from pipelines.generate import generate
+        return run(model_flags.run_options(args, beam_args))
+    from pipelines.generate import generate
 
-        result = generate(model_flags.generate_options(args, beam_args))
-    if not args.quiet:
-        print(summary(result, time.monotonic() - _START))
-    return 0
+    return generate(model_flags.generate_options(args, beam_args))
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -103,6 +103,12 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     )
     job.add_argument("--overwrite", action="store_true", help="delete what an earlier run wrote to OUT")
     job.add_argument("--quiet", action="store_true", help="show neither progress nor summary")
+    job.add_argument(
+        "--summary",
+        choices=("text", "json"),
+        default="text",
+        help="json prints one line for machines, also of a run that failed (default text)",
+    )
 
 
 def prepare_options(args: argparse.Namespace, beam_args: Sequence[str]) -> PrepareOptions:

@@ -1,4 +1,7 @@
-"""What a run did, in a few lines."""
+"""What a run did, in a few lines for people or in one for machines."""
+
+import dataclasses
+import json
 
 from pipelines.job import State
 from pipelines.running import Result
@@ -38,3 +41,23 @@ def summary(result: Result, seconds: float) -> str:
     rate = f", {(now.rows - now.resumed) / seconds:,.0f} {unit}/s" if seen else ""
     lines.append(f"took      {seconds:.1f} s{rate}{before}")
     return "\n".join(lines)
+
+
+def summary_json(result: Result, seconds: float) -> str:
+    """Returns the same as one line of JSON.
+
+    It has `outcome` (`done`, or `nothing_to_do` where an earlier run has finished), `output`, `seconds`, and by data
+    set of `datasets` the totals of `_SUCCESS.json`.
+    """
+    outcome = "nothing_to_do" if result.state is State.DONE else "done"
+    datasets = {dataset: dataclasses.asdict(totals) for dataset, totals in result.totals.items()}
+    return _line(outcome, result.output, seconds, datasets=datasets)
+
+
+def failure_json(output: str, seconds: float, error: Exception) -> str:
+    """Returns the line of a run that failed: `outcome` is `failed`, and `error` says why."""
+    return _line("failed", output, seconds, error=str(error))
+
+
+def _line(outcome: str, output: str, seconds: float, **more: object) -> str:
+    return json.dumps({"outcome": outcome, "output": output, "seconds": round(seconds, 1), **more})

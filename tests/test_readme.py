@@ -122,6 +122,9 @@ def test_commands_on_this_machine(
         ("all", "captions"): NUM_SCENES,
         ("all", "generated"): 5 * NUM_SCENES,
     }
+    night = read_success(str(home / "out/nights/2026-11-22"))
+    assert night is not None
+    assert night["captions"].written == few
     pycocotools.coco.COCO(str(home / "demo/data/coco/annotations/captions_val2017.json")).loadRes(
         "out/results.json"
     )

@@ -160,3 +160,20 @@ def test_the_command(data, tmp_path, capsys):
     assert "done before 20\n" in capsys.readouterr().out
     job = json.loads((tmp_path / "nights" / "2" / "_job.json").read_text())
     assert job["embeddings"]["options"]["skip_done_in"] == [f"{tmp_path / 'nights'}/*"]
+
+
+def test_a_line_for_machines(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["embed", f"--input={data}", "--model=bert:fake", f"--output={out}", "--summary=json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["outcome"], found["output"]) == ("done", str(out))
+    assert found["datasets"] == json.loads((out / "_SUCCESS.json").read_text())
+    assert main([*command, "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["outcome"] == "nothing_to_do"
+    assert main([*command, "--normalize"]) == 1
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["outcome"] == "failed"
+    assert "of another run" in found["error"]
+    assert f"diptych: {found['error']}" in printed.err
