@@ -31,6 +31,8 @@ from types import FrameType
 
 from flink_job_server import JobServerError, job_server_jar
 
+from pipelines.flink import num_buffers
+
 START_TIMEOUT_S = 120.0
 _CHECK_S = 0.5
 _STOP_TIMEOUT_S = 10.0
@@ -41,8 +43,6 @@ STATE = "processes.json"
 _FRAMEWORK_HEAP, _FRAMEWORK_OFF_HEAP = 128, 128
 _HEAP_A_SLOT, _MANAGED_A_SLOT = 192, 64
 _METASPACE, _OVERHEAD = 256, 128
-# A buffer is 32 KiB; a shuffle from P to P tasks takes a few for each of its P * P channels
-_NETWORK, _NETWORK_A_SLOT = 64, 32
 
 # Flink looks into the JDK's own classes, which Java 17 no longer allows without being asked
 _OPENED = (
@@ -194,7 +194,8 @@ def _flink_lib() -> pathlib.Path:
 
 
 def _network(shape: Shape) -> int:
-    return _NETWORK + shape.slots * _NETWORK_A_SLOT
+    """Returns the MiB of network buffers, of 32 KiB each, with which a job may use all slots."""
+    return -(-num_buffers(shape.task_managers * shape.slots, shape.slots) // 32)
 
 
 def _settings(shape: Shape, folder: pathlib.Path) -> Mapping[str, object]:

@@ -1,9 +1,14 @@
 """What a job asks of Flink, from its own size, so that nobody has to tune it."""
 
+import atexit
 import json
+import os
+import shutil
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions, StandardOptions
@@ -14,29 +19,61 @@ from transforms.errors import OptionError
 # A cluster's job is begun again when one of its machines has gone; what is committed is skipped then
 _RETRIES, _RETRY_DELAY_MS = 10, 3_000
 _ANSWER_S = 20.0
+# Where Flink runs in the job server, all tasks are threads of one Python process: more are of no use
+_MOST_TASKS_HERE = 16
+# Of network memory: between P tasks and P others a task has a buffer for each of the others, and takes two from each
+_BUFFER_BYTES = 32 << 10
+_SHUFFLES = 4
+_FEWEST_BUFFERS = 2048
 
 
 def flink_flags(args: Sequence[str]) -> list[str]:
-    """Returns flags that a job on a Flink cluster needs and that were not given.
+    """Returns flags that a job on Flink needs and that were not given.
 
     Args:
         args: Flags for Apache Beam.
     """
     options = PipelineOptions(list(args))
-    is_flink = str(options.view_as(StandardOptions).runner).lower().endswith("flinkrunner")
-    if not is_flink or _master(options) is None:
+    if not str(options.view_as(StandardOptions).runner).lower().endswith("flinkrunner"):
         return []
     given = {arg.split("=")[0] for arg in args}
-    wanted = {
-        "--number_of_execution_retries": _RETRIES,
-        "--execution_retry_delay": _RETRY_DELAY_MS,
-        "--job_server_jvm_properties": "-Xmx512m",
-    }
+    if _master(options) is None:
+        asked = options.view_as(FlinkRunnerOptions).parallelism
+        tasks = asked if asked > 0 else min(os.cpu_count() or 1, _MOST_TASKS_HERE)
+        wanted = {"--parallelism": tasks}
+        if "--flink_conf_dir" not in given:
+            wanted["--flink_conf_dir"] = _write_settings(tasks)
+    else:
+        wanted = {
+            "--number_of_execution_retries": _RETRIES,
+            "--execution_retry_delay": _RETRY_DELAY_MS,
+            "--job_server_jvm_properties": "-Xmx512m",
+        }
     return [f"{flag}={value}" for flag, value in wanted.items() if flag not in given]
 
 
+def num_buffers(tasks: int, tasks_here: int) -> int:
+    """Returns how many network buffers a machine needs that runs some of a job's tasks.
+
+    Args:
+        tasks: Of the job, side by side.
+        tasks_here: Those of the machine.
+    """
+    return max(_FEWEST_BUFFERS, _SHUFFLES * tasks_here * (3 * tasks + 9))
+
+
+def _write_settings(tasks: int) -> str:
+    """Writes the configuration of a Flink inside the job server; it is deleted when this process ends."""
+    folder = tempfile.mkdtemp(prefix="diptych-flink-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    size = num_buffers(tasks, tasks) * _BUFFER_BYTES
+    lines = [f"taskmanager.memory.network.{bound}: {size}b\n" for bound in ("min", "max")]
+    Path(folder, "config.yaml").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
 def size_for_flink(pipeline: beam.Pipeline, num_shards: int) -> None:
-    """Gives a job on a Flink cluster a task for each shard, but no more than there are slots.
+    """Gives a job on a Flink cluster a task for each shard, but no more than there are slots and network buffers for.
 
     Raises:
         OptionError: No cluster answers, or it has no slot.
@@ -45,12 +82,15 @@ def size_for_flink(pipeline: beam.Pipeline, num_shards: int) -> None:
     master = _master(pipeline.options) if isinstance(pipeline.runner, FlinkRunner) else None
     if master is None or options.parallelism > 0:
         return
-    slots = _num_slots(master)
-    if not slots:
+    machines = _machines(master)
+    if not any(slots for slots, _ in machines):
         raise OptionError(
             f"--flink_master {master} has no slot for a task. Start a task manager, or wait until one has come up."
         )
-    options.parallelism = max(1, min(slots, num_shards))
+    tasks = max(1, min(sum(slots for slots, _ in machines), num_shards))
+    while tasks > 1 and any(num_buffers(tasks, min(slots, tasks)) > has for slots, has in machines if slots):
+        tasks -= 1
+    options.parallelism = tasks
 
 
 def _master(options: PipelineOptions) -> str | None:
@@ -59,12 +99,17 @@ def _master(options: PipelineOptions) -> str | None:
     return None if master in MAGIC_HOST_NAMES else FlinkRunner.add_http_scheme(master)
 
 
-def _num_slots(master: str) -> int:
+def _machines(master: str) -> list[tuple[int, int]]:
+    """Returns slots and network buffers of each task manager."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # as the job server asks it
     try:
-        with direct.open(f"{master}/overview", timeout=_ANSWER_S) as answer:
-            return int(json.load(answer)["slots-total"])
-    except (OSError, urllib.error.URLError, ValueError, KeyError) as error:
+        with direct.open(f"{master}/taskmanagers", timeout=_ANSWER_S) as answer:
+            found = json.load(answer)["taskmanagers"]
+            return [
+                (int(one["slotsNumber"]), int(one["memoryConfiguration"]["networkMemory"]) // _BUFFER_BYTES)
+                for one in found
+            ]
+    except (OSError, urllib.error.URLError, ValueError, KeyError, TypeError) as error:
         raise OptionError(
             f"--flink_master {master} does not answer as a Flink cluster: {error}. Expected the address of its REST "
             "interface, such as localhost:8081: check it, and that the cluster is up."

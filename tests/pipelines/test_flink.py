@@ -26,7 +26,7 @@ from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOpt
 from apache_beam.portability.api import beam_fn_api_pb2
 
 from pipelines import scene_folders
-from pipelines.flink import flink_flags, size_for_flink
+from pipelines.flink import flink_flags, num_buffers, size_for_flink
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import write_data_set
@@ -194,23 +194,41 @@ class TestWorkerPool:
         assert process.wait(10) == -signal.SIGTERM
 
 
+@dataclasses.dataclass
+class Master:
+    """What answers as a job manager does.
+
+    Attributes:
+        address: Where.
+        machines: Slots and network buffers of each task manager.
+    """
+
+    address: str
+    machines: list[tuple[int, int]]
+
+
 @pytest.fixture
-def master() -> Iterator[tuple[str, dict[str, object]]]:
-    """The address of something that answers as a job manager does, and what it answers."""
-    overview: dict[str, object] = {"slots-total": 6}
+def master() -> Iterator[Master]:
+    """A job manager of two task managers."""
+    found = Master("", [(4, 4096), (2, 4096)])
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            managers = [
+                {"slotsNumber": slots, "memoryConfiguration": {"networkMemory": buffers * 32768}}
+                for slots, buffers in found.machines
+            ]
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(json.dumps(overview).encode())
+            self.wfile.write(json.dumps({"taskmanagers": managers} if found.machines else {}).encode())
 
         def log_message(self, *args: object) -> None:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"127.0.0.1:{server.server_port}", overview
+    found.address = f"127.0.0.1:{server.server_port}"
+    yield found
     server.shutdown()
     server.server_close()
 
@@ -223,29 +241,45 @@ class TestSize:
 
     @pytest.mark.parametrize(("num_shards", "tasks"), [(1, 1), (4, 4), (100, 6), (0, 1)])
     def test_a_task_a_shard_as_far_as_there_are_slots(self, master, num_shards, tasks):
-        assert self.parallelism(num_shards, "--runner=FlinkRunner", f"--flink_master={master[0]}") == tasks
+        flags = ["--runner=FlinkRunner", f"--flink_master={master.address}"]
+        assert self.parallelism(num_shards, *flags) == tasks
+
+    def test_no_more_tasks_than_network_buffers_are_there_for(self, master):
+        master.machines = [(8, 4096)] * 100
+        flags = ["--runner=FlinkRunner", f"--flink_master={master.address}"]
+        tasks = self.parallelism(10_000, *flags)
+        assert tasks < 800
+        assert num_buffers(tasks, 8) <= 4096 < num_buffers(tasks + 1, 8)
 
     def test_what_is_given_stays(self, master):
-        flags = ["--runner=FlinkRunner", f"--flink_master={master[0]}", "--parallelism=3"]
+        flags = ["--runner=FlinkRunner", f"--flink_master={master.address}", "--parallelism=3"]
         assert self.parallelism(100, *flags) == 3
         assert "--number_of_execution_retries=10" in flink_flags(flags)
         given = [*flags, "--number_of_execution_retries=0", "--execution_retry_delay=1"]
         assert flink_flags(given) == ["--job_server_jvm_properties=-Xmx512m"]
 
-    @pytest.mark.parametrize(
-        "flags", [[], ["--runner=FnApiRunner"], ["--runner=FlinkRunner", "--flink_master=[local]"]]
-    )
-    def test_without_a_cluster_there_is_nothing_to_set(self, flags):
+    def test_inside_the_job_server_there_is_room_for_its_tasks(self, monkeypatch):
+        monkeypatch.setattr("os.cpu_count", lambda: 9)
+        local = ["--runner=FlinkRunner", "--flink_master=[local]"]
+        tasks, folder = (flag.partition("=")[2] for flag in flink_flags(local))
+        assert tasks == "9"
+        settings = (Path(folder) / "config.yaml").read_text()
+        assert f"taskmanager.memory.network.max: {num_buffers(9, 9) * 32768}b\n" in settings
+        (folder,) = (flag.partition("=")[2] for flag in flink_flags([*local, "--parallelism=64"]))
+        assert f"{num_buffers(64, 64) * 32768}b" in (Path(folder) / "config.yaml").read_text()
+        assert flink_flags([*local, "--parallelism=3", "--flink_conf_dir=x"]) == []
+
+    @pytest.mark.parametrize("flags", [[], ["--runner=FnApiRunner"], ["--runner=DataflowRunner"]])
+    def test_other_runners_are_left_alone(self, flags):
         assert flink_flags(flags) == []
-        assert self.parallelism(9, *flags) == -1
 
     def test_no_slot_and_no_cluster_are_said_at_once(self, master):
-        address, overview = master
-        overview["slots-total"] = 0
-        with pytest.raises(OptionError, match=f"{address} has no slot for a task"):
-            self.parallelism(9, "--runner=FlinkRunner", f"--flink_master={address}")
+        flags = ["--runner=FlinkRunner", f"--flink_master={master.address}"]
+        master.machines = [(0, 4096)]
+        with pytest.raises(OptionError, match=f"{master.address} has no slot for a task"):
+            self.parallelism(9, *flags)
         with pytest.raises(OptionError, match="localhost:1 does not answer as a Flink cluster: "):
             self.parallelism(9, "--runner=FlinkRunner", "--flink_master=localhost:1")
-        del overview["slots-total"]
-        with pytest.raises(OptionError, match=f"{address} does not answer as a Flink cluster"):
-            self.parallelism(9, "--runner=FlinkRunner", f"--flink_master={address}")
+        master.machines = []
+        with pytest.raises(OptionError, match=f"{master.address} does not answer as a Flink cluster"):
+            self.parallelism(9, *flags)
