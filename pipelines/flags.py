@@ -139,6 +139,10 @@ def prepare_options(args: argparse.Namespace, beam_args: Sequence[str]) -> Prepa
 
 def job_values(args: argparse.Namespace, beam_args: Sequence[str]) -> dict[str, Any]:
     """Returns the values of `JobOptions` from the parsed flags."""
+    if getattr(args, "gpu", None):
+        from pipelines.dataflow import gpu_flags
+
+        beam_args = [*beam_args, *gpu_flags(beam_args, args.gpu)]
     columns = args.image_column, args.caption_column, args.key_column
     carried = getattr(args, "metadata_columns", ())
     return {

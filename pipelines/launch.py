@@ -8,6 +8,7 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+from apache_beam.options.pipeline_options import TestOptions
 from apache_beam.pvalue import PCollection
 
 from pipelines.job import State, digest, open_output, options_to_json, start_writing
@@ -92,7 +93,8 @@ def launch(job: Job, options: JobOptions, source: Source, pipeline: beam.Pipelin
     }
     graph(pipeline, shards, sinks)
     run_pipeline(pipeline, len(shards), options.quiet)
-    return Result.of(options.output, state, job.datasets)
+    is_dry = pipeline.options.view_as(TestOptions).dry_run
+    return Result.of(options.output, state, job.datasets, ran=not is_dry)
 
 
 def _open_output(job: Job, options: JobOptions) -> State:

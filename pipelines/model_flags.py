@@ -85,6 +85,11 @@ def _add_device_flags(model: argparse._ArgumentGroup) -> None:
         help="auto, cpu, cuda or cuda:N, on the worker (default auto)",
     )
     model.add_argument(
+        "--gpu",
+        metavar="TYPE",
+        help="on Dataflow: the GPU of each worker, as nvidia-tesla-t4 (see deploy/dataflow.md)",
+    )
+    model.add_argument(
         "--batch_size", type=int, metavar="N", help="most rows of a micro-batch (default: the model's own)"
     )
     model.add_argument(

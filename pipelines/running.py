@@ -14,6 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from tqdm import tqdm
 
+from pipelines.dataflow import dataflow_flags
 from pipelines.flink import flink_flags, size_for_flink
 from pipelines.job import State, read_success
 from transforms import errors
@@ -29,17 +30,19 @@ class Result:
         output: The output folder.
         state: What it held before.
         totals: By data set that the job wrote.
+        ran: Whether the job ran, rather than being translated for a service and not sent (`--dry_run`).
     """
 
     output: str
     state: State
     totals: dict[str, Totals]
+    ran: bool = True
 
     @classmethod
-    def of(cls, output: str, state: State, datasets: Iterable[str]) -> "Result":
+    def of(cls, output: str, state: State, datasets: Iterable[str], ran: bool = True) -> "Result":
         """Returns the result of a job that has finished some data sets."""
         found = read_success(output) or {}
-        return cls(output, state, {dataset: found.get(dataset, Totals()) for dataset in datasets})
+        return cls(output, state, {dataset: found.get(dataset, Totals()) for dataset in datasets}, ran)
 
 
 def new_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:
@@ -54,7 +57,7 @@ def new_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:
             "--runner=FnApiRunner"
         )  # plain DirectRunner may look for another runner on the network first
     try:
-        pipeline = beam.Pipeline(options=PipelineOptions([*args, *flink_flags(args)]))
+        pipeline = beam.Pipeline(options=PipelineOptions([*args, *flink_flags(args), *dataflow_flags(args)]))
     except ValueError as error:
         raise errors.OptionError(f"Apache Beam refuses its flags: {' '.join(str(error).split())}") from error
     os.rmdir(

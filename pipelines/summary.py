@@ -13,6 +13,8 @@ _UNITS = {"embeddings": "captions", "generated": "images"}
 
 def summary(result: Result, seconds: float) -> str:
     """Returns read, written, rejected by reason, seconds, rows a second, and where it all is."""
+    if not result.ran:
+        return "translated, and not run, as --dry_run asks"
     lines = []
     for dataset, totals in result.totals.items():
         unit = _UNITS.get(dataset, "rows")
@@ -46,10 +48,10 @@ def summary(result: Result, seconds: float) -> str:
 def summary_json(result: Result, seconds: float) -> str:
     """Returns the same as one line of JSON.
 
-    It has `outcome` (`done`, or `nothing_to_do` where an earlier run has finished), `output`, `seconds`, and by data
-    set of `datasets` the totals of `_SUCCESS.json`.
+    It has `outcome` (`done`, `nothing_to_do` where an earlier run has finished, `translated` with `--dry_run`),
+    `output`, `seconds`, and by data set of `datasets` the totals of `_SUCCESS.json`.
     """
-    outcome = "nothing_to_do" if result.state is State.DONE else "done"
+    outcome = "nothing_to_do" if result.state is State.DONE else "done" if result.ran else "translated"
     datasets = {dataset: dataclasses.asdict(totals) for dataset, totals in result.totals.items()}
     return _line(outcome, result.output, seconds, datasets=datasets)
 

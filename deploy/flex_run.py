@@ -1,0 +1,8 @@
+"""The entry of the Flex Template: `diptych run` with the template's parameters as its flags."""
+
+import sys
+
+from pipelines.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["run", *sys.argv[1:]]))
