@@ -12,6 +12,7 @@ manager.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import importlib.util
@@ -20,6 +21,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,7 @@ from pipelines.flink import num_buffers
 
 START_TIMEOUT_S = 120.0
 _CHECK_S = 0.5
+_MOST_STARTS = 20
 _STOP_TIMEOUT_S = 10.0
 STATE = "processes.json"
 
@@ -85,6 +88,7 @@ class Cluster:
         self.shape, self.folder = shape, folder
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._commands: dict[str, list[str]] = {}
+        self._num_starts: collections.Counter[str] = collections.Counter()
 
     def start(self) -> None:
         """Starts all of it, and waits until it is healthy.
@@ -98,6 +102,10 @@ class Cluster:
                 "`java` was not found on PATH. Flink needs a Java 11 or 17 runtime: install it."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        for log in self.folder.glob("*.log"):  # of an earlier cluster
+            log.unlink()
+        for port in (self.shape.rest_port, self.shape.rest_port + 1, self.shape.worker_port):
+            _check_free(port)
         settings = _settings(self.shape, self.folder)
         (self.folder / "config.yaml").write_text(
             "".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()), encoding="utf-8"
@@ -148,9 +156,19 @@ class Cluster:
         ]
 
     def mend(self) -> list[str]:
-        """Starts again what has ended; returns the names."""
+        """Starts again what has ended; returns the names.
+
+        Raises:
+            ClusterError: It has ended too often.
+        """
         dead = [name for name, process in self._running.items() if process.poll() is not None]
         for name in dead:
+            self._num_starts[name] += 1
+            if self._num_starts[name] > _MOST_STARTS:
+                raise ClusterError(
+                    f"its {name} ended {_MOST_STARTS} times. {_last_words(self.folder, name)} The logs are in "
+                    f"{self.folder}."
+                )
             self._launch(name)
         return dead
 
@@ -168,7 +186,7 @@ class Cluster:
         self._running.clear()
 
     def _launch(self, name: str) -> None:
-        with open(self.folder / f"{name}.log", "ab") as log:
+        with open(self.folder / f"{name}.log", "ab") as log:  # the one before it says why it ended
             self._running[name] = subprocess.Popen(
                 self._commands[name], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
@@ -184,6 +202,17 @@ class Cluster:
         return overview.get("slots-total") == wanted and "workers are started at" in pool
 
 
+def _check_free(port: int) -> None:
+    try:
+        with socket.create_server(("", port)):
+            pass
+    except OSError as error:
+        raise ClusterError(
+            f"port {port} cannot be opened: {error.strerror}. Another cluster may be up: stop it, or name other ports "
+            "with --rest_port (which takes the one after it as well) and --worker_port."
+        ) from error
+
+
 def _flink_lib() -> pathlib.Path:
     spec = importlib.util.find_spec("pyflink")
     for place in (spec.submodule_search_locations or []) if spec else []:
@@ -195,7 +224,7 @@ def _flink_lib() -> pathlib.Path:
 
 def _network(shape: Shape) -> int:
     """Returns the MiB of network buffers, of 32 KiB each, with which a job may use all slots."""
-    return -(-num_buffers(shape.task_managers * shape.slots, shape.slots) // 32)
+    return max(64, -(-num_buffers(shape.task_managers * shape.slots, shape.slots) // 32))
 
 
 def _settings(shape: Shape, folder: pathlib.Path) -> Mapping[str, object]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import collections
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,15 +27,15 @@ from apache_beam.portability.api import beam_fn_api_pb2
 from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
 
 START_TIMEOUT_S = 50.0
-_LAST_LINES = 20
-# Imports what jobs are made of before it says that it is there
+# Imports what jobs are made of, and has reached its task manager, before it says that it is there
 _WORKER = """\
-import os, sys
-import pipelines, transforms
+import os
+import pipelines.model_job, pipelines.prepare
 from apache_beam.runners.worker.sdk_worker import SdkHarness
+harness = SdkHarness({control!r}, worker_id={worker!r}, state_cache_size=0, data_buffer_time_limit_ms=0)
 os.write({ready}, b"ready")
 os.close({ready})
-SdkHarness({control!r}, worker_id={worker!r}, state_cache_size=0, data_buffer_time_limit_ms=0).run()
+harness.run()
 """
 
 
@@ -45,23 +47,18 @@ class WorkerPool(BeamFnExternalWorkerPoolServicer):
     ) -> beam_fn_api_pb2.StartWorkerResponse:
         """Starts a worker; returns when it is ready, or with an error."""
         worker = start_worker_request.worker_id
-        process, said, ready = _start(start_worker_request.control_endpoint.url, worker)
-        self._worker_processes[worker] = process
-        if not ready:
-            self._worker_processes.pop(worker, None)
-            process.kill()
-            code = process.wait()
-            why = f"ended with exit code {code}" if code >= 0 else f"was not ready in {START_TIMEOUT_S:.0f} s"
-            last = "".join(said).strip() or "it printed nothing"
+        process, failure = _start(start_worker_request.control_endpoint.url, worker)
+        if failure:
             return beam_fn_api_pb2.StartWorkerResponse(
-                error=f"the Python worker {worker} {why}. Its last words: {last}. Check that {sys.executable} has "
-                "Diptych and all that it needs: start this pool with the Python that has."
+                error=f"the Python worker {worker} {failure}. Check that {sys.executable} has Diptych and all that it "
+                "needs, and that the task manager can be reached from here; what it printed is in this pool's log."
             )
+        self._worker_processes[worker] = process
         return beam_fn_api_pb2.StartWorkerResponse()
 
 
-def _start(control: str, worker: str) -> tuple[subprocess.Popen[str], collections.deque[str], bool]:
-    """Starts a process; returns it with its last lines and whether it is ready."""
+def _start(control: str, worker: str) -> tuple[subprocess.Popen[str], str | None]:
+    """Starts a process; returns it with what kept it from being ready, None where nothing did."""
     read_end, write_end = os.pipe()
     code = _WORKER.format(ready=write_end, control=control, worker=worker)
     process = subprocess.Popen(
@@ -74,32 +71,39 @@ def _start(control: str, worker: str) -> tuple[subprocess.Popen[str], collection
         pass_fds=[write_end],
     )
     os.close(write_end)
-    said: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
+    said: collections.deque[str] = collections.deque(maxlen=1)
     assert process.stdout is not None
     reader = threading.Thread(target=_pass_on, args=(process.stdout, said), daemon=True)
     reader.start()
-    ready = _is_ready(read_end)
+    word = _first_word(read_end)
     os.close(read_end)
-    if not ready and process.poll() is not None:
-        reader.join(1)
-    return process, said, ready
+    if word == b"ready":
+        return process, None
+    if word is None:
+        process.kill()
+    code = process.wait()
+    reader.join(1)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    why = f"was not ready in {START_TIMEOUT_S:.0f} s" if word is None else how
+    return process, f"{why}. Its last words: {said[0] if said else 'it printed nothing'}"
 
 
-def _is_ready(read_end: int) -> bool:
-    """Waits for the word, for the process to end without it, or for the time to run out."""
+def _first_word(read_end: int) -> bytes | None:
+    """Returns what the process says first, nothing where it ends without a word, None where the time runs out."""
     os.set_blocking(read_end, False)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
-            return os.read(read_end, 16) == b"ready"  # empty: the other end was closed
+            return os.read(read_end, 16)
         except BlockingIOError:
             time.sleep(0.02)
-    return False
+    return None
 
 
 def _pass_on(output: IO[str], said: collections.deque[str]) -> None:
     for line in output:
-        said.append(line)
+        if line.strip():
+            said.append(line.strip()[:500])
         sys.stderr.write(line)
 
 
@@ -118,10 +122,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--service_port", type=int, default=50000, metavar="PORT")
     options = parser.parse_args(argv)
     try:
+        with socket.create_server(("", options.service_port)):  # gRPC would share it with another pool
+            pass
         address, server = WorkerPool.start(use_process=True, port=options.service_port)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         print(f"{parser.prog}: port {options.service_port} cannot be opened: {error}", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its workers end with it
     print(f"workers are started at {address}", flush=True)
     try:
         server.wait_for_termination()

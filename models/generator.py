@@ -18,8 +18,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 _SLOPE = 0.2
 # Deviations: a text that is further out than any of the training is taken to be so far
 _FAR = 6.0
-# Text vectors up to this long are taken as they are
-_USUAL_DIM = 64
 # Of a latent under its prior: it may be nearly certain, but is never much wider than without the text
 _LOG_VARIANCES = -4.0, 2.0
 _SMALLEST_GRID, _LARGEST_GRID = 4, 7
@@ -36,6 +34,7 @@ class GeneratorConfig:
         condition_dim: E.
         channels: C at S / 2; twice as many at half of it, and so on.
         max_channels: But never more than these.
+        text_scale: What whitened texts are multiplied by; see `Condition`.
         text_prior: Whether the noise is scaled and shifted by what the text says of the latent; see `Prior`.
     """
 
@@ -45,6 +44,7 @@ class GeneratorConfig:
     condition_dim: int = 128
     channels: int = 32
     max_channels: int = 256
+    text_scale: float = 1.0
     text_prior: bool = False
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Condition(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(config.text_dim))
         self.register_buffer("whitening", torch.eye(config.text_dim))
-        self._scale = min(1.0, (_USUAL_DIM / config.text_dim) ** 0.5)
+        self._scale = config.text_scale
         self.layers = nn.Sequential(
             nn.Linear(config.text_dim, config.condition_dim),
             nn.LeakyReLU(_SLOPE),

@@ -36,6 +36,8 @@ from models.text_model import TextSource, load_text_model
 ENCODER, SHEET = "encoder.safetensors", "samples.png"
 _CHECKPOINT_S = 120.0
 _WARMUP_STEPS = 100
+# Text vectors up to this long are taken as they are
+_USUAL_DIM = 64
 _CHECK_STEPS = 20
 _MAX_VALIDATED = 2048
 _NUM_PROMPTS, _SHEET_ROWS, _SHEET_SAMPLES = 64, 8, 5
@@ -144,6 +146,7 @@ def make_generator(options: VaeTraining | GanTraining, source: TextSource, text_
             options.condition_dim,
             options.channels,
             options.max_channels,
+            text_scale=min(1.0, (_USUAL_DIM / text_dim) ** 0.5),
             text_prior=isinstance(options, VaeTraining),
         )
     )

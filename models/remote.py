@@ -5,8 +5,10 @@ from typing import Any
 import fsspec
 from fsspec.core import split_protocol
 
-# A store that sends or takes nothing for so long will not any more
+# A store that sends nothing for so long when it is its turn will not any more
 CONNECT_S, SILENCE_S = 10.0, 20.0
+# Of a process; botocore has 10, and every shard that is read asks for 32 images at a time
+_CONNECTIONS = 128
 _GCS, _S3 = ("gs", "gcs"), ("s3", "s3a")
 
 
@@ -34,5 +36,6 @@ def _time_outs(protocol: str) -> dict[str, Any]:
 
         return {"requests_timeout": ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)}
     if protocol in _S3 and "config_kwargs" not in configured:
-        return {"config_kwargs": {"connect_timeout": CONNECT_S, "read_timeout": SILENCE_S}}
+        times = {"connect_timeout": CONNECT_S, "read_timeout": SILENCE_S}
+        return {"config_kwargs": {**times, "max_pool_connections": _CONNECTIONS}}
     return {}

@@ -1,14 +1,29 @@
 """What a nightly job leaves out: rows that the outputs of earlier nights have."""
 
+import sys
 from collections.abc import Iterator
 
 from fsspec.core import has_magic
 
-from pipelines.job import data_files, is_same_place, read_success
+from pipelines.job import MODEL_STAGES, data_files, is_same_place, read_success
 from pipelines.options import ModelJobOptions
 from transforms.done_keys import write_done_keys
 from transforms.errors import InputError
 from transforms.storage import input_errors, join, locate
+
+
+def check_earlier(options: ModelJobOptions, dataset: str) -> None:
+    """Checks the earlier outputs before the run's own is touched, unless an earlier start of the run has used them.
+
+    Raises:
+        InputError: One is not there, or not complete.
+    """
+    if not options.skip_done_in or dataset in (read_success(options.output) or {}):
+        return
+    fs, path = locate(_keys(options, dataset))
+    if not fs.exists(path):
+        for _ in _earlier_files(options, dataset):
+            pass
 
 
 def find_done(options: ModelJobOptions, dataset: str) -> str | None:
@@ -20,15 +35,22 @@ def find_done(options: ModelJobOptions, dataset: str) -> str | None:
     """
     if not options.skip_done_in:
         return None
-    url = join(options.output, "_plan", f"done-{dataset}.keys")
+    url = _keys(options, dataset)
     fs, path = locate(url)
     if not fs.exists(path):  # else of the run that this one goes on with
         write_done_keys(_earlier_files(options, dataset), url)
     return url
 
 
+def _keys(options: ModelJobOptions, dataset: str) -> str:
+    return join(options.output, "_plan", f"done-{dataset}.keys")
+
+
 def _earlier_files(options: ModelJobOptions, dataset: str) -> Iterator[str]:
-    """Yields the data files of the earlier outputs."""
+    """Yields the data files of the earlier outputs, and those of the rows that their models rejected.
+
+    Those would be rejected again, night after night.
+    """
     for root in _earlier_outputs(options):
         totals = (read_success(root) or {}).get(dataset)
         names = data_files(root, dataset)
@@ -38,7 +60,11 @@ def _earlier_files(options: ModelJobOptions, dataset: str) -> Iterator[str]:
                 "files were deleted since. Were this run to go on, rows could be made twice: run that one's command "
                 "again first, or leave it out."
             )
-        yield from (join(root, dataset, name) for name in names)
+        if totals.written:
+            yield from (join(root, dataset, name) for name in names)
+        if totals.rejected:
+            folder = join("rejects", MODEL_STAGES[dataset])
+            yield from (join(root, folder, name) for name in data_files(root, folder))
 
 
 def _earlier_outputs(options: ModelJobOptions) -> list[str]:
@@ -49,9 +75,10 @@ def _earlier_outputs(options: ModelJobOptions) -> list[str]:
             fs, path = locate(url)
             if has_magic(path):
                 fs.invalidate_cache()
-                found.update(
-                    (str(fs.unstrip_protocol(name)), None) for name in fs.glob(path) if fs.isdir(name)
-                )
+                named = [str(fs.unstrip_protocol(name)) for name in fs.glob(path) if fs.isdir(name)]
+                found.update(dict.fromkeys(named))
+                if not named:
+                    print(f"diptych: --skip_done_in {url} names no earlier output yet.", file=sys.stderr)
             else:
                 found[url] = None
     return [root for root in found if not is_same_place(root, options.output)]

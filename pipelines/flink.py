@@ -1,23 +1,31 @@
 """What a job asks of Flink, from its own size, so that nobody has to tune it."""
 
 import atexit
+import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import (
+    FlinkRunnerOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    StandardOptions,
+)
 from apache_beam.runners.portability.flink_runner import MAGIC_HOST_NAMES, FlinkRunner
 
 from transforms.errors import OptionError
 
 # A cluster's job is begun again when one of its machines has gone; what is committed is skipped then
-_RETRIES, _RETRY_DELAY_MS = 10, 3_000
+_RETRIES, _RETRY_DELAY_MS = 4, 3_000
 _ANSWER_S = 20.0
 # Where Flink runs in the job server, all tasks are threads of one Python process: more are of no use
 _MOST_TASKS_HERE = 16
@@ -45,6 +53,7 @@ def flink_flags(args: Sequence[str]) -> list[str]:
             wanted["--flink_conf_dir"] = _write_settings(tasks)
     else:
         wanted = {
+            "--job_name": f"diptych-{uuid.uuid4().hex[:12]}",
             "--number_of_execution_retries": _RETRIES,
             "--execution_retry_delay": _RETRY_DELAY_MS,
             "--job_server_jvm_properties": "-Xmx512m",
@@ -59,14 +68,14 @@ def num_buffers(tasks: int, tasks_here: int) -> int:
         tasks: Of the job, side by side.
         tasks_here: Those of the machine.
     """
-    return max(_FEWEST_BUFFERS, _SHUFFLES * tasks_here * (3 * tasks + 9))
+    return _SHUFFLES * tasks_here * (3 * tasks + 9)
 
 
 def _write_settings(tasks: int) -> str:
     """Writes the configuration of a Flink inside the job server; it is deleted when this process ends."""
     folder = tempfile.mkdtemp(prefix="diptych-flink-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    size = num_buffers(tasks, tasks) * _BUFFER_BYTES
+    size = max(_FEWEST_BUFFERS, num_buffers(tasks, tasks)) * _BUFFER_BYTES
     lines = [f"taskmanager.memory.network.{bound}: {size}b\n" for bound in ("min", "max")]
     Path(folder, "config.yaml").write_text("".join(lines), encoding="utf-8")
     return folder
@@ -79,18 +88,52 @@ def size_for_flink(pipeline: beam.Pipeline, num_shards: int) -> None:
         OptionError: No cluster answers, or it has no slot.
     """
     options = pipeline.options.view_as(FlinkRunnerOptions)
-    master = _master(pipeline.options) if isinstance(pipeline.runner, FlinkRunner) else None
+    master = _cluster_of(pipeline)
     if master is None or options.parallelism > 0:
         return
     machines = _machines(master)
-    if not any(slots for slots, _ in machines):
+    free = sum(slots for slots, _ in machines)
+    if not free:
         raise OptionError(
-            f"--flink_master {master} has no slot for a task. Start a task manager, or wait until one has come up."
+            f"--flink_master {master} has no slot for a task. Start a task manager, or wait until one has come up or "
+            "another job has ended."
         )
-    tasks = max(1, min(sum(slots for slots, _ in machines), num_shards))
+    tasks = wanted = max(1, min(free, num_shards))
     while tasks > 1 and any(num_buffers(tasks, min(slots, tasks)) > has for slots, has in machines if slots):
         tasks -= 1
+    if tasks < wanted:
+        print(
+            f"diptych: {tasks} tasks run side by side; for {wanted} the task managers' network memory "
+            "(taskmanager.memory.network.max) is too small.",
+            file=sys.stderr,
+        )
     options.parallelism = tasks
+
+
+def check_flink(pipeline: beam.Pipeline) -> None:
+    """Checks, before anything is written, that the cluster that a job is for is there.
+
+    Raises:
+        OptionError: It does not answer.
+    """
+    if (master := _cluster_of(pipeline)) is not None:
+        _machines(master)
+
+
+def cancel_on_flink(pipeline: beam.Pipeline) -> None:
+    """Ends a job on a Flink cluster, which would outlive the process that gave it."""
+    master = _cluster_of(pipeline)
+    if master is None:
+        return
+    name = pipeline.options.view_as(GoogleCloudOptions).job_name
+    with contextlib.suppress(OptionError):
+        for job in _ask(master, "jobs/overview")["jobs"]:
+            if job["name"] == name:
+                _ask(master, f"jobs/{job['jid']}?mode=cancel", "PATCH")
+
+
+def _cluster_of(pipeline: beam.Pipeline) -> str | None:
+    return _master(pipeline.options) if isinstance(pipeline.runner, FlinkRunner) else None
 
 
 def _master(options: PipelineOptions) -> str | None:
@@ -100,17 +143,33 @@ def _master(options: PipelineOptions) -> str | None:
 
 
 def _machines(master: str) -> list[tuple[int, int]]:
-    """Returns slots and network buffers of each task manager."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # as the job server asks it
+    """Returns free slots and network buffers of each task manager."""
     try:
-        with direct.open(f"{master}/taskmanagers", timeout=_ANSWER_S) as answer:
-            found = json.load(answer)["taskmanagers"]
-            return [
-                (int(one["slotsNumber"]), int(one["memoryConfiguration"]["networkMemory"]) // _BUFFER_BYTES)
-                for one in found
-            ]
-    except (OSError, urllib.error.URLError, ValueError, KeyError, TypeError) as error:
-        raise OptionError(
-            f"--flink_master {master} does not answer as a Flink cluster: {error}. Expected the address of its REST "
-            "interface, such as localhost:8081: check it, and that the cluster is up."
-        ) from error
+        return [
+            (int(one["freeSlots"]), int(one["memoryConfiguration"]["networkMemory"]) // _BUFFER_BYTES)
+            for one in _ask(master, "taskmanagers")["taskmanagers"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_cluster(master, error) from error
+
+
+def _ask(master: str, what: str, method: str = "GET") -> Any:
+    """Returns what a job manager answers.
+
+    Raises:
+        OptionError: It does not.
+    """
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # as the job server asks it
+    request = urllib.request.Request(f"{master}/{what}", method=method)
+    try:
+        with direct.open(request, timeout=_ANSWER_S) as answer:
+            return json.load(answer)
+    except (OSError, ValueError) as error:
+        raise _no_cluster(master, error) from error
+
+
+def _no_cluster(master: str, error: Exception) -> OptionError:
+    return OptionError(
+        f"--flink_master {master} does not answer as a Flink cluster: {error}. Expected the address of its REST "
+        "interface, such as localhost:8081: check it, and that the cluster is up."
+    )

@@ -198,14 +198,14 @@ def _own_rejects(root: str, dataset: str) -> list[str]:
     own = []
     for stage in data_files(root, "rejects"):
         folder = join("rejects", stage)
-        if stage == _MODEL_STAGES.get(dataset):
+        if stage == MODEL_STAGES.get(dataset):
             own += [join(folder, name) for name in data_files(root, folder)]
-        elif stage not in _MODEL_STAGES.values():
+        elif stage not in MODEL_STAGES.values():
             own += [join(folder, name) for name in data_files(root, folder) if name not in others]
     return own
 
 
-_MODEL_STAGES = {"embeddings": "embed", "captions": "caption", "generated": "generate"}
+MODEL_STAGES = {"embeddings": "embed", "captions": "caption", "generated": "generate"}
 
 
 def _delete_dataset(root: str, dataset: str) -> None:

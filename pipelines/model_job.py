@@ -12,7 +12,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from models.base import Model
 from models.errors import FlagError, ModelError
 from models.spec import MatchOptions, ModelSpec, load_model
-from pipelines.done_before import find_done
+from pipelines.done_before import check_earlier, find_done
 from pipelines.job import data_files, fingerprint, is_same_place, read_success, refuse_overlap
 from pipelines.launch import Job, Written, finish_job, launch, source_options
 from pipelines.options import ModelJobOptions
@@ -212,6 +212,7 @@ def run_model_job(
     Raises:
         DiptychError: The run failed; what was committed stays, and the same call goes on from there.
     """
+    check_earlier(options, branch.dataset)
     chunk_rows = min(options.chunk_rows, branch.max_chunk_rows)
     asked = {
         **branch.asked,

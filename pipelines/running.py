@@ -15,7 +15,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from tqdm import tqdm
 
 from pipelines.dataflow import dataflow_flags
-from pipelines.flink import flink_flags, size_for_flink
+from pipelines.flink import cancel_on_flink, check_flink, flink_flags, size_for_flink
 from pipelines.job import State, read_success
 from transforms import errors
 from transforms.finish import Totals
@@ -60,6 +60,7 @@ def new_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:
         pipeline = beam.Pipeline(options=PipelineOptions([*args, *flink_flags(args), *dataflow_flags(args)]))
     except ValueError as error:
         raise errors.OptionError(f"Apache Beam refuses its flags: {' '.join(str(error).split())}") from error
+    check_flink(pipeline)
     os.rmdir(
         pipeline.local_tempdir
     )  # for transforms in other languages; else every run would leave it behind
@@ -77,6 +78,9 @@ def run_pipeline(pipeline: beam.Pipeline, num_shards: int, quiet: bool) -> None:
     with _shown(num_shards, quiet):
         try:
             pipeline.run().wait_until_finish()
+        except KeyboardInterrupt:
+            cancel_on_flink(pipeline)
+            raise
         except errors.DiptychError as error:
             raise type(error)(_STEP.sub("", str(error))) from error
         except Exception as error:

@@ -95,7 +95,9 @@ def _digests_of(url: str) -> list[bytes]:
     try:
         with open_parquet(url) as file:
             keys = file.read(columns=["key"]).column("key").to_pylist()
-    except (ShardDamage, pa.ArrowException, KeyError) as error:
+    except (ShardDamage, pa.ArrowException, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise damaged_output(url, f"{error}.") from error
     return [_digest(key) for key in dict.fromkeys(keys)]
 
@@ -150,9 +152,7 @@ def drop_done(chunk: Chunk, done: DoneKeys) -> Chunk:
 class _Drop(beam.DoFn):
     def __init__(self, url: str) -> None:
         self._url, self._shared = url, Shared()
-
-    def setup(self) -> None:
-        self._done = self._shared.acquire(self._open)  # once a process
+        self._done: DoneKeys | None = None
 
     def _open(self) -> DoneKeys:
         with input_errors(self._url):
@@ -165,4 +165,7 @@ class _Drop(beam.DoFn):
                 return DoneKeys(local)  # stays mapped when its name is gone
 
     def process(self, chunk: Chunk) -> Iterator[Chunk]:
+        # not before there is a chunk: a run that is begun again when all is done has no keys any more
+        if self._done is None:
+            self._done = self._shared.acquire(self._open)  # once a process
         yield drop_done(chunk, self._done)

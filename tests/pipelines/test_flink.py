@@ -172,6 +172,10 @@ class TestWorkerPool:
             ),
             ("import not_installed", "ModuleNotFoundError: No module named 'not_installed'"),
             ("import time; time.sleep(60)", "was not ready in 1 s. Its last words: it printed nothing."),
+            (
+                "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+                "was killed by SIGKILL. Its last words: it",
+            ),
         ],
     )
     def test_a_worker_that_cannot_start_says_why(self, code, found, monkeypatch):
@@ -182,6 +186,22 @@ class TestWorkerPool:
         assert found in answer.error
         assert f"Check that {sys.executable} has Diptych" in answer.error
         assert not pool._worker_processes
+        assert "\n" not in answer.error
+
+    def test_one_that_cannot_reach_its_task_manager_says_so(self, monkeypatch):
+        monkeypatch.setattr(worker_pool, "START_TIMEOUT_S", 3.0)
+        request = beam_fn_api_pb2.StartWorkerRequest(worker_id="7-1")
+        request.control_endpoint.url = "localhost:1"
+        assert (
+            "was not ready in 3 s"
+            in worker_pool.WorkerPool(use_process=True).StartWorker(request, None).error
+        )
+
+    def test_a_port_that_another_pool_has(self, capsys):
+        with socket.create_server(("", 0)) as taken:
+            port = taken.getsockname()[1]
+            assert worker_pool.main([f"--service_port={port}"]) == 1
+        assert f"port {port} cannot be opened: " in capsys.readouterr().err
 
     def test_one_that_is_ready_is_stopped_with_its_job(self, monkeypatch):
         code = "import os, time\nprint('x' * 300_000)\nos.write({ready}, b'ready')\ntime.sleep(60)"
@@ -200,7 +220,7 @@ class Master:
 
     Attributes:
         address: Where.
-        machines: Slots and network buffers of each task manager.
+        machines: Free slots and network buffers of each task manager.
     """
 
     address: str
@@ -215,7 +235,7 @@ def master() -> Iterator[Master]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             managers = [
-                {"slotsNumber": slots, "memoryConfiguration": {"networkMemory": buffers * 32768}}
+                {"freeSlots": slots, "memoryConfiguration": {"networkMemory": buffers * 32768}}
                 for slots, buffers in found.machines
             ]
             self.send_response(200)
@@ -254,9 +274,11 @@ class TestSize:
     def test_what_is_given_stays(self, master):
         flags = ["--runner=FlinkRunner", f"--flink_master={master.address}", "--parallelism=3"]
         assert self.parallelism(100, *flags) == 3
-        assert "--number_of_execution_retries=10" in flink_flags(flags)
+        assert "--number_of_execution_retries=4" in flink_flags(flags)
         given = [*flags, "--number_of_execution_retries=0", "--execution_retry_delay=1"]
-        assert flink_flags(given) == ["--job_server_jvm_properties=-Xmx512m"]
+        [name, memory] = flink_flags(given)
+        assert name.startswith("--job_name=diptych-")
+        assert memory == "--job_server_jvm_properties=-Xmx512m"
 
     def test_inside_the_job_server_there_is_room_for_its_tasks(self, monkeypatch):
         monkeypatch.setattr("os.cpu_count", lambda: 9)
@@ -264,7 +286,7 @@ class TestSize:
         tasks, folder = (flag.partition("=")[2] for flag in flink_flags(local))
         assert tasks == "9"
         settings = (Path(folder) / "config.yaml").read_text()
-        assert f"taskmanager.memory.network.max: {num_buffers(9, 9) * 32768}b\n" in settings
+        assert f"taskmanager.memory.network.max: {2048 * 32768}b\n" in settings
         (folder,) = (flag.partition("=")[2] for flag in flink_flags([*local, "--parallelism=64"]))
         assert f"{num_buffers(64, 64) * 32768}b" in (Path(folder) / "config.yaml").read_text()
         assert flink_flags([*local, "--parallelism=3", "--flink_conf_dir=x"]) == []

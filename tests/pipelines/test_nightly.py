@@ -7,7 +7,7 @@ from typing import Any
 import fsspec
 import pyarrow.dataset
 import pytest
-from fake_models import use_fakes
+from fake_models import TROUBLE, use_fakes
 
 from models.base import CaptionOptions, ImageOptions, TextOptions
 from models.spec import ModelSpec
@@ -117,6 +117,31 @@ def test_a_night_that_died_goes_on_with_what_it_left_out_at_first(data, shards, 
     assert {path.name: path.read_bytes() for path in (second / "embeddings").iterdir()} == wanted
 
 
+def test_what_a_model_failed_on_is_not_tried_again(tmp_path):
+    for night, prompts in enumerate([["a", TROUBLE, *"bcdefghijk"], ["l"], []]):
+        (tmp_path / f"{night}.txt").write_text("\n".join(prompts))
+    for night in range(3):
+        # the second night has everything before it, and the third nothing new at all
+        read = tuple(str(tmp_path / f"{number}.txt") for number in range(night + 1))
+        out = tmp_path / "nights" / str(night)
+        run("generate", read[0], out, str(tmp_path / "nights" / "*"), inputs=read, format="prompts")
+        totals = read_success(str(out))["generated"]
+        assert (totals.written, totals.rejected) == [(11, {"model_error": 1}), (1, {}), (0, {})][night]
+
+
+def test_a_night_that_is_refused_leaves_nothing_behind(data, tmp_path):
+    earlier = str(tmp_path / "nights" / "*")
+    run("embed", data, tmp_path / "nights" / "1", earlier)
+    success = tmp_path / "nights" / "1" / "_SUCCESS.json"
+    kept = success.read_bytes()
+    success.unlink()
+    with pytest.raises(InputError, match="holds no embeddings, or not all"):
+        run("embed", data, tmp_path / "nights" / "2", earlier)
+    success.write_bytes(kept)
+    run("embed", data, tmp_path / "nights" / "3", earlier)
+    assert sorted(path.name for path in (tmp_path / "nights").iterdir()) == ["1", "3"]
+
+
 def options_of(out: Path, earlier: str) -> dict[str, Any]:
     return {"inputs": ("x",), "output": str(out), "model": MODELS["embed"], "skip_done_in": (earlier,)}
 
@@ -156,6 +181,7 @@ def test_the_command(data, tmp_path, capsys):
     command = ["embed", f"--input={data}", "--model=bert:fake", "--chunk_rows=7"]
     command += [f"--skip_done_in={tmp_path / 'nights'}/*"]
     assert main([*command, f"--output={tmp_path / 'nights' / '1'}"]) == 0
+    assert f"--skip_done_in {tmp_path / 'nights'}/* names no earlier output yet" in capsys.readouterr().err
     assert main([*command, f"--output={tmp_path / 'nights' / '2'}"]) == 0
     assert "done before 20\n" in capsys.readouterr().out
     job = json.loads((tmp_path / "nights" / "2" / "_job.json").read_text())

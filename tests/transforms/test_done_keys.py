@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +14,8 @@ from transforms.errors import InputError
 
 
 def write_keys(path, keys):
-    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "caption": [""] * len(keys)}), path)
+    table = pa.table({"key": pa.array(keys, pa.string()), "caption": [""] * len(keys)})
+    pq.write_table(table, path, write_page_checksum=True, use_dictionary=False)
     return str(path)
 
 
@@ -74,4 +77,10 @@ def test_a_damaged_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"a\.parquet is damaged: "):
         write_done_keys([str(tmp_path / "a.parquet")], str(tmp_path / "done.keys"))
     assert not (tmp_path / "done.keys").exists()
+    whole = Path(write_keys(tmp_path / "a.parquet", [f"key {number}" for number in range(1000)]))
+    data = bytearray(whole.read_bytes())
+    data[500:600] = bytes(100)
+    whole.write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.parquet is damaged: "):
+        write_done_keys([str(whole)], str(tmp_path / "done.keys"))
     assert np.array_equal(sorted(tmp_path.iterdir()), [tmp_path / "a.parquet"])

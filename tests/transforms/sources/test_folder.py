@@ -80,10 +80,10 @@ def test_every_container_gives_every_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["images", "images.tar", "images.zip"])
-@pytest.mark.parametrize("store", ["memory", "gcs"])
+@pytest.mark.parametrize("store", ["memory", "gcs", "s3"])
 def test_object_store(tmp_path, name, store, request):
     WRITERS[name](str(tmp_path / name), FILES)
-    top = request.getfixturevalue("gcs").url if store == "gcs" else f"memory://{uuid.uuid4().hex}"
+    top = request.getfixturevalue(store).url if store != "memory" else f"memory://{uuid.uuid4().hex}"
     fs, path = fsspec.core.url_to_fs(top)
     fs.put(str(tmp_path / name), f"{path}/{name}", recursive=True)
     members = sorted(folder.members(f"{top}/{name}"))
@@ -133,7 +133,8 @@ def test_store_with_latency_is_asked_for_many_files_at_a_time(tmp_path, name, mo
     monkeypatch.setattr(folder.storage, "locate", lambda url: (fs, url))
     assert list(folder.fetch(url, members)) == [FILES[member.path] for member in members]
     assert 4 < fs.most <= 32
-    assert fs.total == len(FILES)
+    # of an empty one in an archive nothing needs to be asked for
+    assert fs.total == len([member for member in members if member.offset is None or member.size_bytes])
     with pytest.raises(InputError, match=r"gone\.jpg is not there"):
         list(folder.fetch(str(tmp_path), [Member("gone.jpg")]))
 
