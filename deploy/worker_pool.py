@@ -101,10 +101,11 @@ def _first_word(read_end: int) -> bytes | None:
 
 
 def _pass_on(output: IO[str], said: collections.deque[str]) -> None:
-    for line in output:
-        if line.strip():
-            said.append(line.strip()[:500])
-        sys.stderr.write(line)
+    with output:
+        for line in output:
+            if line.strip():
+                said.append(line.strip()[:500])
+            sys.stderr.write(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
