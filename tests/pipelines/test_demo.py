@@ -1,3 +1,5 @@
+import contextlib
+import io
 import re
 import subprocess
 from pathlib import Path
@@ -30,9 +32,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_says_what_it_does_and_what_comes_of_it(folder, capsys):
-    assert main(["demo", f"--output={folder}", "--scenes=100", "--seed=3"]) == 0  # all of it is done already
-    shown = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def shown(folder):
+    """What the command says where all of it is done already."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(["demo", f"--output={folder}", "--scenes=100", "--seed=3"]) == 0
+    return said.getvalue()
+
+
+def test_says_what_it_does_and_what_comes_of_it(folder, shown):
     for line in (
         f"1. drawing 100 captioned scenes to {folder}/data, as COCO, Flickr30k and WebDataset",
         f"2. diptych prepare --input {folder}/data/coco/annotations/captions_train2017.json --output {folder}/train",
@@ -54,9 +62,7 @@ def test_says_what_it_does_and_what_comes_of_it(folder, capsys):
     assert verify(str(folder / "out")).problems == []
 
 
-def test_its_commands_are_those_of_the_command_line(folder, capsys):
-    demo(str(folder), seed=3, num_scenes=100)
-    shown = capsys.readouterr().out
+def test_its_commands_are_those_of_the_command_line(shown, capsys):
     commands = re.findall(
         r"^(?:\d+\.|   and beside it:) diptych ((?:train|run|evaluate images) .*)$", shown, re.MULTILINE
     )
@@ -73,9 +79,8 @@ def test_its_commands_are_those_of_the_command_line(folder, capsys):
         assert arguments[0] == "evaluate" or "nothing to do" in capsys.readouterr().out
 
 
-def test_what_it_says_at_the_end_works(folder, capsys, tmp_path):
-    demo(str(folder), seed=3, num_scenes=100)
-    code = re.search(r"^ +(datasets\.load_dataset\(.*)$", capsys.readouterr().out, re.MULTILINE)
+def test_what_it_says_at_the_end_works(shown):
+    code = re.search(r"^ +(datasets\.load_dataset\(.*)$", shown, re.MULTILINE)
     assert code
     image = eval(code[1], {"datasets": datasets})
     assert image.size == (224, 224)

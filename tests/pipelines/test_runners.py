@@ -184,8 +184,9 @@ class TestBadDays:
     @pytest.fixture(autouse=True)
     def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(remote, "SILENCE_S", 1.0)
-        # what gcsfs waits before it asks again
+        # what their clients wait before they ask again
         monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=lambda _: asyncio.sleep(0.01)))
+        monkeypatch.setattr("botocore.retryhandler.random", SimpleNamespace(random=lambda: 0.0))
 
     def test_nothing_is_lost(self, flaky_bucket: tuple[Bucket, FlakyProxy], scenes, local, tmp_path):
         bucket, proxy = flaky_bucket

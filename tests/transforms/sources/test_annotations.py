@@ -171,9 +171,9 @@ def test_image_that_may_not_be_read_stops_the_job(tmp_path, monkeypatch):
     [shard] = CocoSource((f"{tmp_path}/captions_a.json",), str(tmp_path)).shards(f"{tmp_path}/plans", 10)
 
     def forbid(*args, **kwargs):
-        return [PermissionError(13, "Permission denied")]
+        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.cat_ranges", forbid)
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.cat_file", forbid)
     with pytest.raises(InputError, match=r"a/0000\.jpg may not be read"):
         list(shard.rows())
 
