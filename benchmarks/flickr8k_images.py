@@ -7,8 +7,9 @@ Each step is a command of `diptych`, printed as it is run: prepare the splits; t
 the GAN; draw an image of every caption of a split that is not trained on (by default the one that the VAE's best epoch
 is chosen by); score. FID is between drawn images and the photos of the captions, on a yardstick of real photos: those
 of the train split against the same ones. The captioner (such as `benchmarks/flickr8k.py` makes, which has seen no drawn
-image) describes what is drawn, and the text model compares that with the image's prompt, and with another's. Look at
-samples.png in the models' folders.
+image) describes what is drawn, and the text model compares that with the image's prompt, and with another's; the
+probe of `text_probe.py`, which is told of photos alone, does so through a blur. Look at samples.png in the models'
+folders.
 """
 
 import argparse

@@ -110,7 +110,6 @@ class Cluster:
         (self.folder / "config.yaml").write_text(
             "".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()), encoding="utf-8"
         )
-        # of what the jobs need the job server's jar brings its own
         _write_log_settings(self.folder)
         java = ["java", f"-Dlog4j.configurationFile={self.folder / 'log4j.properties'}", *_open_flags()]
         classes = ["-cp", os.pathsep.join(str(jar) for jar in sorted(lib.glob("*.jar")))]

@@ -5,8 +5,8 @@
 Run it beside each task manager, in the environment that Diptych is installed in, and give jobs
 `--environment_type=EXTERNAL --environment_config=localhost:50000`. It does what Apache Beam's own
 `worker_pool_main` does, and mends three things of it: workers are started with this very Python
-(not with whatever `python` is on PATH), what they print does not stall them, and one that cannot
-start fails its job within a minute, with what it said, where the job would wait for ever.
+(not with whatever `python` is on PATH), what they print does not stall them, and of one that
+cannot start Flink is told within a minute, with what it said, where the job would wait for ever.
 """
 
 from __future__ import annotations
