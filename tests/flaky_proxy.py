@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import logging
 import random
 import threading
 from collections.abc import Coroutine, Iterator
@@ -14,6 +15,10 @@ import aiohttp
 from aiohttp import web
 
 _NOT_PASSED_ON = frozenset({"host", "transfer-encoding", "connection", "content-encoding", "content-length"})
+# Of clients that went away in mid-answer, as they do
+_QUIET = logging.getLogger("flaky_proxy")
+_QUIET.propagate = False
+_QUIET.addHandler(logging.NullHandler())
 _KINDS = ("unavailable", "busy", "reset", "cut")
 
 
@@ -24,12 +29,13 @@ class FlakyProxy:
         failing: Share that is refused (503 or 429), reset, or cut off in mid-answer.
         hanging: Share that is never answered.
         counts: Requests by what became of them.
+        target: Address of the store.
     """
 
     def __init__(self, target: str, failing: float = 0.0, hanging: float = 0.0, seed: int = 0) -> None:
         self.failing, self.hanging = failing, hanging
         self.counts: collections.Counter[str] = collections.Counter()
-        self._target, self._random = target, random.Random(seed)
+        self.target, self._random = target, random.Random(seed)
 
     def _fate(self) -> str:
         draw = self._random.random()
@@ -52,7 +58,7 @@ class FlakyProxy:
             request.transport.abort()
             return web.Response()
         headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
-        url = f"{self._target}{request.raw_path}"
+        url = f"{self.target}{request.raw_path}"
         async with (
             aiohttp.ClientSession(auto_decompress=False, skip_auto_headers=["User-Agent"]) as session,
             session.request(request.method, _as_is(url), headers=headers, data=body) as found,
@@ -76,7 +82,7 @@ class FlakyProxy:
     async def _serve(self, port: int, started: threading.Event, stopped: asyncio.Event) -> None:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_route("*", "/{path:.*}", self._answer)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        runner = web.AppRunner(app, access_log=None, logger=_QUIET, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()
         started.set()

@@ -22,6 +22,7 @@ from pipelines.prepare import prepare
 from pipelines.scene_folders import SceneFolders, write_data_set
 from pipelines.verify import verify
 from transforms.errors import InputError, OutputError
+from transforms.sources import ahead
 
 if TYPE_CHECKING:
     from conftest import Bucket
@@ -184,6 +185,7 @@ class TestBadDays:
     @pytest.fixture(autouse=True)
     def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(remote, "SILENCE_S", 1.0)
+        monkeypatch.setattr(ahead, "SLOW_S", 0.3)
         # what their clients wait before they ask again
         monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=lambda _: asyncio.sleep(0.01)))
         monkeypatch.setattr("botocore.retryhandler.random", SimpleNamespace(random=lambda: 0.0))

@@ -4,7 +4,6 @@ Members of an archive are read as byte ranges of it. fsspec's own `tar://` share
 threads (they read each other's bytes), and reads the whole archive again wherever it is opened.
 """
 
-import collections
 import contextlib
 import os
 import posixpath
@@ -12,8 +11,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import fsspec
@@ -21,9 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from transforms import storage
 from transforms.errors import InputError
+from transforms.sources.ahead import Get, fetch_ahead
 
-_FILES_AT_ONCE = 32
-_BYTES_AT_ONCE = 64 << 20
 _ZIP_HEADER_BYTES = 30
 
 
@@ -74,22 +71,19 @@ def members(url: str, *, sizes: bool = False) -> Iterator[Member]:
 def fetch(url: str, wanted: Sequence[Member]) -> Iterator[bytes | None]:
     """Yields the bytes of files in the order asked.
 
-    On stores with a latency a bounded number of files is fetched side by side, and the next are asked for as soon as
-    the first has come. A member of a zip that cannot be unpacked gives None.
+    On stores with a latency they are fetched side by side (`fetch_ahead`). A member of a zip that cannot be unpacked
+    gives None.
 
     Raises:
         InputError: A file is gone, or may not be read.
     """
     fs, path = storage.locate(url)
-
-    def get(member: Member) -> bytes:
-        if member.offset is None:
-            return bytes(fs.cat_file(f"{path.rstrip('/')}/{member.path}"))
-        if not member.size_bytes:  # for an empty range S3 gives all there is
-            return b""
-        return bytes(fs.cat_file(path, start=member.offset, end=member.offset + member.size_bytes))
-
-    found = _side_by_side(get, wanted) if fs.async_impl else (get(member) for member in wanted)
+    if fs.async_impl:
+        found = fetch_ahead(
+            ((member.size_bytes or 0, _request(fs, path, member)) for member in wanted), fs.loop
+        )
+    else:
+        found = (bytes(fs.cat_file(name, **extent)) for name, extent in (_extent(path, m) for m in wanted))
     with contextlib.closing(found):
         for member in wanted:
             with storage.input_errors(storage.join(url, member.path)):
@@ -97,24 +91,22 @@ def fetch(url: str, wanted: Sequence[Member]) -> Iterator[bytes | None]:
             yield data if member.packed_bytes is None else _unpack(data, member.packed_bytes)
 
 
-def _side_by_side(get: Callable[[Member], bytes], wanted: Iterable[Member]) -> Generator[bytes, None, None]:
-    """Yields what each file gives, in order, with so many asked for ahead as may be in memory at a time."""
-    asked: collections.deque[tuple[Member, Future[bytes]]] = collections.deque()
-    num_bytes = 0
-    pool = ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="fetch")
-    try:
-        for member in wanted:
-            size_bytes = member.size_bytes or 0
-            while asked and (len(asked) == _FILES_AT_ONCE or num_bytes + size_bytes > _BYTES_AT_ONCE):
-                first, future = asked.popleft()
-                yield future.result()
-                num_bytes -= first.size_bytes or 0
-            asked.append((member, pool.submit(get, member)))
-            num_bytes += size_bytes
-        while asked:
-            yield asked.popleft()[1].result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def _extent(path: str, member: Member) -> tuple[str, dict[str, int]]:
+    """Returns the file of a store that holds a member, and which part of it."""
+    if member.offset is None:
+        return f"{path.rstrip('/')}/{member.path}", {}
+    return path, {"start": member.offset, "end": member.offset + (member.size_bytes or 0)}
+
+
+def _request(fs: fsspec.AbstractFileSystem, path: str, member: Member) -> Get:
+    name, extent = _extent(path, member)
+
+    async def get() -> bytes:
+        if extent and not member.size_bytes:  # for an empty range S3 gives all there is
+            return b""
+        return bytes(await fs._cat_file(name, **extent))
+
+    return get
 
 
 def _local_members(top: str, sizes: bool) -> Iterator[Member]:

@@ -1,9 +1,8 @@
+import asyncio
 import concurrent.futures
 import io
 import os
 import tarfile
-import threading
-import time
 import uuid
 import zipfile
 
@@ -106,20 +105,19 @@ class Slow(AsyncFileSystemWrapper):
 
     def __init__(self, late: str = "") -> None:
         super().__init__(LocalFileSystem(), asynchronous=False)
-        self.late, self.lock = late, threading.Lock()
+        self._cat_file = self.answer  # over what it was given of the local files
+        self.late = late
         self.asked = self.most = self.total = 0
         self.before_late = None
 
-    def cat_file(self, path, start=None, end=None, **kwargs):
-        with self.lock:
-            self.asked, self.total = self.asked + 1, self.total + 1
-            self.most = max(self.most, self.asked)
+    async def answer(self, path, start=None, end=None, **kwargs):
+        self.asked, self.total = self.asked + 1, self.total + 1
+        self.most = max(self.most, self.asked)
+        await asyncio.sleep(0.002)
         if self.late and self.late in path:
-            time.sleep(0.3)
+            await asyncio.sleep(0.3)
             self.before_late = self.total
-        time.sleep(0.002)
-        with self.lock:
-            self.asked -= 1
+        self.asked -= 1
         with open(path, "rb") as file:
             return file.read()[start:end]
 
@@ -213,25 +211,3 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 def test_what_is_not_there_is_an_input_error(tmp_path, name):
     with pytest.raises(InputError, match="is not there"):
         list(folder.members(str(tmp_path / name)))
-
-
-def test_what_is_asked_for_ahead_is_bounded_in_bytes(monkeypatch):
-    monkeypatch.setattr(folder, "_BYTES_AT_ONCE", 100)
-    ahead, lock = [], threading.Lock()
-
-    def get(member):
-        with lock:
-            ahead.append(member.size_bytes)
-        return bytes(member.size_bytes)
-
-    members = [Member(str(number), size) for number, size in enumerate([10, 10, 170, *[40] * 7])]
-    found = folder._side_by_side(get, members)
-    sizes = []
-    for data in found:
-        sizes.append(len(data))
-        with lock:
-            assert sum(ahead) - sum(sizes) <= 100 or len(ahead) == len(sizes) + 1
-    assert sizes == [member.size_bytes for member in members]
-    later = folder._side_by_side(get, members)
-    next(later)
-    later.close()  # a reader that stops early leaves nothing behind
