@@ -8,6 +8,7 @@ import random
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -20,18 +21,20 @@ _WORDS = ("a", "man", "dog", "red", "large", "sitting", "standing", "on", "near"
 _LINKS_PER_FILE = 60_000  # ext4 allows 65,000
 
 
-def make_coco(folder: Path, num_images: int, num_captions: int) -> None:
-    """Writes captions_train2017.json as COCO has it, and its images as links to one tiny JPEG."""
+def make_coco(folder: Path, num_images: int, num_captions: int, photos: Sequence[Path] = ()) -> None:
+    """Writes captions_train2017.json as COCO has it, and its images as links to photos, else to one tiny JPEG."""
     rng = random.Random(0)
     images = folder / "train2017"
     images.mkdir()
-    encoded = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    tiny = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    encoded = [photo.read_bytes() for photo in photos] or [tiny]
+    links_per_round = _LINKS_PER_FILE * len(encoded)
     ids = rng.sample(range(1, 600_000), num_images)
     for ordinal, image_id in enumerate(ids):
-        pixel = folder / f"pixel-{ordinal // _LINKS_PER_FILE}.jpg"
-        if ordinal % _LINKS_PER_FILE == 0:
-            pixel.write_bytes(encoded)
-        os.link(pixel, images / f"{image_id:012d}.jpg")
+        photo = folder / f"photo-{ordinal // links_per_round}-{ordinal % len(encoded)}.jpg"
+        if ordinal % links_per_round < len(encoded):
+            photo.write_bytes(encoded[ordinal % len(encoded)])
+        os.link(photo, images / f"{image_id:012d}.jpg")
     listed = [
         {
             "license": 3,

@@ -24,18 +24,21 @@ def open_store(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         OSError: The store cannot be opened.
     """
     protocol, _ = split_protocol(url)
-    fs, path = fsspec.core.url_to_fs(url, **_time_outs(protocol or "file"))
+    fs, path = fsspec.core.url_to_fs(url, **_settings(protocol or "file"))
     return fs, path
 
 
-def _time_outs(protocol: str) -> dict[str, Any]:
+def _settings(protocol: str) -> dict[str, Any]:
     """Returns arguments of a client: gcsfs has no time-outs of its own, s3fs has; both try again by themselves."""
     configured = fsspec.config.conf.get(protocol, {})
-    if protocol in _GCS and "requests_timeout" not in configured:
+    settings: dict[str, Any] = {}
+    if protocol in _GCS:
         from aiohttp import ClientTimeout
 
-        return {"requests_timeout": ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)}
-    if protocol in _S3 and "config_kwargs" not in configured:
-        times = {"connect_timeout": CONNECT_S, "read_timeout": SILENCE_S}
-        return {"config_kwargs": {**times, "max_pool_connections": _CONNECTIONS}}
-    return {}
+        times = ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
+        settings = {"requests_timeout": times}
+    elif protocol in _S3:
+        boto = {"connect_timeout": CONNECT_S, "read_timeout": SILENCE_S, "max_pool_connections": _CONNECTIONS}
+        # the parts of one file in turn: else every image is asked for its size before it is read
+        settings = {"config_kwargs": boto, "max_concurrency": 1}
+    return {name: value for name, value in settings.items() if name not in configured}

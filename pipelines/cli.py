@@ -173,9 +173,9 @@ def _run_job(args: argparse.Namespace, beam_args: list[str]) -> int:
     for_machines = args.summary == "json"
     try:
         result = _job_result(args, beam_args)
-    except DiptychError as error:
+    except BaseException as error:
         if for_machines:
-            print(failure_json(args.output, time.monotonic() - _START, error))
+            print(failure_json(args.output, time.monotonic() - _START, error), flush=True)
         raise
     if for_machines:
         print(summary_json(result, time.monotonic() - _START))

@@ -56,9 +56,13 @@ def summary_json(result: Result, seconds: float) -> str:
     return _line(outcome, result.output, seconds, datasets=datasets)
 
 
-def failure_json(output: str, seconds: float, error: Exception) -> str:
-    """Returns the line of a run that failed: `outcome` is `failed`, and `error` says why."""
-    return _line("failed", output, seconds, error=str(error))
+def failure_json(output: str, seconds: float, error: BaseException) -> str:
+    """Returns the line of a run that ended early: `outcome` is `stopped` by a signal, or `failed`; `error` says why."""
+    if isinstance(error, KeyboardInterrupt):
+        return _line(
+            "stopped", output, seconds, error="stopped by a signal; the same command goes on from here"
+        )
+    return _line("failed", output, seconds, error=str(error) or type(error).__name__)
 
 
 def _line(outcome: str, output: str, seconds: float, **more: object) -> str:

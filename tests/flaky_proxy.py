@@ -28,14 +28,19 @@ class FlakyProxy:
     Attributes:
         failing: Share that is refused (503 or 429), reset, or cut off in mid-answer.
         hanging: Share that is never answered.
-        counts: Requests by what became of them.
+        requests: What became of each, and its method and path.
         target: Address of the store.
     """
 
     def __init__(self, target: str, failing: float = 0.0, hanging: float = 0.0, seed: int = 0) -> None:
         self.failing, self.hanging = failing, hanging
-        self.counts: collections.Counter[str] = collections.Counter()
+        self.requests: list[tuple[str, str, str]] = []
         self.target, self._random = target, random.Random(seed)
+
+    @property
+    def counts(self) -> collections.Counter[str]:
+        """Requests by what became of them."""
+        return collections.Counter(fate for fate, _, _ in self.requests)
 
     def _fate(self) -> str:
         draw = self._random.random()
@@ -45,7 +50,7 @@ class FlakyProxy:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         fate = self._fate()
-        self.counts[fate] += 1
+        self.requests.append((fate, request.method, request.path))
         body = await request.read()
         if fate == "hanging":
             await asyncio.sleep(3600)

@@ -195,7 +195,7 @@ class TestBadDays:
         fill(bucket.url, scenes)
         annotation = fill_coco(bucket.url, scenes)
         run(str(scenes.coco / annotation), str(tmp_path / "coco"))
-        proxy.counts.clear()
+        proxy.requests.clear()
         proxy.failing, proxy.hanging = 0.08, 0.02
         run(f"{bucket.url}/data", f"{bucket.url}/out")
         run(f"{bucket.url}/coco/{annotation}", f"{bucket.url}/coco-out")
@@ -203,6 +203,17 @@ class TestBadDays:
         assert objects_in(f"{bucket.url}/out") == local
         assert objects_in(f"{bucket.url}/coco-out") == files_in(tmp_path / "coco")
         assert min(proxy.counts[kind] for kind in ("hanging", "unavailable", "busy", "reset")) > 0
+
+    def test_each_image_is_one_request(
+        self, flaky_bucket: tuple[Bucket, FlakyProxy], scenes, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(ahead, "SLOW_S", 60.0)  # the emulator may be slow
+        bucket, proxy = flaky_bucket
+        annotation = fill_coco(bucket.url, scenes)
+        proxy.requests.clear()
+        run(f"{bucket.url}/coco/{annotation}", f"{bucket.url}/coco-out")
+        asked = [path for _, _, path in proxy.requests if path.endswith(".jpg")]
+        assert len(asked) == len(set(asked)) > 10
 
     def test_a_store_that_is_gone_is_one_paragraph_and_nothing_is_lost(
         self, flaky_bucket: tuple[Bucket, FlakyProxy], scenes, local

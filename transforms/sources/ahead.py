@@ -6,12 +6,14 @@ from collections.abc import Callable, Coroutine, Generator, Iterable
 from concurrent.futures import Future
 from typing import Any
 
-_FILES_AT_ONCE = 32
-_BYTES_AT_ONCE = 64 << 20
+_REQUESTS_AT_ONCE = 32
+# Of what is asked for or has come, before its turn
+_MOST_FILES, _MOST_BYTES = 256, 32 << 20
+_BYTES_WHERE_UNKNOWN = 1 << 20
 # An answer that has not come by then is asked for once more
-SLOW_S = 2.0
+SLOW_S = 1.0
 # Of all that are asked for, so that a store that is slow as a whole does not get twice the work
-_ASKED_AGAIN_SHARE, _ASKED_AGAIN_AT_LEAST = 0.05, 4
+_ASKED_AGAIN_SHARE, _ASKED_AGAIN_AT_LEAST = 0.1, 4
 
 Get = Callable[[], Coroutine[Any, Any, bytes]]
 
@@ -19,7 +21,7 @@ Get = Callable[[], Coroutine[Any, Any, bytes]]
 def fetch_ahead(
     wanted: Iterable[tuple[int, Get]], loop: asyncio.AbstractEventLoop
 ) -> Generator[bytes, None, None]:
-    """Yields files in the order asked; the next are asked for as soon as the first has come.
+    """Yields files in the order asked; up to 32 MiB of those that come next are fetched meanwhile.
 
     A file that is late is asked for a second time, and the first answer is taken: "hedged requests" of Dean and
     Barroso, The Tail at Scale (2013). Otherwise one answer in a hundred that is lost would set the pace.
@@ -35,7 +37,8 @@ def fetch_ahead(
     num_bytes, hedge = 0, _Hedge()
     try:
         for size_bytes, get in wanted:
-            while asked and (len(asked) == _FILES_AT_ONCE or num_bytes + size_bytes > _BYTES_AT_ONCE):
+            size_bytes = size_bytes or _BYTES_WHERE_UNKNOWN
+            while asked and (len(asked) == _MOST_FILES or num_bytes + size_bytes > _MOST_BYTES):
                 yield asked[0][1].result()
                 num_bytes -= asked.popleft()[0]
             asked.append((size_bytes, asyncio.run_coroutine_threadsafe(hedge.fetch(get), loop)))
@@ -49,12 +52,17 @@ def fetch_ahead(
 
 
 class _Hedge:
-    """Asks for what is late once more, for a bounded share of the files."""
+    """Asks for a bounded number of files at a time, and once more, for a bounded share of them, for what is late."""
 
     def __init__(self) -> None:
         self._num_asked = self._num_again = 0
+        self._room = asyncio.Semaphore(_REQUESTS_AT_ONCE)
 
     async def fetch(self, get: Get) -> bytes:
+        async with self._room:
+            return await self._first_answer(get)
+
+    async def _first_answer(self, get: Get) -> bytes:
         self._num_asked += 1
         tasks = [asyncio.ensure_future(get())]
         try:

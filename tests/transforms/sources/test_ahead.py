@@ -48,7 +48,7 @@ def test_files_come_in_order_whatever_comes_first(loop):
 
 
 def test_what_is_asked_for_ahead_is_bounded_in_bytes(loop, monkeypatch):
-    monkeypatch.setattr(ahead, "_BYTES_AT_ONCE", 100)
+    monkeypatch.setattr(ahead, "_MOST_BYTES", 100)
     asked: list[int] = []
     sizes = [10, 10, 170, *[40] * 7]
     given = 0
@@ -63,10 +63,20 @@ def test_what_is_asked_for_ahead_is_bounded_in_bytes(loop, monkeypatch):
 
 
 def test_what_is_asked_for_ahead_is_bounded_in_number(loop, monkeypatch):
-    monkeypatch.setattr(ahead, "_FILES_AT_ONCE", 3)
+    monkeypatch.setattr(ahead, "_MOST_FILES", 3)
     asked: list[int] = []
     for given, _ in enumerate(fetch_ahead(files([1] * 9, asked), loop)):
         assert len(asked) <= given + 4
+
+
+def test_what_has_come_makes_room_for_the_next_though_the_first_is_late(loop, monkeypatch):
+    monkeypatch.setattr(ahead, "_REQUESTS_AT_ONCE", 2)
+    monkeypatch.setattr(ahead, "SLOW_S", 60)
+    asked: list[int] = []
+    found = fetch_ahead(files([1] * 9, asked, {(0, 1): 0.3}), loop)
+    next(found)
+    assert len(asked) == 9
+    found.close()
 
 
 def test_a_reader_that_stops_early_leaves_nothing_behind(loop):
@@ -90,7 +100,7 @@ def test_a_store_that_is_slow_as_a_whole_is_not_asked_twice_for_all(loop, monkey
     asked: list[int] = []
     delays = {(number, times): 0.1 for number in range(100) for times in (1, 2)}
     assert len(list(fetch_ahead(files([1] * 100, asked, delays), loop))) == 100
-    assert 100 < len(asked) <= 100 + 4 + 5
+    assert 100 < len(asked) <= 100 + 4 + 10
 
 
 def test_what_a_client_raises_is_raised(loop):

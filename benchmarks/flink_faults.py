@@ -1,0 +1,145 @@
+"""What a job on a Flink cluster loses when a process of the cluster is killed: nothing, and how long it takes.
+
+    python benchmarks/flink_faults.py
+
+starts a standalone cluster on this machine, runs the job once undisturbed, and then once for each kill: SIGKILL, at a
+random moment of the undisturbed run's time, of a task manager or of a Python worker, in turn. The job has to end by
+itself, with the output of an in-process run, file by file and byte by byte. Where the job manager is killed, all of a
+job's state goes with it: the same command has to complete what was left.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from faults import committed_rows, digests
+from local_cluster import Cluster, Shape, below, flink_cluster, pids_of
+from runners import job_flags
+
+from pipelines.job import DATASETS
+from pipelines.scene_folders import write_data_set
+
+VICTIMS = ("task-manager", "worker")
+_TIMEOUT_S = 600
+
+
+def files_of(output: Path) -> Mapping[str, str]:
+    return {name: digest for name, digest in digests(output).items() if digest}
+
+
+def victim_pid(cluster: Cluster, victim: str, draw: random.Random) -> int | None:
+    """Returns the process to kill; None where there is none of the kind at the moment."""
+    pids = pids_of(cluster)
+    if victim == "worker":
+        found = below(pids["worker-pool"])[1:]
+        return draw.choice(found) if found else None
+    return pids[
+        victim if victim == "job-manager" else f"task-manager-{draw.randint(1, cluster.shape.task_managers)}"
+    ]
+
+
+def wait_until_up(cluster: Cluster) -> None:
+    """Waits until all slots are there again."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = f"http://localhost:{cluster.shape.rest_port}/overview"
+    wanted = f'"slots-available":{cluster.shape.task_managers * cluster.shape.slots},'
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), opener.open(url, timeout=5) as answer:
+            if wanted in answer.read().decode():
+                return
+        time.sleep(0.5)
+    raise SystemExit("the cluster did not come back")
+
+
+def run_and_kill(
+    command: Sequence[str], cluster: Cluster, victim: str, moment_s: float, draw: random.Random
+) -> tuple[int, float, bool]:
+    """Runs a job and kills a process; returns its exit code, its seconds, and whether it was killed in time."""
+    start, killed = time.perf_counter(), False
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not killed:
+            time.sleep(0.02)
+            if time.perf_counter() - start >= moment_s and (pid := victim_pid(cluster, victim, draw)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed = True
+        try:
+            process.communicate(timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            print(f"it hung for {_TIMEOUT_S} s", flush=True)
+    return process.returncode, time.perf_counter() - start, killed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; 0 if all outputs are equal."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=12, help="of task managers and workers (default 12)")
+    parser.add_argument("--job_manager_kills", type=int, default=2, help="(default 2)")
+    parser.add_argument("--input", help="default: --rows drawn scenes, as WebDataset")
+    parser.add_argument("--rows", type=int, default=4000, help="default 4000")
+    parser.add_argument("--job", default="prepare", help="or embed, caption, generate, run (default prepare)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    args = parser.parse_args(argv)
+    draw, passed = random.Random(args.seed), []
+    with tempfile.TemporaryDirectory(prefix="bench-flink-faults-") as name:
+        scratch = Path(name)
+        data = args.input or write_data_set(str(scratch / "data"), args.rows, seed=0).webdataset
+        job = [
+            sys.executable,
+            "-m",
+            "pipelines.cli",
+            args.job,
+            "--quiet",
+            f"--input={data}",
+            "--chunk_rows=25",
+        ]
+        job += job_flags([args.job], scratch)[args.job]
+        subprocess.run([*job, f"--output={scratch / 'local'}"], check=True)
+        expected = files_of(scratch / "local")
+        with flink_cluster(scratch / "cluster", Shape()) as cluster:
+            out = scratch / "out"
+            command = [*job, f"--output={out}", *cluster.flags()]
+            start = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            undisturbed_s = time.perf_counter() - start
+            passed.append(files_of(out) == expected)
+            shutil.rmtree(out)
+            verdict = "equal to the in-process run's" if passed[0] else "DIFFERENT"
+            print(f"undisturbed: {undisturbed_s:.1f} s, {len(expected)} files, {verdict}")
+            victims = [VICTIMS[number % len(VICTIMS)] for number in range(args.kills)]
+            for victim in [*victims, *["job-manager"] * args.job_manager_kills]:
+                wait_until_up(cluster)
+                moment_s = draw.uniform(0.0, undisturbed_s)
+                code, seconds, killed = run_and_kill(command, cluster, victim, moment_s, draw)
+                how = "by itself"
+                if victim == "job-manager" and code:
+                    dataset = next((one for one in DATASETS if (out / one).is_dir()), "")
+                    how = f"by the same command, {committed_rows(out) if dataset == 'images' else '?'} rows were there"
+                    wait_until_up(cluster)
+                    code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+                is_equal = not code and files_of(out) == expected
+                passed.append(is_equal)
+                verdict = "equal" if is_equal else f"exit code {code}" if code else "DIFFERENT"
+                when = f"killed at {moment_s:5.1f} s" if killed else "was done before"
+                print(f"{victim:13} {when}: {seconds:6.1f} s, {how}: {verdict}", flush=True)
+                shutil.rmtree(out, ignore_errors=True)
+    print(f"{sum(passed)} of {len(passed)} PASS")
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
