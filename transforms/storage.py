@@ -1,11 +1,14 @@
 """Files anywhere: thin words over fsspec, with errors that say what to do."""
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterable, Iterator
 
 import fsspec
+from fsspec.asyn import sync
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from models.remote import open_store
@@ -13,6 +16,9 @@ from transforms.errors import InputError, OutputError
 
 # Stores where one upload appears whole or not at all. A rename there is a copy and a delete: worse, not better.
 _ATOMIC_UPLOAD = frozenset({"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "memory"})
+# Of one upload, with what its client tries again by itself: 64 MiB at 2 Mbit/s
+UPLOAD_S = 300.0
+_UPLOADS = 3
 # Packages whose errors are a store's answer (no rights, no credentials, no connection), though not OSErrors
 _STORE_CLIENTS = frozenset(
     {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests"}
@@ -121,7 +127,7 @@ def write_whole(root: str, name: str, data: bytes | memoryview) -> None:
     with output_errors(url):
         fs, path = locate(url)
         if not _ATOMIC_UPLOAD.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
-            fs.pipe_file(path, bytes(data))
+            _upload(fs, path, bytes(data))
             return
         _, temporary = locate(join(root, "_tmp", uuid.uuid4().hex))
         for folder in (os.path.dirname(temporary), os.path.dirname(path)):
@@ -139,6 +145,21 @@ def write_whole(root: str, name: str, data: bytes | memoryview) -> None:
             with contextlib.suppress(OSError):
                 fs.rm_file(temporary)
             raise
+
+
+def _upload(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    """Uploads a file; begins anew where a store stops taking it in, which no client has a time-out for."""
+    if not fs.async_impl:
+        fs.pipe_file(path, data)
+        return
+    for left in reversed(range(_UPLOADS)):
+        try:
+            sync(fs.loop, fs._pipe_file, path, data, timeout=UPLOAD_S)
+            return
+        except FSTimeoutError as error:
+            if not left:
+                what = f"it took longer than {UPLOAD_S:.0f} s for {len(data):,} bytes, {_UPLOADS} times"
+                raise TimeoutError(errno.ETIMEDOUT, what) from error
 
 
 def _write_and_rename(temporary: str, path: str, data: bytes | memoryview) -> None:

@@ -1,3 +1,4 @@
+import asyncio
 import errno
 import io
 import os
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from transforms import storage
@@ -19,6 +21,23 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 class Killed(BaseException):
     """Stands for the end of the process: from here on, nothing may change on disk."""
+
+
+class StuckUploads(AsyncFileSystem):
+    """A store that stops taking in the first few uploads."""
+
+    protocol = "gs"
+    cachable = False
+
+    def __init__(self, stuck: int) -> None:
+        super().__init__()
+        self.stuck, self.files = stuck, {}
+
+    async def _pipe_file(self, path, value, **kwargs):
+        self.stuck -= 1
+        if self.stuck >= 0:
+            await asyncio.sleep(60)
+        self.files[path] = value
 
 
 class TestLocate:
@@ -170,6 +189,21 @@ class TestWriteWhole:
         assert fs.cat("memory://upload/out/images/file") == b"data"
         assert fs.find("/upload") == ["/upload/out/images/file"]
         delete("memory://upload", ["out"])
+
+    @pytest.mark.parametrize("stuck", [2, 3])
+    def test_an_upload_that_gets_stuck_is_begun_anew(self, stuck, monkeypatch):
+        fs = StuckUploads(stuck)
+        monkeypatch.setattr(storage, "open_store", lambda url: (fs, url))
+        monkeypatch.setattr(storage, "UPLOAD_S", 0.05)
+        if stuck == 3:
+            with pytest.raises(
+                OutputError, match=r"gs://b/file cannot be written: it took longer than .* 3 times"
+            ):
+                write_whole("gs://b", "file", b"data")
+            assert fs.files == {}
+        else:
+            write_whole("gs://b", "file", b"data")
+            assert fs.files == {"gs://b/file": b"data"}
 
     def test_another_store_gets_a_temporary_file_and_a_rename(self, monkeypatch):
         class PlainFileSystem(MemoryFileSystem):
