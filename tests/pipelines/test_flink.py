@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import queue
 import shlex
@@ -14,16 +15,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import apache_beam as beam
+import fake_workers
+import grpc
 import pytest
 import worker_pool
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions
-from apache_beam.portability.api import beam_fn_api_pb2
+from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
 
 from pipelines import scene_folders
 from pipelines.flink import flink_flags, num_buffers, size_for_flink
@@ -156,10 +160,14 @@ def times_in(out: Path) -> dict[str, int]:
 
 
 def worker(cluster: Cluster) -> int:
-    """Returns the process of a Python worker of the pool."""
-    pool = cluster.pid("worker-pool")
-    children = Path(f"/proc/{pool}/task").glob("*/children")
-    return next(int(pid) for file in children for pid in file.read_text().split())
+    """Returns the process of a Python worker: the pool forks them from a child of its own."""
+    return next(pid for child in children(cluster.pid("worker-pool")) for pid in children(child))
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(one) for file in Path(f"/proc/{pid}/task").glob("*/children") for one in file.read_text().split()
+    ]
 
 
 def wait_until_up(cluster: Cluster) -> None:
@@ -176,38 +184,49 @@ def wait_until_up(cluster: Cluster) -> None:
 
 class TestWorkerPool:
     @pytest.mark.parametrize(
-        ("code", "found"),
+        ("worker", "found"),
         [
-            (
-                "print('no such thing'); raise SystemExit(3)",
-                "ended with exit code 3. Its last words: no such thing.",
-            ),
-            ("import not_installed", "ModuleNotFoundError: No module named 'not_installed'"),
-            ("import time; time.sleep(60)", "was not ready in 1 s. Its last words: it printed nothing."),
-            (
-                "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-                "was killed by SIGKILL. Its last words: it",
-            ),
+            ("leaves", "ended with exit code 3. Its last words: no such thing."),
+            ("lacks_a_package", "ModuleNotFoundError: No module named 'not_installed'"),
+            ("hangs", "was not ready in 1 s. Its last words: it printed nothing."),
+            ("is_killed", "was killed by SIGKILL. Its last words: it printed nothing."),
         ],
     )
-    def test_a_worker_that_cannot_start_says_why(self, code, found, monkeypatch):
-        monkeypatch.setattr(worker_pool, "_WORKER", code)
-        monkeypatch.setattr(worker_pool, "START_TIMEOUT_S", 1.0 if "sleep" in code else 50.0)
-        pool = worker_pool.WorkerPool(use_process=True)
-        answer = pool.StartWorker(beam_fn_api_pb2.StartWorkerRequest(worker_id="7-1"), None)
+    def test_a_worker_that_cannot_start_says_why(self, worker, found, monkeypatch):
+        monkeypatch.setattr(worker_pool, "_work", getattr(fake_workers, worker))
+        monkeypatch.setattr(worker_pool, "START_TIMEOUT_S", 1.0 if worker == "hangs" else 50.0)
+        answer = start_worker()
         assert found in answer.error
         assert f"Check that {sys.executable} has Diptych" in answer.error
-        assert not pool._worker_processes
         assert "\n" not in answer.error
+        assert not multiprocessing.active_children()
 
     def test_one_that_cannot_reach_its_task_manager_says_so(self, monkeypatch):
         monkeypatch.setattr(worker_pool, "START_TIMEOUT_S", 3.0)
-        request = beam_fn_api_pb2.StartWorkerRequest(worker_id="7-1")
-        request.control_endpoint.url = "localhost:1"
-        assert (
-            "was not ready in 3 s"
-            in worker_pool.WorkerPool(use_process=True).StartWorker(request, None).error
-        )
+        assert "was not ready in 3 s" in start_worker("localhost:1").error
+
+    def test_one_that_says_much_is_not_stalled(self, monkeypatch):
+        monkeypatch.setattr(worker_pool, "_work", fake_workers.says_much)
+        assert not start_worker().error
+        (process,) = multiprocessing.active_children()
+        process.kill()
+        process.join(10)
+
+    def test_one_ends_with_its_task_manager_and_with_no_other(self):
+        with control_server() as (mine, hang_up), control_server() as (others, _):
+            assert not start_worker(mine).error
+            (process,) = multiprocessing.active_children()
+            assert not start_worker(others).error
+            (other,) = set(multiprocessing.active_children()) - {process}
+            worker_pool.WorkerPool(use_process=True).StopWorker(
+                beam_fn_api_pb2.StopWorkerRequest(worker_id="7-1"), None
+            )
+            hang_up()
+            process.join(30)
+            assert process.exitcode == 0
+            assert other.is_alive()
+        other.join(30)
+        assert other.exitcode == 0
 
     def test_a_port_that_another_pool_has(self, capsys):
         with socket.create_server(("", 0)) as taken:
@@ -215,15 +234,33 @@ class TestWorkerPool:
             assert worker_pool.main([f"--service_port={port}"]) == 1
         assert f"port {port} cannot be opened: " in capsys.readouterr().err
 
-    def test_one_that_is_ready_is_stopped_with_its_job(self, monkeypatch):
-        code = "import os, time\nprint('x' * 300_000)\nos.write({ready}, b'ready')\ntime.sleep(60)"
-        monkeypatch.setattr(worker_pool, "_WORKER", code)
-        pool = worker_pool.WorkerPool(use_process=True)
-        assert not pool.StartWorker(beam_fn_api_pb2.StartWorkerRequest(worker_id="7-1"), None).error
-        process = pool._worker_processes["7-1"]
-        assert process.poll() is None
-        pool.StopWorker(beam_fn_api_pb2.StopWorkerRequest(worker_id="7-1"), None)
-        assert process.wait(10) == -signal.SIGTERM
+
+def start_worker(control: str = "") -> beam_fn_api_pb2.StartWorkerResponse:
+    """Asks a pool for a worker of a task manager; all of them give the same name."""
+    request = beam_fn_api_pb2.StartWorkerRequest(worker_id="7-1")
+    request.control_endpoint.url = control
+    return worker_pool.WorkerPool(use_process=True).StartWorker(request, None)
+
+
+@contextlib.contextmanager
+def control_server() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A task manager's side of a worker that has nothing to do; gives its address, and what hangs up."""
+    ended = threading.Event()
+
+    class Control(beam_fn_api_pb2_grpc.BeamFnControlServicer):
+        def Control(self, requests: Any, context: Any) -> Iterator[Any]:
+            ended.wait(60)
+            yield from ()
+
+    server = grpc.server(ThreadPoolExecutor(4))
+    beam_fn_api_pb2_grpc.add_BeamFnControlServicer_to_server(Control(), server)
+    port = server.add_insecure_port("localhost:0")
+    server.start()
+    try:
+        yield f"localhost:{port}", ended.set
+    finally:
+        ended.set()
+        server.stop(1).wait(10)
 
 
 @dataclasses.dataclass
