@@ -7,10 +7,10 @@ BIN := .venv/bin
 demo: .venv/demoed
 	$(BIN)/diptych demo --output demo
 
-test: .venv/tested
+test: .venv/tested .venv/airflow/installed
 	$(BIN)/python -m pytest
 
-check: .venv/tested
+check: .venv/tested .venv/airflow/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -39,6 +39,12 @@ install: .venv/installed
 
 .venv/tested: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+# In an environment of its own: its packages and Apache Beam's do not go together
+.venv/airflow/installed: .venv/installed
+	$(PYTHON) -m venv .venv/airflow
+	.venv/airflow/bin/python -m pip install --quiet apache-airflow-core==3.3.2 apache-airflow-providers-standard==1.21.0
 	touch $@
 
 clean:
