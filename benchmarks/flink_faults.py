@@ -3,9 +3,10 @@
     python benchmarks/flink_faults.py
 
 starts a standalone cluster on this machine, runs the job once undisturbed, and then once for each kill: SIGKILL, at a
-random moment of the undisturbed run's time, of a task manager or of a Python worker, in turn. The job has to end by
-itself, with the output of an in-process run, file by file and byte by byte. Where the job manager is killed, all of a
-job's state goes with it: the same command has to complete what was left.
+random moment while it writes (when so many files of the undisturbed run's are there, from none on, and up to half a
+second later), of a task manager or of a Python worker, in turn. The job has to end by itself, with the output of an
+in-process run, file by file and byte by byte. Where the job manager is killed, all of a job's state goes with it: the
+same command has to complete what was left.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from faults import committed_rows, digests
+from faults import count, digests
 from local_cluster import Cluster, Shape, below, flink_cluster, pids_of
 from runners import job_flags
 
@@ -63,23 +64,30 @@ def wait_until_up(cluster: Cluster) -> None:
 
 
 def run_and_kill(
-    command: Sequence[str], cluster: Cluster, victim: str, moment_s: float, draw: random.Random
+    command: Sequence[str], out: Path, cluster: Cluster, victim: str, num_files: int, draw: random.Random
 ) -> tuple[int, float, bool]:
     """Runs a job and kills a process; returns its exit code, its seconds, and whether it was killed in time."""
     start, killed = time.perf_counter(), False
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not killed:
+        while process.poll() is None and not (out.is_dir() and count_files(out) >= num_files):
             time.sleep(0.02)
-            if time.perf_counter() - start >= moment_s and (pid := victim_pid(cluster, victim, draw)):
+        time.sleep(draw.uniform(0.0, 0.5))
+        while process.poll() is None and not killed:
+            if pid := victim_pid(cluster, victim, draw):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                    killed = True
+                    killed = not (out / "_SUCCESS.json").exists()
         try:
             process.communicate(timeout=_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             print(f"it hung for {_TIMEOUT_S} s", flush=True)
     return process.returncode, time.perf_counter() - start, killed
+
+
+def count_files(out: Path) -> int:
+    """Returns how many data files are there."""
+    return sum(count(out / dataset) for dataset in DATASETS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=12, help="of task managers and workers (default 12)")
     parser.add_argument("--job_manager_kills", type=int, default=2, help="(default 2)")
     parser.add_argument("--input", help="default: --rows drawn scenes, as WebDataset")
-    parser.add_argument("--rows", type=int, default=4000, help="default 4000")
+    parser.add_argument("--rows", type=int, default=8000, help="default 8000")
     parser.add_argument("--job", default="prepare", help="or embed, caption, generate, run (default prepare)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     args = parser.parse_args(argv)
@@ -117,24 +125,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             undisturbed_s = time.perf_counter() - start
             passed.append(files_of(out) == expected)
+            num_files = count_files(out)
             shutil.rmtree(out)
             verdict = "equal to the in-process run's" if passed[0] else "DIFFERENT"
             print(f"undisturbed: {undisturbed_s:.1f} s, {len(expected)} files, {verdict}")
             victims = [VICTIMS[number % len(VICTIMS)] for number in range(args.kills)]
             for victim in [*victims, *["job-manager"] * args.job_manager_kills]:
                 wait_until_up(cluster)
-                moment_s = draw.uniform(0.0, undisturbed_s)
-                code, seconds, killed = run_and_kill(command, cluster, victim, moment_s, draw)
+                at = draw.randrange(num_files)
+                code, seconds, killed = run_and_kill(command, out, cluster, victim, at, draw)
                 how = "by itself"
                 if victim == "job-manager" and code:
-                    dataset = next((one for one in DATASETS if (out / one).is_dir()), "")
-                    how = f"by the same command, {committed_rows(out) if dataset == 'images' else '?'} rows were there"
+                    how = f"by the same command, from {count_files(out)} files on"
                     wait_until_up(cluster)
                     code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
                 is_equal = not code and files_of(out) == expected
                 passed.append(is_equal)
                 verdict = "equal" if is_equal else f"exit code {code}" if code else "DIFFERENT"
-                when = f"killed at {moment_s:5.1f} s" if killed else "was done before"
+                when = f"killed after {at:3} files" if killed else "was done before"
                 print(f"{victim:13} {when}: {seconds:6.1f} s, {how}: {verdict}", flush=True)
                 shutil.rmtree(out, ignore_errors=True)
     print(f"{sum(passed)} of {len(passed)} PASS")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ _MEND_S = 0.5
 @contextlib.contextmanager
 def flink_cluster(folder: Path, shape: Shape) -> Iterator[Cluster]:
     """Runs a cluster, in which what dies is started again."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends with this process
     stopped = threading.Event()
 
     def mend() -> None:
