@@ -41,7 +41,9 @@ with DAG(
         for dataset, totals in json.loads(line)["datasets"].items():
             rejected = sum(totals["rejected"].values())
             if rejected > float(max_rejected) * totals["read"]:
-                raise ValueError(f"{rejected} of {totals['read']} rows of {dataset} were rejected: {totals['rejected']}")
+                raise ValueError(
+                    f"{rejected} of {totals['read']} rows of {dataset} were rejected: {totals['rejected']}"
+                )
 
     for job, source, model, extra in (
         ("caption", "--input '{{ params.images }}'", "captioner", ""),

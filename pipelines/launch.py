@@ -14,6 +14,7 @@ from apache_beam.pvalue import PCollection
 from pipelines.job import State, digest, open_output, options_to_json, start_writing
 from pipelines.options import JobOptions
 from pipelines.running import Result, run_pipeline
+from transforms.chunk import add_counts
 from transforms.failures import FailureLimit
 from transforms.finish import Expected, FinishJob, Totals
 from transforms.sink import Commit, Sink
@@ -59,7 +60,14 @@ class Job:
     derived: bool = False
 
 
-def launch(job: Job, options: JobOptions, source: Source, pipeline: beam.Pipeline, graph: Graph) -> Result:
+def launch(
+    job: Job,
+    options: JobOptions,
+    source: Source,
+    pipeline: beam.Pipeline,
+    graph: Graph,
+    select: Callable[[list[Shard]], list[Shard]] = list,
+) -> Result:
     """Runs a job to its end, or on from where it stopped.
 
     Args:
@@ -68,6 +76,7 @@ def launch(job: Job, options: JobOptions, source: Source, pipeline: beam.Pipelin
         source: What it reads.
         pipeline: An empty pipeline.
         graph: Adds the job to a pipeline, given the shards and where each data set goes.
+        select: Returns the shards that need to be read, the same each time that the run is begun.
 
     Raises:
         DiptychError: The run failed; what was committed stays, and the same call goes on from there.
@@ -82,6 +91,7 @@ def launch(job: Job, options: JobOptions, source: Source, pipeline: beam.Pipelin
     shards = source.shards(join(options.output, "_plan"), rows_per_shard)
     for dataset in job.datasets:
         start_writing(options.output, dataset, (shard.name for shard in shards))
+    shards = select(shards)
     about = {
         "job": str(job.fingerprint["job"]),
         "version": str(job.fingerprint["versions"]["diptych"]),
@@ -113,7 +123,11 @@ def _open_output(job: Job, options: JobOptions) -> State:
 
 
 def finish_job(
-    job: Job, output: str, shards: Sequence[Shard], commits: Sequence[PCollection[Commit]]
+    job: Job,
+    output: str,
+    shards: Sequence[Shard],
+    commits: Sequence[PCollection[Commit]],
+    counters: Mapping[str, int] | None = None,
 ) -> PCollection[dict[str, Totals]]:
     """Adds the end of a job to its graph: all commits are added up, checked, and written.
 
@@ -122,10 +136,12 @@ def finish_job(
         output: Its output folder.
         shards: What it reads.
         commits: Of all its data sets.
+        counters: What was counted before the run.
     """
     first = next(iter(job.datasets))
+    counted = add_counts(plan_counters(shards), counters or {})
     expected = {
-        dataset: Expected(len(shards), plan_counters(shards) if dataset == first else {}, written.limit)
+        dataset: Expected(len(shards), counted if dataset == first else {}, written.limit)
         for dataset, written in job.datasets.items()
     }
     return commits | "AllCommits" >> beam.Flatten() | "FinishJob" >> FinishJob(output, expected)

@@ -18,7 +18,7 @@ from pipelines.launch import Job, Written, finish_job, launch, source_options
 from pipelines.options import ModelJobOptions
 from pipelines.running import Result
 from transforms.chunk import Chunk
-from transforms.done_keys import DropDone
+from transforms.done_keys import DropDone, open_done_keys, without_done_shards
 from transforms.errors import InputError, OptionError
 from transforms.failures import FailureLimit
 from transforms.infer import RunModel, Task
@@ -224,12 +224,22 @@ def run_model_job(
     print_of_run = fingerprint(branch.job, found.source.inputs(), asked, branch.libraries)
     job = Job({branch.dataset: branch.written}, print_of_run, chunk_rows, found.derived)
 
+    left_out: dict[str, int] = {}
+
+    def select(shards: list[Shard]) -> list[Shard]:
+        done = find_done(options, branch.dataset)
+        if done is None or not found.is_prepared:
+            return shards
+        kept, num_done = without_done_shards(shards, open_done_keys(done))
+        left_out["done_before"] = num_done
+        return kept
+
     def graph(pipeline: beam.Pipeline, shards: list[Shard], sinks: Mapping[str, Sink]) -> None:
         done = find_done(options, branch.dataset)
         steps = {**({"DropDone": DropDone(done)} if done else {}), **before}
-        model_graph(pipeline, shards, job, options.output, sinks, branch, steps, with_images)
+        model_graph(pipeline, shards, job, options.output, sinks, branch, steps, with_images, left_out)
 
-    return launch(job, options, found.source, pipeline, graph)
+    return launch(job, options, found.source, pipeline, graph, select)
 
 
 def model_graph(
@@ -241,8 +251,9 @@ def model_graph(
     branch: Branch,
     before: Mapping[str, ChunkTransform],
     with_images: bool,
+    counters: Mapping[str, int] | None = None,
 ) -> None:
-    """Adds a job with a model to a pipeline; arguments as of `run_model_job`."""
+    """Adds a job with a model to a pipeline; arguments as of `run_model_job` and `finish_job`."""
     read = (
         pipeline
         | "Shards" >> beam.Create(shards, reshuffle=False)
@@ -253,4 +264,4 @@ def model_graph(
     for label, step in before.items():
         chunks |= label >> step
     written = chunks | "MakeDataset" >> MakeDataset(branch, sinks[branch.dataset])
-    _ = finish_job(job, output, shards, [written, read.committed])
+    _ = finish_job(job, output, shards, [written, read.committed], counters)

@@ -1,6 +1,6 @@
 """Run by Airflow's Python: loads the example as Airflow does, prints its commands, and checks the lines that come back.
 
-    python tests/airflow_loader.py deploy/airflow_dag.py '{"images": …}'
+python tests/airflow_loader.py deploy/airflow_dag.py '{"images": …}'
 """
 
 import json

@@ -23,8 +23,10 @@ from apache_beam.utils.shared import Shared
 from fsspec.implementations.local import LocalFileSystem
 
 from transforms.chunk import Chunk, take_rows
-from transforms.sources.parquet import damaged_output, open_parquet
+from transforms.sources.base import Shard
+from transforms.sources.parquet import ParquetShard, damaged_output, open_parquet
 from transforms.sources.shardfile import ShardDamage
+from transforms.sources.texts import TextShard
 from transforms.storage import input_errors, locate, output_errors
 
 # With 128 bits, two of a billion keys are alike with a chance of 1e-21
@@ -91,15 +93,18 @@ def _sort_into_parts(files: Iterable[str], scratch: Path) -> None:
 
 
 def _digests_of(url: str) -> list[bytes]:
-    """Returns the digests of the keys of a data file."""
+    """Returns the digests of the keys of a data file, each once."""
+    return [_digest(key) for key in dict.fromkeys(_keys_of(url))]
+
+
+def _keys_of(url: str) -> list[str]:
     try:
         with open_parquet(url) as file:
-            keys = file.read(columns=["key"]).column("key").to_pylist()
+            return list(file.read(columns=["key"]).column("key").to_pylist())
     except (ShardDamage, pa.ArrowException, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise damaged_output(url, f"{error}.") from error
-    return [_digest(key) for key in dict.fromkeys(keys)]
 
 
 def _digest(key: str) -> bytes:
@@ -125,6 +130,51 @@ class DoneKeys:
         places = np.searchsorted(self._digests, asked)
         found = self._digests[np.minimum(places, len(self._digests) - 1)]
         return np.asarray(found == asked)
+
+
+def open_done_keys(url: str) -> DoneKeys:
+    """Opens what `write_done_keys` wrote; one on a store is copied to this machine.
+
+    Raises:
+        InputError: It is gone, or cannot be read.
+    """
+    with input_errors(url):
+        fs, path = locate(url)
+        if isinstance(fs, LocalFileSystem):
+            return DoneKeys(path)
+        with tempfile.TemporaryDirectory(prefix="diptych-keys-") as scratch:
+            local = os.path.join(scratch, "keys")
+            fs.get_file(path, local)
+            return DoneKeys(local)  # stays mapped when its name is gone
+
+
+def without_done_shards(shards: Iterable[Shard], done: DoneKeys) -> tuple[list[Shard], int]:
+    """Leaves out data files of which nothing is new, so that nobody reads their images; only their keys are read here.
+
+    Args:
+        shards: Data files of an earlier output; others are kept.
+        done: What is done.
+
+    Returns:
+        The shards that have something new, in their order, and how many rows the others have.
+    """
+    kept, num_done = [], 0
+
+    def num_rows_if_done(shard: Shard) -> int | None:
+        if not isinstance(shard, ParquetShard | TextShard):
+            return None
+        keys = _keys_of(shard.url)
+        return len(keys) if done.are_done(keys).all() else None
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="keys") as pool:
+        rest = iter(shards)
+        while batch := list(itertools.islice(rest, _FILES_AT_ONCE)):
+            for shard, num_rows in zip(batch, pool.map(num_rows_if_done, batch), strict=True):
+                if num_rows is None:
+                    kept.append(shard)
+                else:
+                    num_done += num_rows
+    return kept, num_done
 
 
 @dataclasses.dataclass(eq=False)  # not frozen: Beam labels its transforms
@@ -154,18 +204,8 @@ class _Drop(beam.DoFn):
         self._url, self._shared = url, Shared()
         self._done: DoneKeys | None = None
 
-    def _open(self) -> DoneKeys:
-        with input_errors(self._url):
-            fs, path = locate(self._url)
-            if isinstance(fs, LocalFileSystem):
-                return DoneKeys(path)
-            with tempfile.TemporaryDirectory(prefix="diptych-keys-") as scratch:
-                local = os.path.join(scratch, "keys")
-                fs.get_file(path, local)
-                return DoneKeys(local)  # stays mapped when its name is gone
-
     def process(self, chunk: Chunk) -> Iterator[Chunk]:
         # not before there is a chunk: a run that is begun again when all is done has no keys any more
         if self._done is None:
-            self._done = self._shared.acquire(self._open)  # once a process
+            self._done = self._shared.acquire(lambda: open_done_keys(self._url))  # once a process
         yield drop_done(chunk, self._done)

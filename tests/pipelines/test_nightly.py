@@ -17,10 +17,13 @@ from pipelines.cli import main
 from pipelines.embed import embed
 from pipelines.generate import generate
 from pipelines.job import State, read_success
-from pipelines.options import GenerateOptions, ModelJobOptions
+from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions
+from pipelines.prepare import prepare
 from pipelines.scene_folders import write_data_set
 from pipelines.verify import verify
 from transforms.errors import InputError, OutputError
+from transforms.sources.parquet import ParquetShard
+from transforms.sources.texts import TextShard
 
 DATASETS = {"embed": "embeddings", "caption": "captions", "generate": "generated"}
 MODELS = {
@@ -93,6 +96,38 @@ def test_each_night_makes_what_is_new(job, data, shards, tmp_path):
     assert not (second / "_plan").exists()
     # the same command once more has nothing to do, whatever came in between
     assert run(job, data, second, earlier) is State.DONE
+
+
+@pytest.mark.parametrize("job", DATASETS)
+def test_of_prepared_images_those_that_are_done_are_not_read(job, data, shards, tmp_path, monkeypatch):
+    dataset, earlier = DATASETS[job], str(tmp_path / "nights" / "*")
+    days = [tmp_path / "days" / "1", tmp_path / "days" / "2"]
+    prepare(PrepareOptions((str(data),), str(days[0]), chunk_rows=7, quiet=True))
+    run(job, days[0], tmp_path / "nights" / "1", earlier)
+    (data / "train-0.tar").unlink()
+    (data / "train-1.tar").write_bytes(shards[1])
+    prepare(PrepareOptions((str(data),), str(days[1]), chunk_rows=7, quiet=True))
+    read = []
+    for shard, reads in ((ParquetShard, "records"), (TextShard, "batches")):
+        real = getattr(shard, reads)
+        monkeypatch.setattr(
+            shard, reads, lambda self, skip, real=real: (read.append(self.url), real(self, skip))[1]
+        )
+    both = tuple(map(str, days))
+    run(job, "", tmp_path / "nights" / "2", earlier, inputs=both)
+    assert {Path(url).parents[1].name for url in read} == {"2"}
+    names = sorted(path.name for path in (tmp_path / "nights" / "2" / dataset).glob("*.parquet"))
+    assert len(names) == 3
+    assert all("train-1" in name for name in names)
+    totals = read_success(str(tmp_path / "nights" / "2"))[dataset]
+    assert (totals.shards, totals.counters["done_before"]) == (3, 20)
+    assert (
+        totals.read == totals.written == (20 if job == "caption" else 100)
+    )  # there are five captions an image
+    run(job, "", tmp_path / "nights" / "3", earlier, inputs=both)
+    assert run(job, "", tmp_path / "nights" / "3", earlier, inputs=both) is State.DONE
+    assert read_success(str(tmp_path / "nights" / "3"))[dataset].counters == {"done_before": 40}
+    assert [verify(str(tmp_path / "nights" / night)).problems for night in "123"] == [[], [], []]
 
 
 def test_a_night_that_died_goes_on_with_what_it_left_out_at_first(data, shards, tmp_path, monkeypatch):
