@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from local_cluster import Cluster, Shape, below, flink_cluster, memory_mb, pids_of
+from local_cluster import Cluster, Shape, below, flink_cluster, memory_mb, pids_of, trees
 from plan import make_coco
 
 _DIPTYCH = [sys.executable, "-m", "pipelines.cli"]
@@ -28,7 +28,10 @@ def sample(launcher: int, cluster: Cluster) -> dict[str, float]:
     found = {"launcher": memory_mb([launcher]), "job server": memory_mb(below(launcher)[1:])}
     for name, pid in pids_of(cluster).items():
         found[name] = memory_mb([pid])
-    for number, pid in enumerate(below(pids_of(cluster)["worker-pool"])[1:], 1):
+    children = trees()
+    helpers = children.get(pids_of(cluster)["worker-pool"], [])
+    found["what forks workers"] = memory_mb(helpers)
+    for number, pid in enumerate((pid for helper in helpers for pid in children.get(helper, [])), 1):
         found[f"worker-{number}"] = memory_mb([pid])
     return found
 
