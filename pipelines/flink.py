@@ -7,9 +7,10 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from apache_beam.options.pipeline_options import (
 from apache_beam.runners.portability.flink_runner import MAGIC_HOST_NAMES, FlinkRunner
 
 from transforms.errors import OptionError
+from transforms.progress import PROGRESS_THREAD
 
 # A cluster's job is begun again when one of its machines has gone; what is committed is skipped then
 _RETRIES, _RETRY_DELAY_MS = 4, 3_000
-_ANSWER_S = 20.0
+_ANSWER_S, _ASK_EACH_S = 20.0, 3.0
 # Where Flink runs in the job server, all tasks are threads of one Python process: more are of no use
 _MOST_TASKS_HERE = 16
 # Of network memory: between P tasks and P others a task has a buffer for each of the others, and takes two from each
@@ -130,6 +132,53 @@ def cancel_on_flink(pipeline: beam.Pipeline) -> None:
         for job in _ask(master, "jobs/overview")["jobs"]:
             if job["name"] == name:
                 _ask(master, f"jobs/{job['jid']}?mode=cancel", "PATCH")
+
+
+@contextlib.contextmanager
+def failures_told(pipeline: beam.Pipeline, reason: Callable[[str], str]) -> Iterator[None]:
+    """Says on standard error, while the body runs, why tasks on a Flink cluster failed that are begun again.
+
+    Args:
+        pipeline: Of the job.
+        reason: Returns what a stack trace says in a line.
+    """
+    master = _cluster_of(pipeline)
+    if master is None:
+        yield
+        return
+    stopped = threading.Event()
+    name = pipeline.options.view_as(GoogleCloudOptions).job_name
+    # under the name of the one thread beside the main one that may print
+    thread = threading.Thread(
+        target=_tell_failures, name=PROGRESS_THREAD, args=(master, name, reason, stopped), daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join(1)
+
+
+def _tell_failures(master: str, name: str, reason: Callable[[str], str], stopped: threading.Event) -> None:
+    told: set[int] = set()
+    while not stopped.wait(_ASK_EACH_S):
+        for found in _failures(master, name):
+            if found["timestamp"] not in told:
+                told.add(found["timestamp"])
+                print(
+                    f"diptych: a task failed and is begun again: {reason(found['stacktrace'])}",
+                    file=sys.stderr,
+                )
+
+
+def _failures(master: str, name: str) -> list[dict[str, Any]]:
+    """Returns what made Flink begin tasks of a job again, the latest first; nothing where it does not say."""
+    with contextlib.suppress(OptionError, KeyError, TypeError):
+        for job in _ask(master, "jobs/overview")["jobs"]:
+            if job["name"] == name and job["state"] in ("RUNNING", "RESTARTING"):
+                return list(_ask(master, f"jobs/{job['jid']}/exceptions")["exceptionHistory"]["entries"])
+    return []
 
 
 def _cluster_of(pipeline: beam.Pipeline) -> str | None:

@@ -15,7 +15,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from tqdm import tqdm
 
 from pipelines.dataflow import dataflow_flags
-from pipelines.flink import cancel_on_flink, check_flink, flink_flags, size_for_flink
+from pipelines.flink import cancel_on_flink, check_flink, failures_told, flink_flags, size_for_flink
 from pipelines.job import State, read_success
 from transforms import errors
 from transforms.finish import Totals
@@ -75,7 +75,7 @@ def run_pipeline(pipeline: beam.Pipeline, num_shards: int, quiet: bool) -> None:
     """
     size_for_flink(pipeline, num_shards)
     progress.start()
-    with _shown(num_shards, quiet):
+    with _shown(num_shards, quiet), failures_told(pipeline, _reason):
         try:
             pipeline.run().wait_until_finish()
         except KeyboardInterrupt:
@@ -101,6 +101,14 @@ def _worker_error(text: str) -> errors.DiptychError | None:
         return None
     name, message = found[-1]
     return getattr(errors, name, errors.DiptychError)(message)
+
+
+def _reason(trace: str) -> str:
+    """Returns what the stack trace of a runner says in a line."""
+    if error := _worker_error(trace):
+        return str(error)
+    causes = re.findall(r"^Caused by: (.*)", trace, re.M)
+    return (causes or trace.strip().splitlines() or ["it does not say why"])[-1][:1000]
 
 
 def _runner_error(pipeline: beam.Pipeline, error: Exception) -> errors.DiptychError | None:

@@ -29,8 +29,8 @@ import worker_pool
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions
 from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
 
-from pipelines import scene_folders
-from pipelines.flink import flink_flags, num_buffers, size_for_flink
+from pipelines import flink, running, scene_folders
+from pipelines.flink import cancel_on_flink, failures_told, flink_flags, num_buffers, size_for_flink
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import write_data_set
@@ -270,10 +270,28 @@ class Master:
     Attributes:
         address: Where.
         machines: Free slots and network buffers of each task manager.
+        jobs: Its jobs, as its overview has them.
+        failures: Of tasks of the job `1`, as the history of its exceptions has them.
+        told: What was asked of it beside questions.
     """
 
     address: str
     machines: list[tuple[int, int]]
+    jobs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    told: list[str] = dataclasses.field(default_factory=list)
+
+    def answer(self, path: str) -> dict[str, Any]:
+        managers = [
+            {"freeSlots": slots, "memoryConfiguration": {"networkMemory": buffers * 32768}}
+            for slots, buffers in self.machines
+        ]
+        answers = {
+            "/taskmanagers": {"taskmanagers": managers} if managers else {},
+            "/jobs/overview": {"jobs": self.jobs},
+            "/jobs/1/exceptions": {"exceptionHistory": {"entries": self.failures}},
+        }
+        return answers[path]
 
 
 @pytest.fixture
@@ -283,13 +301,15 @@ def master() -> Iterator[Master]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            managers = [
-                {"freeSlots": slots, "memoryConfiguration": {"networkMemory": buffers * 32768}}
-                for slots, buffers in found.machines
-            ]
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(json.dumps({"taskmanagers": managers} if found.machines else {}).encode())
+            self.wfile.write(json.dumps(found.answer(self.path)).encode())
+
+        def do_PATCH(self) -> None:
+            found.told.append(self.path)
+            self.send_response(202)
+            self.end_headers()
+            self.wfile.write(b"{}")
 
         def log_message(self, *args: object) -> None:
             pass
@@ -354,3 +374,51 @@ class TestSize:
         master.machines = []
         with pytest.raises(OptionError, match=f"{master.address} does not answer as a Flink cluster"):
             self.parallelism(9, *flags)
+
+
+class TestWhileItRuns:
+    def pipeline(self, master: Master) -> beam.Pipeline:
+        flags = ["--runner=FlinkRunner", f"--flink_master={master.address}", "--job_name=mine"]
+        return beam.Pipeline(options=PipelineOptions(flags))
+
+    def test_why_tasks_are_begun_again_is_said_once_each(self, master, monkeypatch, capsys):
+        monkeypatch.setattr(flink, "_ASK_EACH_S", 0.01)
+        master.jobs = [
+            {"jid": "0", "name": "another", "state": "RUNNING"},
+            {"jid": "1", "name": "mine", "state": "RESTARTING"},
+        ]
+        trace = r"java.E: Error: Traceback\ntransforms.errors.InputError: gone [while running \'Read\']"
+        master.failures = [
+            {
+                "timestamp": 2,
+                "stacktrace": "java.E: x\nCaused by: java.F: y\n\tat z\nCaused by: java.G: no room",
+            },
+            {"timestamp": 1, "stacktrace": trace},
+        ]
+        with failures_told(self.pipeline(master), running._reason):
+            deadline = time.monotonic() + 10
+            said = ""
+            while said.count("\n") < 2 and time.monotonic() < deadline:
+                said += capsys.readouterr().err
+                time.sleep(0.05)
+            time.sleep(0.1)
+            said += capsys.readouterr().err
+        assert said.splitlines() == [
+            "diptych: a task failed and is begun again: java.G: no room",
+            "diptych: a task failed and is begun again: gone",
+        ]
+
+    @pytest.mark.parametrize(
+        "jobs", [[], [{"no": "name"}], [{"jid": "1", "name": "mine", "state": "FAILED"}]]
+    )
+    def test_nothing_is_said_where_there_is_nothing_to_say(self, master, jobs, monkeypatch, capsys):
+        monkeypatch.setattr(flink, "_ASK_EACH_S", 0.01)
+        master.jobs, master.failures = jobs, [{"timestamp": 1, "stacktrace": "x"}]
+        with failures_told(self.pipeline(master), running._reason):
+            time.sleep(0.2)
+        assert capsys.readouterr().err == ""
+
+    def test_a_job_that_is_stopped_here_is_ended_there(self, master):
+        master.jobs = [{"jid": "0", "name": "another"}, {"jid": "1", "name": "mine"}]
+        cancel_on_flink(self.pipeline(master))
+        assert master.told == ["/jobs/1?mode=cancel"]
