@@ -138,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with socket.create_server(("", options.service_port)):  # gRPC would share it with another pool
             pass
+        # workers share the cores; PyTorch's threads would wait for each other at full speed
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         _FORKS.set_forkserver_preload(_IMPORTED)
         forkserver.ensure_running()  # it is ready before the first job comes
         address, server = WorkerPool.start(use_process=True, port=options.service_port)
