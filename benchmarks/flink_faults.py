@@ -25,7 +25,7 @@ from pathlib import Path
 
 from faults import count, digests
 from local_cluster import Cluster, Shape, below, flink_cluster, pids_of
-from runners import job_flags
+from runners import job_command, job_flags
 
 from pipelines.job import DATASETS
 from pipelines.scene_folders import write_data_set
@@ -106,16 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-flink-faults-") as name:
         scratch = Path(name)
         data = args.input or write_data_set(str(scratch / "data"), args.rows, seed=0).webdataset
-        job = [
-            sys.executable,
-            "-m",
-            "pipelines.cli",
-            args.job,
-            "--quiet",
-            f"--input={data}",
-            "--chunk_rows=25",
-        ]
-        job += job_flags([args.job], scratch)[args.job]
+        job = [*job_command(args.job, data), "--chunk_rows=25", *job_flags([args.job], scratch)[args.job]]
         subprocess.run([*job, f"--output={scratch / 'local'}"], check=True)
         expected = files_of(scratch / "local")
         with flink_cluster(scratch / "cluster", Shape()) as cluster:

@@ -68,6 +68,12 @@ def run(command: Sequence[str], output: Path, beside: Sequence[int]) -> Run:
     return found
 
 
+def job_command(job: str, source: Path | str) -> list[str]:
+    """Returns a command, but for its output and the flags of its model."""
+    flag = "--prompts" if job == "generate" else "--input"
+    return [sys.executable, "-m", "pipelines.cli", job, "--quiet", f"{flag}={source}"]
+
+
 def job_flags(names: Sequence[str], scratch: Path) -> dict[str, list[str]]:
     """Returns the flags of each job, beside its input and output."""
     makers = {
@@ -143,14 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     for size, shards in inputs.items():
                         for runner in args.runners.split(","):
                             output = scratch / "out"
-                            command = [
-                                sys.executable,
-                                "-m",
-                                "pipelines.cli",
-                                job,
-                                "--quiet",
-                                f"--input={shards}",
-                            ]
+                            command = job_command(job, shards)
                             command += [
                                 f"--output={output}",
                                 f"--chunk_rows={args.chunk_rows}",
