@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/demoed
 	$(BIN)/diptych demo --output demo
 
-test: .venv/tested .venv/airflow/installed
+test: .venv/tested
 	$(BIN)/python -m pytest
 
 check: .venv/tested .venv/airflow/installed
@@ -44,7 +44,7 @@ install: .venv/installed
 # In an environment of its own: its packages and Apache Beam's do not go together
 .venv/airflow/installed: .venv/installed
 	$(PYTHON) -m venv .venv/airflow
-	.venv/airflow/bin/python -m pip install --quiet apache-airflow-core==3.3.2 apache-airflow-providers-standard==1.21.0
+	.venv/airflow/bin/python -m pip install --quiet --requirement tests/airflow_requirements.txt
 	touch $@
 
 clean:

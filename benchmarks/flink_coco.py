@@ -9,6 +9,7 @@ of each process (proportional set size) as the run goes on: it must not grow wit
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -60,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             start, samples = time.perf_counter(), []
             with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
                 while process.poll() is None:
-                    time.sleep(args.sample_s)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(args.sample_s)
                     if process.poll() is None:
                         samples.append(
                             (time.perf_counter() - start, count(output), sample(process.pid, cluster))

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from faults import count, digests
-from local_cluster import Cluster, Shape, below, flink_cluster, pids_of
+from local_cluster import Cluster, Shape, flink_cluster, pids_of, trees
 from runners import job_command, job_flags
 
 from pipelines.job import DATASETS
@@ -42,7 +42,8 @@ def victim_pid(cluster: Cluster, victim: str, draw: random.Random) -> int | None
     """Returns the process to kill; None where there is none of the kind at the moment."""
     pids = pids_of(cluster)
     if victim == "worker":
-        found = below(pids["worker-pool"])[1:]
+        children = trees()  # workers are forked by a child of the pool
+        found = [pid for one in children.get(pids["worker-pool"], []) for pid in children.get(one, [])]
         return draw.choice(found) if found else None
     return pids[
         victim if victim == "job-manager" else f"task-manager-{draw.randint(1, cluster.shape.task_managers)}"
@@ -72,11 +73,12 @@ def run_and_kill(
         while process.poll() is None and not (out.is_dir() and count_files(out) >= num_files):
             time.sleep(0.02)
         time.sleep(draw.uniform(0.0, 0.5))
-        while process.poll() is None and not killed:
+        while process.poll() is None:
             if pid := victim_pid(cluster, victim, draw):
+                killed = not (out / "_SUCCESS.json").exists()
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                    killed = not (out / "_SUCCESS.json").exists()
+                break
         try:
             process.communicate(timeout=_TIMEOUT_S)
         except subprocess.TimeoutExpired:

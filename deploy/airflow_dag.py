@@ -51,8 +51,10 @@ with DAG(
     ):
         made = BashOperator(
             task_id=job,
-            bash_command=f"diptych {job} {source} --output '{{{{ params.outputs }}}}/{job}/{{{{ ds }}}}' "
+            # the last line of all that is printed is what the check gets
+            bash_command=f"set -o pipefail; diptych {job} {source} "
+            f"--output '{{{{ params.outputs }}}}/{job}/{{{{ ds }}}}' "
             f"--model '{{{{ params.{model} }}}}' --skip_done_in '{{{{ params.outputs }}}}/{job}/*' "
-            f"--summary json --quiet {{{{ params.flags }}}}{extra}",
+            f"--summary json --quiet {{{{ params.flags }}}}{extra} | tail -n 1",
         )
         check.override(task_id=f"check_{job}")(made.output, "{{ params.max_rejected }}")

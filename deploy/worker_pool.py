@@ -9,13 +9,14 @@ with whatever `python` is on PATH), and in no time, as forks of a process that h
 are made of (Flink wants new ones for every stage); what they print does not stall them; of one that
 cannot start Flink is told within a minute, with what it said, where the job would wait for ever; and
 a worker ends with its task manager: those that share a pool give their workers the same names, so
-that by name one would stop another's.
+that by name one would stop another's. Start the pool anew when Diptych was upgraded: it has imported what was there.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -24,8 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from apache_beam.portability.api import beam_fn_api_pb2
@@ -46,7 +46,10 @@ class WorkerPool(BeamFnExternalWorkerPoolServicer):
     ) -> beam_fn_api_pb2.StartWorkerResponse:
         """Starts a worker; returns when it is ready, or with an error."""
         worker = start_worker_request.worker_id
-        _, failure = _start(start_worker_request.control_endpoint.url, worker)
+        try:
+            _, failure = _start(start_worker_request.control_endpoint.url, worker)
+        except (OSError, EOFError) as error:
+            failure = f"could not be forked ({type(error).__name__}: {error})"
         if failure:
             return beam_fn_api_pb2.StartWorkerResponse(
                 error=f"the Python worker {worker} {failure}. Check that {sys.executable} has Diptych and all that it "
@@ -74,12 +77,19 @@ def _work(control: str, worker: str, ready: Connection, output: Connection) -> N
     ready.close()
     running = threading.Thread(target=harness.run, daemon=True)
     running.start()
+    pool = multiprocessing.parent_process()
     while running.is_alive() and not harness._alive:
         time.sleep(0.01)
-    while harness._alive:
-        time.sleep(0.2)
-    running.join(_TIDY_S)
+    # without the pool nobody reads what is printed, and Beam does not answer for work whose error it cannot print
+    while running.is_alive() and harness._alive and not (pool and wait([pool.sentinel], 0.2)):
+        pass
+    if not harness._alive:
+        running.join(_TIDY_S)
     os._exit(0)
+
+
+def _nothing() -> None:
+    """Is a process that has nothing to do."""
 
 
 def _start(control: str, worker: str) -> tuple[BaseProcess, str | None]:
@@ -118,7 +128,8 @@ def _pass_on(printed: Connection, said: collections.deque[str]) -> None:
         for line in lines:
             if line.strip():
                 said.append(line.strip()[:500])
-            sys.stderr.write(line)
+            with contextlib.suppress(OSError):  # a full disk: read on, or the worker is stalled
+                sys.stderr.write(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,15 +147,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--service_port", type=int, default=50000, metavar="PORT")
     options = parser.parse_args(argv)
     try:
-        with socket.create_server(("", options.service_port)):  # gRPC would share it with another pool
-            pass
+        try:
+            socket.create_server(("", options.service_port)).close()  # gRPC would share it with another pool
+        except OSError as error:
+            raise OSError(f"port {options.service_port} cannot be opened: {error}") from error
         # workers share the cores; PyTorch's threads would wait for each other at full speed
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         _FORKS.set_forkserver_preload(_IMPORTED)
-        forkserver.ensure_running()  # it is ready before the first job comes
+        first = _FORKS.Process(target=_nothing, daemon=True)
+        first.start()  # all is imported before the first job comes
+        first.join()
+        if first.exitcode:
+            raise RuntimeError(f"a first process ended with exit code {first.exitcode}")
         address, server = WorkerPool.start(use_process=True, port=options.service_port)
-    except (OSError, RuntimeError) as error:
-        print(f"{parser.prog}: port {options.service_port} cannot be opened: {error}", file=sys.stderr)
+    except (EOFError, OSError, RuntimeError) as error:
+        print(f"{parser.prog}: the pool cannot start: {error or type(error).__name__}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its workers end with it
     print(f"workers are started at {address}", flush=True)

@@ -39,6 +39,5 @@ def _settings(protocol: str) -> dict[str, Any]:
         settings = {"requests_timeout": times}
     elif protocol in _S3:
         boto = {"connect_timeout": CONNECT_S, "read_timeout": SILENCE_S, "max_pool_connections": _CONNECTIONS}
-        # the parts of one file in turn: else every image is asked for its size before it is read
-        settings = {"config_kwargs": boto, "max_concurrency": 1}
+        settings = {"config_kwargs": boto}
     return {name: value for name, value in settings.items() if name not in configured}

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     with _stoppable() as signals:
         try:
-            code = _main(argv)
+            code = _main(argv, signals)
             sys.stdout.flush()
             return code
         except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
@@ -112,7 +112,7 @@ _OTHERS = {
 }
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], signals: list[int]) -> int:
     parser = _Parser(prog="diptych", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"diptych {metadata.version('diptych')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -126,7 +126,7 @@ def _main(argv: list[str]) -> int:
         from pipelines.beam_flags import check_beam_args
 
         check_beam_args(rest, [flag for action in command._actions for flag in action.option_strings])
-        return _run_job(args, rest)
+        return _run_job(args, rest, signals)
     if rest:
         command.error(f"unrecognized arguments: {' '.join(rest)}")
     run: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -166,7 +166,7 @@ def _add_flags(name: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("output", metavar="OUT")
 
 
-def _run_job(args: argparse.Namespace, beam_args: list[str]) -> int:
+def _run_job(args: argparse.Namespace, beam_args: list[str], signals: list[int]) -> int:
     from pipelines.summary import failure_json, summary, summary_json
 
     sys.stderr = cast(TextIO, _OwnWords(sys.stderr))
@@ -175,7 +175,7 @@ def _run_job(args: argparse.Namespace, beam_args: list[str]) -> int:
         result = _job_result(args, beam_args)
     except BaseException as error:
         if for_machines:
-            print(failure_json(args.output, time.monotonic() - _START, error), flush=True)
+            print(failure_json(args.output, time.monotonic() - _START, error, bool(signals)), flush=True)
         raise
     if for_machines:
         print(summary_json(result, time.monotonic() - _START))

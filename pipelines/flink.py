@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -163,21 +164,19 @@ def failures_told(pipeline: beam.Pipeline, reason: Callable[[str], str]) -> Iter
 def _tell_failures(master: str, name: str, reason: Callable[[str], str], stopped: threading.Event) -> None:
     told: set[int] = set()
     while not stopped.wait(_ASK_EACH_S):
-        for found in _failures(master, name):
-            if found["timestamp"] not in told:
-                told.add(found["timestamp"])
-                print(
-                    f"diptych: a task failed and is begun again: {reason(found['stacktrace'])}",
-                    file=sys.stderr,
-                )
+        for when, trace in _failures(master, name):
+            if when not in told:
+                told.add(when)
+                print(f"diptych: a task failed and is begun again: {reason(trace)}", file=sys.stderr)
 
 
-def _failures(master: str, name: str) -> list[dict[str, Any]]:
-    """Returns what made Flink begin tasks of a job again, the latest first; nothing where it does not say."""
+def _failures(master: str, name: str) -> list[tuple[int, str]]:
+    """Returns when and why Flink began tasks of a job again, the latest first; nothing where it does not say."""
     with contextlib.suppress(OptionError, KeyError, TypeError):
         for job in _ask(master, "jobs/overview")["jobs"]:
             if job["name"] == name and job["state"] in ("RUNNING", "RESTARTING"):
-                return list(_ask(master, f"jobs/{job['jid']}/exceptions")["exceptionHistory"]["entries"])
+                found = _ask(master, f"jobs/{job['jid']}/exceptions")["exceptionHistory"]["entries"]
+                return [(one["timestamp"], str(one["stacktrace"])) for one in found]
     return []
 
 
@@ -213,7 +212,7 @@ def _ask(master: str, what: str, method: str = "GET") -> Any:
     try:
         with direct.open(request, timeout=_ANSWER_S) as answer:
             return json.load(answer)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise _no_cluster(master, error) from error
 
 

@@ -56,9 +56,9 @@ def summary_json(result: Result, seconds: float) -> str:
     return _line(outcome, result.output, seconds, datasets=datasets)
 
 
-def failure_json(output: str, seconds: float, error: BaseException) -> str:
+def failure_json(output: str, seconds: float, error: BaseException, stopped: bool) -> str:
     """Returns the line of a run that ended early: `outcome` is `stopped` by a signal, or `failed`; `error` says why."""
-    if isinstance(error, KeyboardInterrupt):
+    if stopped:
         return _line(
             "stopped", output, seconds, error="stopped by a signal; the same command goes on from here"
         )

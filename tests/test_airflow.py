@@ -51,7 +51,10 @@ def test_its_commands_run_and_its_checks_raise_an_alert(tmp_path, monkeypatch, c
             lines = {}
             for job, command in commands.items():
                 capsys.readouterr()
-                program, *argv = shlex.split(command)
+                assert command.startswith("set -o pipefail; ")
+                program, *argv = shlex.split(
+                    command.removeprefix("set -o pipefail; ").removesuffix(" | tail -n 1")
+                )
                 assert (program, main(argv)) == ("diptych", 0)
                 lines[job] = capsys.readouterr().out.splitlines()[-1]
             asked = [f"caption 0.0 {lines['caption']}", f"generate 0.05 {lines['generate']}"]

@@ -35,6 +35,8 @@ _DIGEST = f"S{_DIGEST_BYTES}"
 _PARTS = 256
 _PART_BYTES = 1 << 16
 _FILES_AT_ONCE = 16
+# Of a file on a store so much is fetched at a time: its keys are a small part of it
+_BLOCK_BYTES = 1 << 16
 
 _Digests = np.ndarray[Any, Any]
 
@@ -99,7 +101,7 @@ def _digests_of(url: str) -> list[bytes]:
 
 def _keys_of(url: str) -> list[str]:
     try:
-        with open_parquet(url) as file:
+        with open_parquet(url, _BLOCK_BYTES) as file:
             return list(file.read(columns=["key"]).column("key").to_pylist())
     except (ShardDamage, pa.ArrowException, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -161,8 +163,8 @@ def without_done_shards(shards: Iterable[Shard], done: DoneKeys) -> tuple[list[S
     kept, num_done = [], 0
 
     def num_rows_if_done(shard: Shard) -> int | None:
-        if not isinstance(shard, ParquetShard | TextShard):
-            return None
+        if not isinstance(shard, ParquetShard | TextShard) or getattr(shard, "key_column", None):
+            return None  # its rows may have other keys than its column `key` says
         keys = _keys_of(shard.url)
         return len(keys) if done.are_done(keys).all() else None
 

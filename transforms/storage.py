@@ -1,5 +1,6 @@
 """Files anywhere: thin words over fsspec, with errors that say what to do."""
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -16,8 +17,8 @@ from transforms.errors import InputError, OutputError
 
 # Stores where one upload appears whole or not at all. A rename there is a copy and a delete: worse, not better.
 _ATOMIC_UPLOAD = frozenset({"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "memory"})
-# Of one upload, with what its client tries again by itself: 64 MiB at 2 Mbit/s
-UPLOAD_S = 300.0
+# Of one upload, with what its client tries again by itself; more where 256 kbit/s need longer
+UPLOAD_S, _UPLOAD_BYTES_A_S = 300.0, 32 << 10
 _UPLOADS = 3
 # Packages whose errors are a store's answer (no rights, no credentials, no connection), though not OSErrors
 _STORE_CLIENTS = frozenset(
@@ -91,7 +92,9 @@ def output_errors(url: str) -> Iterator[None]:
 
 def _is_answer(error: Exception) -> bool:
     """Tells what a file system or a store's client raises from what a decoder raises for damaged data."""
-    if isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno is not None):
+    if isinstance(error, TimeoutError | asyncio.TimeoutError) or (
+        isinstance(error, OSError) and error.errno is not None
+    ):
         return True
     is_refusal = type(error) is OSError and str(error).startswith("Forbidden: ")  # gcsfs gives it no class
     return is_refusal or type(error).__module__.partition(".")[0] in _STORE_CLIENTS
@@ -152,13 +155,16 @@ def _upload(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
     if not fs.async_impl:
         fs.pipe_file(path, data)
         return
+    limit_s = max(UPLOAD_S, len(data) / _UPLOAD_BYTES_A_S)
     for left in reversed(range(_UPLOADS)):
         try:
-            sync(fs.loop, fs._pipe_file, path, data, timeout=UPLOAD_S)
+            sync(fs.loop, fs._pipe_file, path, data, timeout=limit_s)
             return
         except FSTimeoutError as error:
+            if type(error.__cause__) not in (asyncio.TimeoutError, type(None)):
+                raise  # the client's own, which has tried again
             if not left:
-                what = f"it took longer than {UPLOAD_S:.0f} s for {len(data):,} bytes, {_UPLOADS} times"
+                what = f"it took longer than {limit_s:.0f} s for {len(data):,} bytes, {_UPLOADS} times"
                 raise TimeoutError(errno.ETIMEDOUT, what) from error
 
 

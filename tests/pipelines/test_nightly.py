@@ -22,6 +22,7 @@ from pipelines.prepare import prepare
 from pipelines.scene_folders import write_data_set
 from pipelines.verify import verify
 from transforms.errors import InputError, OutputError
+from transforms.sources import SourceOptions
 from transforms.sources.parquet import ParquetShard
 from transforms.sources.texts import TextShard
 
@@ -128,6 +129,14 @@ def test_of_prepared_images_those_that_are_done_are_not_read(job, data, shards, 
     assert run(job, "", tmp_path / "nights" / "3", earlier, inputs=both) is State.DONE
     assert read_success(str(tmp_path / "nights" / "3"))[dataset].counters == {"done_before": 40}
     assert [verify(str(tmp_path / "nights" / night)).problems for night in "123"] == [[], [], []]
+
+
+def test_other_keys_than_those_of_the_preparation_are_looked_at_row_by_row(data, tmp_path):
+    prepared, earlier = tmp_path / "prepared", str(tmp_path / "nights" / "*")
+    prepare(PrepareOptions((str(data),), str(prepared), chunk_rows=7, quiet=True))
+    run("caption", prepared, tmp_path / "nights" / "1", earlier)
+    run("caption", prepared, tmp_path / "nights" / "2", earlier, source=SourceOptions(key_column="sha256"))
+    assert len(keys_in(tmp_path / "nights" / "2", "captions")) == 20
 
 
 def test_a_night_that_died_goes_on_with_what_it_left_out_at_first(data, shards, tmp_path, monkeypatch):

@@ -71,7 +71,10 @@ class _Hedge:
                 self._num_again += 1
                 tasks.append(asyncio.ensure_future(get()))
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            return await next(iter(done), tasks[0])
+                if all(task.exception() for task in done):
+                    done, _ = await asyncio.wait(tasks)
+            good = (task for task in done if not task.exception())
+            return await next(good, tasks[0])
         finally:
             for task in tasks:
                 task.cancel()

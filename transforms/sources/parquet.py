@@ -210,8 +210,12 @@ def damaged_output(url: str, message: str) -> InputError:
 
 
 @contextlib.contextmanager
-def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(url: str, block_bytes: int = _REMOTE_BLOCK_BYTES) -> Iterator[pq.ParquetFile]:
     """Opens a file for reading in bounded memory.
+
+    Args:
+        url: Where it is.
+        block_bytes: How much of it is fetched at a time, on a store.
 
     Raises:
         InputError: The file is gone or may not be read; also when that shows only while it is being read.
@@ -224,7 +228,7 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
         else:
             # Columns are read side by side, so one readahead window would be fetched anew at each turn.
             cache = {"cache_type": "blockcache", "cache_options": {"maxblocks": 8}}
-            raw = stack.enter_context(fs.open(path, "rb", block_size=_REMOTE_BLOCK_BYTES, **cache))
+            raw = stack.enter_context(fs.open(path, "rb", block_size=block_bytes, **cache))
             file = stack.enter_context(pa.PythonFile(raw, mode="r"))
         yield _read_footer(file)
 
