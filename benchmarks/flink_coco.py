@@ -10,7 +10,6 @@ of each process (proportional set size) as the run goes on: it must not grow wit
 
 import argparse
 import contextlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from faults import count
 from local_cluster import Cluster, Shape, below, flink_cluster, memory_mb, pids_of, trees
 from plan import make_coco
 
@@ -65,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                         process.wait(args.sample_s)
                     if process.poll() is None:
                         samples.append(
-                            (time.perf_counter() - start, count(output), sample(process.pid, cluster))
+                            (
+                                time.perf_counter() - start,
+                                count(output / "images"),
+                                sample(process.pid, cluster),
+                            )
                         )
             seconds = time.perf_counter() - start
         if process.returncode:
@@ -73,11 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.num_images} images in {seconds:.0f} s: {args.num_images / seconds:.0f} a second")
         report(samples)
         return subprocess.run([*_DIPTYCH, "verify", str(output)], check=False).returncode
-
-
-def count(output: Path) -> int:
-    """Returns how many data files are committed."""
-    return len(os.listdir(output / "images")) if (output / "images").is_dir() else 0
 
 
 def report(samples: Sequence[tuple[float, int, dict[str, float]]]) -> None:

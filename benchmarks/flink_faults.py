@@ -20,22 +20,18 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from faults import count, digests
+from faults import count
 from local_cluster import Cluster, Shape, flink_cluster, pids_of, trees
-from runners import job_command, job_flags
+from runners import files_of, job_command, job_flags
 
 from pipelines.job import DATASETS
 from pipelines.scene_folders import write_data_set
 
 VICTIMS = ("task-manager", "worker")
 _TIMEOUT_S = 600
-
-
-def files_of(output: Path) -> Mapping[str, str]:
-    return {name: digest for name, digest in digests(output).items() if digest}
 
 
 def victim_pid(cluster: Cluster, victim: str, draw: random.Random) -> int | None:

@@ -42,6 +42,11 @@ class Run(NamedTuple):
     files: Mapping[str, str]
 
 
+def files_of(output: Path) -> Mapping[str, str]:
+    """Returns the digests of an output's files by name, without folders that are empty."""
+    return {name: digest for name, digest in digests(output).items() if digest}
+
+
 def run(command: Sequence[str], output: Path, beside: Sequence[int]) -> Run:
     """Runs a command to its end, and deletes its output.
 
@@ -63,7 +68,7 @@ def run(command: Sequence[str], output: Path, beside: Sequence[int]) -> Run:
     wall_s = time.perf_counter() - start
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed with status {process.returncode}")
-    found = Run(wall_s, peak_mb, {name: digest for name, digest in digests(output).items() if digest})
+    found = Run(wall_s, peak_mb, files_of(output))
     shutil.rmtree(output)
     return found
 
