@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--job", default="prepare", help="or embed, caption, generate, run (default prepare)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     args = parser.parse_args(argv)
-    draw, passed = random.Random(args.seed), []
+    draw, passed, num_killed = random.Random(args.seed), [], 0
     with tempfile.TemporaryDirectory(prefix="bench-flink-faults-") as name:
         scratch = Path(name)
         data = args.input or write_data_set(str(scratch / "data"), args.rows, seed=0).webdataset
@@ -130,11 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
                 is_equal = not code and files_of(out) == expected
                 passed.append(is_equal)
+                num_killed += killed
                 verdict = "equal" if is_equal else f"exit code {code}" if code else "DIFFERENT"
                 when = f"killed after {at:3} files" if killed else "was done before"
                 print(f"{victim:13} {when}: {seconds:6.1f} s, {how}: {verdict}", flush=True)
                 shutil.rmtree(out, ignore_errors=True)
-    print(f"{sum(passed)} of {len(passed)} PASS")
+    print(f"{sum(passed)} of {len(passed)} PASS, {num_killed} of them killed while they ran")
     return 0 if all(passed) else 1
 
 
