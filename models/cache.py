@@ -61,7 +61,7 @@ def fetch(url: str) -> Path:
     try:
         fs, path = open_store(url)
         fs.invalidate_cache()
-        is_folder = fs.isdir(path)
+        is_folder = fs.info(path)["type"] == "directory"
         files = _list_folder(fs, path) if is_folder else _list_file(fs, path)
     except ModelError:
         raise

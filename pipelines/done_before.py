@@ -9,7 +9,7 @@ from pipelines.job import MODEL_STAGES, data_files, is_same_place, read_success
 from pipelines.options import ModelJobOptions
 from transforms.done_keys import write_done_keys
 from transforms.errors import InputError
-from transforms.storage import input_errors, join, locate
+from transforms.storage import exists, input_errors, is_folder, join, locate
 
 
 def check_earlier(options: ModelJobOptions, dataset: str) -> None:
@@ -21,7 +21,7 @@ def check_earlier(options: ModelJobOptions, dataset: str) -> None:
     if not options.skip_done_in or dataset in (read_success(options.output) or {}):
         return
     fs, path = locate(_keys(options, dataset))
-    if not fs.exists(path):
+    if not exists(fs, path):
         for _ in _earlier_files(options, dataset):
             pass
 
@@ -37,7 +37,7 @@ def find_done(options: ModelJobOptions, dataset: str) -> str | None:
         return None
     url = _keys(options, dataset)
     fs, path = locate(url)
-    if not fs.exists(path):  # else of the run that this one goes on with
+    if not exists(fs, path):  # else of the run that this one goes on with
         write_done_keys(_earlier_files(options, dataset), url)
     return url
 
@@ -75,7 +75,7 @@ def _earlier_outputs(options: ModelJobOptions) -> list[str]:
             fs, path = locate(url)
             if has_magic(path):
                 fs.invalidate_cache()
-                named = [str(fs.unstrip_protocol(name)) for name in fs.glob(path) if fs.isdir(name)]
+                named = [str(fs.unstrip_protocol(name)) for name in fs.glob(path) if is_folder(fs, name)]
                 found.update(dict.fromkeys(named))
                 if not named:
                     print(f"diptych: --skip_done_in {url} names no earlier output yet.", file=sys.stderr)

@@ -20,7 +20,16 @@ from transforms.finish import read_json as read_json
 from transforms.finish import read_success as read_success
 from transforms.sink import has_commit
 from transforms.sources.base import InputFile
-from transforms.storage import delete, input_errors, is_absence, join, locate, output_errors, write_whole
+from transforms.storage import (
+    delete,
+    input_errors,
+    is_absence,
+    is_file,
+    join,
+    locate,
+    output_errors,
+    write_whole,
+)
 
 JOB = "_job.json"
 DATASETS = ("images", "embeddings", "captions", "generated")
@@ -117,7 +126,7 @@ def open_output(
     """
     with output_errors(root):
         fs, path = locate(root)
-        if fs.isfile(path):
+        if is_file(fs, path):
             raise OutputError(f"{root} is a file. --output must be a folder; it is made where there is none.")
     jobs = read_jobs(root)
     if jobs and (others := sorted(set(jobs) - set(DATASETS))):

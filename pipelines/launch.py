@@ -2,6 +2,7 @@
 
 import dataclasses
 import posixpath
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -52,12 +53,14 @@ class Job:
         fingerprint: Everything that decides its output.
         rows_per_chunk: Most rows a chunk.
         derived: Whether it reads the images of its own output folder.
+        passed_over: Files of the input that are no part of it, by the name of a counter.
     """
 
     datasets: Mapping[str, Written]
     fingerprint: Mapping[str, Any]
     rows_per_chunk: int
     derived: bool = False
+    passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def launch(
@@ -85,6 +88,9 @@ def launch(
     if options.overwrite:
         with tempfile.TemporaryDirectory() as scratch:  # what cannot be planned must not cost the old output
             source.shards(scratch, rows_per_shard)
+    if not options.quiet:
+        for note in source.notes:
+            print(f"diptych: {note}", file=sys.stderr)
     state = _open_output(job, options)
     if state is State.DONE:
         return Result.of(options.output, state, job.datasets)
@@ -139,7 +145,7 @@ def finish_job(
         counters: What was counted before the run.
     """
     first = next(iter(job.datasets))
-    counted = add_counts(plan_counters(shards), counters or {})
+    counted = add_counts(add_counts(plan_counters(shards), job.passed_over), counters or {})
     expected = {
         dataset: Expected(len(shards), counted if dataset == first else {}, written.limit)
         for dataset, written in job.datasets.items()

@@ -86,7 +86,7 @@ def open_input(options: ModelJobOptions, with_images: bool) -> Input:
     is_prepared = all(outputs)
     asked = options.source.image_column, options.source.caption_column, options.source.key_column
     if isinstance(source, ParquetSource) and is_prepared and not with_images and not any(asked):
-        source = TextSource(source.urls, source.root)
+        source = TextSource(source.urls, source.root, passed_over=source.passed_over, notes=source.notes)
     elif isinstance(source, ParquetSource):
         source = dataclasses.replace(source, with_images=with_images, strict=is_prepared)
     return Input(source, is_prepared, derived)
@@ -222,7 +222,9 @@ def run_model_job(
         **({"skip_done_in": list(options.skip_done_in)} if options.skip_done_in else {}),
     }
     print_of_run = fingerprint(branch.job, found.source.inputs(), asked, branch.libraries)
-    job = Job({branch.dataset: branch.written}, print_of_run, chunk_rows, found.derived)
+    job = Job(
+        {branch.dataset: branch.written}, print_of_run, chunk_rows, found.derived, found.source.passed_over
+    )
 
     left_out: dict[str, int] = {}
 

@@ -39,6 +39,7 @@ def prepare(options: PrepareOptions) -> Result:
         {"images": Written(images_schema_of(options))},
         fingerprint("prepare", source.inputs(), asked),
         options.rows_per_chunk,
+        passed_over=source.passed_over,
     )
 
     def graph(pipeline: beam.Pipeline, shards: list[Shard], sinks: Mapping[str, Sink]) -> None:

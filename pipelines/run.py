@@ -41,7 +41,8 @@ def run(options: RunOptions) -> Result:
     libraries = tuple(dict.fromkeys(name for branch in branches for name in branch.libraries))
     datasets = {"images": Written(images_schema_of(options))}
     datasets |= {branch.dataset: branch.written for branch in branches}
-    job = Job(datasets, fingerprint("run", source.inputs(), asked, libraries), chunk_rows)
+    run_fingerprint = fingerprint("run", source.inputs(), asked, libraries)
+    job = Job(datasets, run_fingerprint, chunk_rows, passed_over=source.passed_over)
 
     def graph(pipeline: beam.Pipeline, shards: list[Shard], sinks: Mapping[str, Sink]) -> None:
         run_graph(pipeline, shards, job, options, sinks, branches)

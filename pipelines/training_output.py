@@ -20,7 +20,7 @@ from models.cache import cache_folder
 from pipelines.job import JOB, State, read_json
 from transforms.errors import OptionError, OutputError
 from transforms.finish import SUCCESS
-from transforms.storage import delete, join, locate, output_errors, write_whole
+from transforms.storage import delete, exists, is_file, is_folder, join, locate, output_errors, write_whole
 
 _WORKING = "_training"
 # The one entry of `_job.json`, where an output has one for each of its data sets
@@ -96,12 +96,12 @@ class ModelFolder:
         """Returns the fingerprint of the training that the folder belongs to, or None of a new or empty folder."""
         with output_errors(self.url):
             fs, path = locate(self.url)
-            if fs.isfile(path):
+            if is_file(fs, path):
                 raise OutputError(
                     f"{self.url} is a file. --output must be a folder; it is made where there is none."
                 )
             fs.invalidate_cache(path)
-            entries = fs.ls(path, detail=False) if fs.isdir(path) else []
+            entries = fs.ls(path, detail=False) if is_folder(fs, path) else []
         job = read_json(self.url, JOB)
         if job is None:
             names = sorted(os.path.basename(entry.rstrip("/")) for entry in entries)
@@ -132,7 +132,7 @@ class ModelFolder:
         files = self._files()
         with output_errors(self.url):
             return bool(files) and all(
-                fs.exists(join(path, name)) and fs.size(join(path, name)) == size
+                exists(fs, join(path, name)) and fs.size(join(path, name)) == size
                 for name, size in files.items()
             )
 

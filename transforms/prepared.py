@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from transforms.errors import InputError
 from transforms.finish import SUCCESS
-from transforms.storage import input_errors, is_absence, join, locate
+from transforms.storage import input_errors, is_absence, is_file, join, locate
 
 _JOB = "_job.json"
 _DATASET = "images"
@@ -149,7 +149,7 @@ def _root(url: str) -> str | None:
         fs, path = locate(join(root, _JOB))
         with input_errors(root):
             fs.invalidate_cache(posixpath.dirname(path))
-            if fs.isfile(path):
+            if is_file(fs, path):
                 return root
     return None
 

@@ -12,7 +12,7 @@ from apache_beam.pvalue import DoOutputsTuple, PCollection, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
 from transforms.binary import BinaryBuilder
-from transforms.chunk import Chunk, ChunkKey, Reject, concat, reject_batch
+from transforms.chunk import Chunk, ChunkKey, Reject, add_counts, concat, reject_batch
 from transforms.progress import progress
 from transforms.schemas import RAW_TEXT, raw_schema
 from transforms.sink import Commit, Sink, committed
@@ -86,6 +86,7 @@ class _ChunkBuilder:
         self._rows: list[Row] = []
         self._rejects: list[Reject] = []
         self._num_other_bytes = 0
+        self._counters: dict[str, int] = {}
 
     @property
     def num_records(self) -> int:
@@ -96,19 +97,22 @@ class _ChunkBuilder:
         return self.images.num_bytes + self._num_other_bytes
 
     def append(self, record: Record) -> None:
+        if record.counters:
+            self._counters = add_counts(self._counters, record.counters)
         if isinstance(record, Row):
             if self._has_images:
                 self.images.append(record.image)
             self._num_other_bytes += sum(map(len, record.captions))
             self._rows.append(record._replace(image=b""))  # it is in the column now
         else:
-            self._rejects.append(Reject(*record))
+            self._rejects.append(Reject(*record[:5]))
             self._num_other_bytes += len(record.data or b"")
 
     def finish(self, last: bool) -> Chunk:
         columns = [self._column(field) for field in self._schema]
         rows = pa.RecordBatch.from_arrays(columns, schema=self._schema)
-        return Chunk(self.key, rows, reject_batch(self.key.shard, "read", self._rejects), last)
+        rejects = reject_batch(self.key.shard, "read", self._rejects)
+        return Chunk(self.key, rows, rejects, last, self._counters)
 
     def _column(self, field: pa.Field) -> pa.Array:
         if field.name == "image":

@@ -76,6 +76,36 @@ def is_absence(error: InputError) -> bool:
     return isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
 
 
+def entry_type(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
+    """Returns `file`, `directory` or `other`; None only where the store says that nothing is there.
+
+    fsspec's own `exists`, `isfile` and `isdir` answer False to a time-out or a refusal as well, and a job that took
+    that for an answer would write over what is there.
+
+    Raises:
+        Exception: Whatever the file system raises when it cannot tell; `input_errors` words it.
+    """
+    try:
+        return str(fs.info(path)["type"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def exists(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Tells whether a file or folder is there; raises what `entry_type` raises."""
+    return entry_type(fs, path) is not None
+
+
+def is_file(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Tells whether a file is there; raises what `entry_type` raises."""
+    return entry_type(fs, path) == "file"
+
+
+def is_folder(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Tells whether a folder is there; raises what `entry_type` raises."""
+    return entry_type(fs, path) == "directory"
+
+
 @contextlib.contextmanager
 def output_errors(url: str) -> Iterator[None]:
     """Turns whatever a store says to a write into an `OutputError` that names the file."""

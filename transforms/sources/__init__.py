@@ -4,11 +4,13 @@ import dataclasses
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import fsspec
 
 from transforms.errors import InputError, OptionError
-from transforms.sources.base import Source
+from transforms.sources.annotations import AnnotationSource
+from transforms.sources.base import ColumnNames, Source
 from transforms.sources.coco import CocoSource
 from transforms.sources.files import FilesSource
 from transforms.sources.flickr30k import Flickr30kSource
@@ -17,7 +19,7 @@ from transforms.sources.parquet import ParquetSource
 from transforms.sources.prompts import PromptsSource
 from transforms.sources.tfrecord import TfrecordSource
 from transforms.sources.webdataset import WebdatasetSource
-from transforms.storage import input_errors, join, locate
+from transforms.storage import exists, input_errors, is_file, is_folder, join, locate
 
 FORMATS = ("coco", "flickr30k", "karpathy", "webdataset", "parquet", "tfrecord", "files", "prompts")
 
@@ -80,12 +82,11 @@ def output_of(url: str) -> str | None:
         if os.path.basename(images) == "images":
             folders.append(os.path.dirname(images))
     with input_errors(url):
-        found = next((folder for folder in folders if fs.isfile(join(folder, _JOB))), None)
+        found = next((folder for folder in folders if is_file(fs, join(folder, _JOB))), None)
     return found and fs.unstrip_protocol(found)
 
 
 def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions) -> Source:
-    columns = options.metadata_columns
     if options.split and format != "karpathy":
         raise OptionError(
             f"--split {options.split} goes with a Karpathy file; the input is of format {format}."
@@ -94,24 +95,36 @@ def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions)
         raise OptionError(
             f"--images {options.images} goes with an annotation file; the input is of format {format}."
         )
-    if format == "coco":
-        return CocoSource(urls, root, options.images, columns)
-    if format == "flickr30k":
-        return Flickr30kSource(urls, root, options.images, columns)
-    if format == "karpathy":
-        return KarpathySource(urls, root, options.images, columns, options.split)
-    if format == "webdataset":
-        return WebdatasetSource(urls, root, columns)
-    if format == "parquet":
-        names = options.image_column, options.caption_column, options.key_column
-        return ParquetSource(urls, root, columns, *names)
-    if format == "prompts":
-        return PromptsSource(urls, root, columns, options.caption_column, options.key_column)
-    if format == "tfrecord":
-        return TfrecordSource(urls, root, columns)
-    return FilesSource(urls, root)
+    kind = _SOURCES[format]
+    for flag in ("image_column", "caption_column", "key_column", "metadata_columns"):
+        value = getattr(options, flag)
+        if value and flag not in kind.column_flags:
+            value = value if isinstance(value, str) else ",".join(value)
+            raise OptionError(
+                f"--{flag} {value} does not go with the input, which is of format {format}: it has no such columns. "
+                "Leave the flag out, or say with --format what the input is."
+            )
+    columns = ColumnNames(options.image_column, options.caption_column, options.key_column)
+    values: dict[str, Any] = {"columns": columns}
+    if "metadata_columns" in kind.column_flags:
+        values["metadata_columns"] = options.metadata_columns
+    if issubclass(kind, AnnotationSource):
+        values["images"] = options.images
+    if issubclass(kind, KarpathySource):
+        values["split"] = options.split
+    return kind(urls, root, **values)
 
 
+_SOURCES: dict[str, Any] = {
+    "coco": CocoSource,
+    "flickr30k": Flickr30kSource,
+    "karpathy": KarpathySource,
+    "webdataset": WebdatasetSource,
+    "parquet": ParquetSource,
+    "tfrecord": TfrecordSource,
+    "files": FilesSource,
+    "prompts": PromptsSource,
+}
 _KINDS = {
     "webdataset": re.compile(r"\.(tar|tar\.gz|tgz)$", re.I),
     "tfrecord": re.compile(r"\.(tfrecords?|tfrec)(\.gz)?$|\.tfrecord-\d+-of-\d+$", re.I),
@@ -135,11 +148,11 @@ def _find(url: str, format: str) -> tuple[str, list[str], str]:
     """Returns the format, the files and the root of one input."""
     fs, path = locate(url)
     with input_errors(url):
-        if fsspec.core.has_magic(path) and not fs.exists(path):
+        if fsspec.core.has_magic(path) and not exists(fs, path):
             files = [name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"]
             prefix = re.split(r"[*?\[]", path, maxsplit=1)[0]
             root = os.path.dirname(prefix)
-        elif fs.isdir(path):
+        elif is_folder(fs, path):
             return _find_in_folder(fs, path, format)
         else:
             fs.info(path)
@@ -190,7 +203,7 @@ def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> tu
     if _JOB in entries and format in ("auto", "parquet"):
         path, format = join(path, "images"), "parquet"
         root = fs.unstrip_protocol(path)
-        if not fs.isdir(path):
+        if not is_folder(fs, path):
             raise InputError(
                 f"{root} is not there: the Diptych output it belongs to holds no images. Name another."
             )

@@ -44,6 +44,8 @@ class AnnotationSource(Source):
     images: str | None = None
     metadata_columns: tuple[str, ...] = ()
 
+    column_flags: ClassVar[frozenset[str]] = frozenset({"metadata_columns"})
+
     captions_name_images: ClassVar[bool] = False
     """Whether an image is listed by its captions, and nowhere else."""
 
@@ -101,7 +103,7 @@ class AnnotationSource(Source):
         fs, path = storage.locate(self.images or annotation)
         parent, name = posixpath.split(storage.locate(annotation)[1])
         if self.images:
-            if folder.is_archive(self.images) and fs.isfile(path):
+            if folder.is_archive(self.images) and storage.is_file(fs, path):
                 return self.images
             tried = [*(posixpath.join(path, posixpath.basename(f)) for f in self.folders(name)), path]
         else:
@@ -110,7 +112,7 @@ class AnnotationSource(Source):
             ]
         with storage.input_errors(self.images or annotation):
             for candidate in tried:
-                if fs.isdir(candidate):
+                if storage.is_folder(fs, candidate):
                     return (
                         candidate if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(candidate))
                     )

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 
 class Row(NamedTuple):
@@ -24,6 +24,7 @@ class Row(NamedTuple):
         source: Path of the input file below the input root.
         row: Ordinal of the row in `source`.
         metadata: Values of the metadata columns asked for; a missing one is null.
+        counters: What the reader had to mend or leave out to get this row, by name.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Row(NamedTuple):
     source: str
     row: int
     metadata: Mapping[str, str | None] = {}
+    counters: Mapping[str, int] = {}
 
 
 class Lost(NamedTuple):
@@ -44,6 +46,7 @@ class Lost(NamedTuple):
         reason: One of `transforms.schemas.REASONS`.
         message: What was found, for people.
         data: The original bytes where there are any.
+        counters: What the reader had to mend or leave out beside this row, by name.
     """
 
     key: str
@@ -51,9 +54,25 @@ class Lost(NamedTuple):
     reason: str
     message: str
     data: bytes | None = None
+    counters: Mapping[str, int] = {}
 
 
 Record = Row | Lost
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnNames:
+    """The user's choice of columns, fields or features; None finds one with a usual name.
+
+    Attributes:
+        image: The images' column.
+        caption: The captions' column.
+        key: The keys' column.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+    key: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +133,30 @@ class Shard(abc.ABC):
                 digest = hashlib.blake2b(record.key.encode(), digest_size=8).digest()
                 if digest in seen:
                     message = f"key {record.key!r} occurs before in this shard"
-                    record = Lost(record.key, record.row, "duplicate_key", message, record.image)
+                    record = Lost(
+                        record.key, record.row, "duplicate_key", message, record.image, record.counters
+                    )
                 seen.add(digest)
             if ordinal >= skip:
                 yield record
 
 
+@dataclasses.dataclass(frozen=True)
 class Source(abc.ABC):
-    """Input of one format: what the launcher knows of it, and the shards that workers read."""
+    """Input of one format: what the launcher knows of it, and the shards that workers read.
+
+    Attributes:
+        columns: The columns that the user names.
+        passed_over: Files of the input that are no part of it, by the name of a counter.
+        notes: Sentences that the user is told before the run.
+    """
+
+    columns: ColumnNames = dataclasses.field(default=ColumnNames(), kw_only=True)
+    passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict, kw_only=True)
+    notes: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+
+    column_flags: ClassVar[frozenset[str]] = frozenset()
+    """Flags that name columns of this format: `image_column`, `caption_column`, `key_column`, `metadata_columns`."""
 
     @property
     def format(self) -> str:

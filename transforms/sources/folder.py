@@ -57,7 +57,7 @@ def members(url: str, *, sizes: bool = False) -> Iterator[Member]:
     """
     with storage.input_errors(url):
         fs, path = storage.locate(url)
-        if is_archive(url) and not fs.isdir(path):
+        if is_archive(url) and not storage.is_folder(fs, path):
             yield from _archive_members(url, fs, path)
         elif isinstance(fs, LocalFileSystem):
             yield from _local_members(path, sizes)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import posixpath
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,10 +33,6 @@ class ParquetSource(Source):
         urls: The shard files, sorted.
         root: The input root; shards are named by their path below it.
         metadata_columns: Columns to keep as metadata.
-        image_column: Column of the images: binary, or a struct with `bytes`. None here and below takes a
-            column with a usual name (`transforms.sources.columns`).
-        caption_column: Column of the captions: a string or a list of strings. There need be none.
-        key_column: Column of the keys: strings or integers. Where there is none, rows are numbered.
         with_images: Whether the images are read. Without them every row has empty bytes, and there need be no
             such column.
         strict: Whether damage is an error: an earlier output can be made again, so nothing of it need be lost.
@@ -44,11 +41,12 @@ class ParquetSource(Source):
     urls: tuple[str, ...]
     root: str
     metadata_columns: tuple[str, ...] = ()
-    image_column: str | None = None
-    caption_column: str | None = None
-    key_column: str | None = None
     with_images: bool = True
     strict: bool = False
+
+    column_flags: ClassVar[frozenset[str]] = frozenset(
+        {"image_column", "caption_column", "key_column", "metadata_columns"}
+    )
 
     def inputs(self) -> list[InputFile]:
         """Returns the shard files with their sizes."""
@@ -70,9 +68,9 @@ class ParquetSource(Source):
                 url,
                 file.name,
                 self.metadata_columns,
-                self.image_column,
-                self.caption_column,
-                self.key_column,
+                self.columns.image,
+                self.columns.caption,
+                self.columns.key,
                 self.with_images,
                 self.strict,
             )
@@ -91,9 +89,10 @@ class ParquetShard(Shard):
         url: Where it is.
         source: Its path below the input root.
         metadata_columns: Columns to keep as metadata.
-        image_column: As in `ParquetSource`.
-        caption_column: As in `ParquetSource`.
-        key_column: As in `ParquetSource`.
+        image_column: Column of the images: binary, or a struct with `bytes`. None here and below takes a
+            column with a usual name (`transforms.sources.columns`).
+        caption_column: Column of the captions: a string or a list of strings. There need be none.
+        key_column: Column of the keys: strings or integers. Where there is none, rows are numbered.
         with_images: As in `ParquetSource`.
         strict: As in `ParquetSource`.
     """

@@ -163,7 +163,7 @@ def read_facts(url: str) -> PlanFacts | None:
     """Returns what a plan file says about itself; None where there is no whole plan file."""
     fs, path = storage.locate(url)
     with storage.input_errors(url):
-        if not fs.exists(path):
+        if not storage.exists(fs, path):
             return None
         try:
             with fs.open(path, "rb") as file, pa.ipc.open_file(file) as plan:

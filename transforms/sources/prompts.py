@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,15 +49,13 @@ class PromptsSource(Source):
         urls: The files, sorted.
         root: The input root; shards are named by their path below it.
         metadata_columns: Columns or fields to keep as metadata.
-        prompt_column: Column or field of the prompts; None takes one with a usual name.
-        key_column: Column or field of the keys; None takes one with a usual name.
     """
 
     urls: tuple[str, ...]
     root: str
     metadata_columns: tuple[str, ...] = ()
-    prompt_column: str | None = None
-    key_column: str | None = None
+
+    column_flags: ClassVar[frozenset[str]] = frozenset({"caption_column", "key_column", "metadata_columns"})
 
     def inputs(self) -> list[InputFile]:
         """Returns the files with their sizes."""
@@ -81,11 +79,11 @@ class PromptsSource(Source):
                 f"{url} is of no format that holds prompts. Expected .txt, .jsonl, .csv, .tsv (also .gz) or .parquet: "
                 "rename it, or say what it is with --format."
             )
-        column = self.prompt_column
+        column = self.columns.caption
         if match[1] is None:
             column = column or _find_parquet_column(url)
         fields = name, file.size_bytes, None, url, file.name, (match[1] or "parquet").lower()
-        return PromptsShard(*fields, self.metadata_columns, column, self.key_column)
+        return PromptsShard(*fields, self.metadata_columns, column, self.columns.key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +95,8 @@ class PromptsShard(Shard):
         source: Its path below the input root.
         extension: What it is: `txt`, `jsonl`, `ndjson`, `csv`, `tsv` or `parquet`.
         metadata_columns: As in `PromptsSource`.
-        prompt_column: As in `PromptsSource`.
-        key_column: As in `PromptsSource`.
+        prompt_column: Column or field of the prompts; None takes one with a usual name.
+        key_column: Column or field of the keys; None takes one with a usual name.
     """
 
     url: str

@@ -9,7 +9,7 @@ import functools
 import posixpath
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import google_crc32c
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -52,6 +52,8 @@ class TfrecordSource(Source):
     urls: tuple[str, ...]
     root: str
     metadata_columns: tuple[str, ...] = ()
+
+    column_flags: ClassVar[frozenset[str]] = frozenset({"metadata_columns"})
 
     def inputs(self) -> list[InputFile]:
         """Returns the shard files with their sizes."""

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import posixpath
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
 from transforms.sources.shardfile import (
@@ -41,6 +41,8 @@ class WebdatasetSource(Source):
     urls: tuple[str, ...]
     root: str
     metadata_columns: tuple[str, ...] = ()
+
+    column_flags: ClassVar[frozenset[str]] = frozenset({"metadata_columns"})
 
     def inputs(self) -> list[InputFile]:
         """Returns the shard files with their sizes."""

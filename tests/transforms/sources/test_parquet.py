@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 from transforms.errors import InputError, OptionError
 from transforms.schemas import IMAGE
-from transforms.sources.base import InputFile, Lost, Row
+from transforms.sources.base import ColumnNames, InputFile, Lost, Row
 from transforms.sources.parquet import ParquetSource
 
 JPEG = b"\xff\xd8\xff\xe0 not really a picture \xff\xd9"
 
 
 def source_of(path, **options):
-    return ParquetSource((str(path),), os.path.dirname(path), **options)
+    columns = ColumnNames(*(options.pop(f"{name}_column", None) for name in ("image", "caption", "key")))
+    return ParquetSource((str(path),), os.path.dirname(path), columns=columns, **options)
 
 
 def shard_of(path, **options):

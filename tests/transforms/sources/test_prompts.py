@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from transforms.errors import InputError, OptionError
 from transforms.sources import SourceOptions, open_source
-from transforms.sources.base import InputFile, Lost, Row
+from transforms.sources.base import ColumnNames, InputFile, Lost, Row
 from transforms.sources.prompts import PromptsSource
 
 
 def shard_of(path, **options):
-    (shard,) = PromptsSource((str(path),), os.path.dirname(path), **options).shards("", 0)
+    columns = ColumnNames(caption=options.pop("prompt_column", None), key=options.pop("key_column", None))
+    (shard,) = PromptsSource((str(path),), os.path.dirname(path), columns=columns, **options).shards("", 0)
     return pickle.loads(pickle.dumps(shard))
 
 
