@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.job import DATASETS, JOB, data_files, digest, read_jobs, read_success, shard_of
+from pipelines.job import read_jobs
 from transforms.chunk import ChunkKey, add_counts
 from transforms.errors import DiptychError, InputError
-from transforms.finish import SUCCESS, Totals
+from transforms.fingerprint import digest
+from transforms.finish import Totals, read_success
+from transforms.output_layout import DATASETS, JOB, SUCCESS, data_files, shard_of
 from transforms.schemas import REJECTS
 from transforms.sink import DAMAGE, Commit, parse_commit
 from transforms.storage import input_errors, join, locate

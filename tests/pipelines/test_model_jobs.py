@@ -41,7 +41,7 @@ from pipelines.caption import caption
 from pipelines.cli import main
 from pipelines.embed import embed, embed_branch
 from pipelines.generate import generate
-from pipelines.job import State, read_jobs, read_success
+from pipelines.job import State, read_jobs
 from pipelines.launch import Job
 from pipelines.model_job import model_graph
 from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions
@@ -52,6 +52,7 @@ from pipelines.verify import verify
 from transforms import storage
 from transforms.clean import CleanCaptions, CleanOptions
 from transforms.errors import DiptychError, InputError, OptionError, OutputError
+from transforms.finish import read_success
 from transforms.generate import sample_seed
 from transforms.schemas import captions_schema, embeddings_schema, generated_schema
 from transforms.sink import Sink

@@ -16,12 +16,13 @@ from pipelines.caption import caption
 from pipelines.cli import main
 from pipelines.embed import embed
 from pipelines.generate import generate
-from pipelines.job import State, read_success
+from pipelines.job import State
 from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import write_data_set
 from pipelines.verify import verify
 from transforms.errors import InputError, OutputError
+from transforms.finish import read_success
 from transforms.sources import SourceOptions
 from transforms.sources.parquet import ParquetShard
 from transforms.sources.texts import TextShard

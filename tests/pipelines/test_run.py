@@ -36,7 +36,7 @@ from pipelines.caption import caption
 from pipelines.cli import main
 from pipelines.embed import embed
 from pipelines.generate import generate
-from pipelines.job import State, read_success
+from pipelines.job import State
 from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions, RunOptions
 from pipelines.prepare import prepare
 from pipelines.run import run
@@ -45,6 +45,7 @@ from pipelines.scenes import COLOURS, SHAPES
 from pipelines.verify import verify
 from transforms import resize, storage
 from transforms.errors import InputError, OptionError
+from transforms.finish import read_success
 from transforms.resize import ResizeOptions
 
 DATASETS = ("images", "embeddings", "captions", "generated")

@@ -22,11 +22,12 @@ from models.errors import ModelError
 from models.word2vec import Word2Vec
 from pipelines import train as train_module
 from pipelines.cli import main
-from pipelines.job import open_output, read_success
+from pipelines.job import open_output
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import SceneFolders, write_data_set
 from transforms.errors import OutputError
+from transforms.finish import read_success
 from transforms.resize import ResizeOptions
 
 SMALL = ("--encoder=squeezenet1_1", "--encoder_weights=none", "--fine_tune", "--encoder_size=64")
