@@ -7,7 +7,7 @@ import enum
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -290,7 +290,19 @@ def _state(root: str, dataset: str) -> State:
     return State.DONE if is_done else State.RESUMED
 
 
-def start_writing(root: str, claim: DatasetClaim, shards: Iterable[str]) -> None:
+class Leftovers(NamedTuple):
+    """What earlier runs left of a data set.
+
+    Attributes:
+        has_files: Whether there are data files.
+        orphans: Files of rejects below the output folder that have no data file.
+    """
+
+    has_files: bool
+    orphans: frozenset[str]
+
+
+def start_writing(root: str, claim: DatasetClaim, shards: Iterable[str]) -> Leftovers:
     """Makes sure that a data set holds no files but those of these shards, before a run adds to it.
 
     Args:
@@ -306,6 +318,8 @@ def start_writing(root: str, claim: DatasetClaim, shards: Iterable[str]) -> None
     _refuse_foreign(root, claim.dataset, files, {name for name in files if shard_of(name) in own})
     # there where somebody deleted a data file of a finished output
     forget_success(root, claim.dataset, claim.scratch)
+    rejects, names = _own_rejects(root, claim.dataset), {*files}
+    return Leftovers(bool(files), frozenset(path for path in rejects if path.rpartition("/")[2] not in names))
 
 
 def _written_by_diptych(root: str, dataset: str, files: Iterable[str]) -> set[str]:

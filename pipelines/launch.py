@@ -157,10 +157,16 @@ def launch(
         with contextlib.suppress(OutputError):
             delete(options.output, (job.plan_folder.removeprefix(f"{options.output.rstrip('/')}/"),))
         raise
-    for claim in claims.values():
-        start_writing(options.output, claim, (shard.name for shard in shards))
+    leftovers = {
+        dataset: start_writing(options.output, claim, (shard.name for shard in shards))
+        for dataset, claim in claims.items()
+    }
     shards = select(shards)
-    graph(pipeline, shards, job.sinks())
+    sinks = {
+        dataset: dataclasses.replace(sink, **leftovers[dataset]._asdict())
+        for dataset, sink in job.sinks().items()
+    }
+    graph(pipeline, shards, sinks)
     try:
         run_pipeline(pipeline, len(shards), options.quiet)
     except DiptychError:
