@@ -7,6 +7,7 @@ import os
 import pathlib
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import fsspec
 from fsspec.asyn import sync
@@ -106,6 +107,18 @@ def is_file(fs: fsspec.AbstractFileSystem, path: str) -> bool:
 def is_folder(fs: fsspec.AbstractFileSystem, path: str) -> bool:
     """Tells whether a folder is there; raises what `entry_type` raises."""
     return entry_type(fs, path) == "directory"
+
+
+def glob(fs: fsspec.AbstractFileSystem, pattern: str) -> dict[str, dict[str, Any]]:
+    """Returns what matches a pattern, with its details, by path; fsspec's own leaves out what it cannot list.
+
+    Raises:
+        Exception: Whatever the file system raises when a folder cannot be listed; `input_errors` words it.
+    """
+    try:
+        return dict(fs.glob(pattern, detail=True, on_error="raise"))
+    except (FileNotFoundError, NotADirectoryError):  # the folder that the pattern begins with
+        return {}
 
 
 @contextlib.contextmanager
