@@ -23,3 +23,7 @@ class TooManyRejects(DiptychError):
 
 class NothingWritten(TooManyRejects):
     """Rows were read, and none of them was written."""
+
+
+class DeviceError(DiptychError):
+    """The device, its libraries or the machine's memory failed: no row is to blame, and another try may do."""

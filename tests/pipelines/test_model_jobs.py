@@ -51,7 +51,7 @@ from pipelines.scene_folders import SceneFolders, write_data_set
 from pipelines.verify import verify
 from transforms import storage
 from transforms.clean import CleanCaptions, CleanOptions
-from transforms.errors import DiptychError, InputError, OptionError, OutputError
+from transforms.errors import DeviceError, DiptychError, InputError, OptionError, OutputError
 from transforms.finish import read_success
 from transforms.generate import sample_seed
 from transforms.schemas import captions_schema, embeddings_schema, generated_schema
@@ -583,6 +583,25 @@ def test_killed_by_the_system(prepared: Path, tmp_path: Path) -> None:
 
 
 class TestModelFailures:
+    def test_a_device_that_dies_ends_the_job_and_rejects_nothing(self, prepared, tmp_path, monkeypatch):
+        run("embed", prepared, tmp_path / "whole")
+        calls = itertools.count()
+        predict = FakeText.predict
+
+        def predict_until_it_dies(model: FakeText, batch: list[bytes]) -> list[Any]:
+            if next(calls) >= 10:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return predict(model, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeText, "predict", predict_until_it_dies)
+            with pytest.raises(DeviceError, match="illegal memory access"):
+                run("embed", prepared, tmp_path / "out")
+        assert not (tmp_path / "out" / "rejects").exists()
+        assert len(list((tmp_path / "out" / "embeddings").iterdir())) > 0
+        assert run("embed", prepared, tmp_path / "out") is State.RESUMED
+        assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
     def test_one_caption_costs_one_row(self, tmp_path):
         texts = [[f"caption {number}", "another"] for number in range(30)]
         texts[11][1] = TROUBLE

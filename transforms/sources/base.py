@@ -212,8 +212,8 @@ def shard_names(paths: Iterable[str]) -> list[str]:
     for path, name in zip(paths, names, strict=True):
         if name.lower() in path_of:
             raise InputError(
-                f"The inputs {path_of[name.lower()]!r} and {path!r} would both be written as {name}-00000.parquet, and the rows of one "
-                "would be lost. Give each input once; rename one of them if they are two files."
+                f"The inputs {path_of[name.lower()]!r} and {path!r} would both be written as {name}-00000.parquet, and "
+                "the rows of one would be lost. Give each input once; rename one of them if they are two files."
             )
         path_of[name.lower()] = path
     return names
