@@ -139,7 +139,9 @@ def launch(
     if not options.quiet:
         for note in source.notes:
             print(f"diptych: {note}", file=sys.stderr)
-    states = {check_output(options.output, claim) for claim in claims.values()}
+    # what is deleted for the first is deleted for all
+    checked = list(claims.values())[:1] if options.overwrite else claims.values()
+    states = {check_output(options.output, claim) for claim in checked}
     state = states.pop() if len(states) == 1 else State.RESUMED
     if state is State.DONE:
         result = Result.of(options.output, state, job.datasets)
