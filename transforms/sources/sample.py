@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from transforms.sources.base import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, ColumnNames
+from transforms.sources.links import LinkError
 from transforms.sources.parts import IMAGE_EXTENSIONS
 from transforms.sources.shardfile import encodable
 from transforms.sources.tar import TarReader
-from transforms.sources.tar_index import LinkError, SampleParts, TarIndex
+from transforms.sources.tar_index import SampleParts, TarIndex
 
 _IMAGES = frozenset(extension[1:] for extension in IMAGE_EXTENSIONS)
 _CAPTIONS = ("txt", "text", "caption")
@@ -73,6 +74,8 @@ class Sample:
             if extension in self.members:
                 continue
             text = parts.texts.get(extension, b"")
+            if extension not in parts.texts and text_bytes(extension, self._columns):
+                self._lose(extension, "record_corrupt", "cannot be read, or is too large")
             try:
                 data = index.follow(text, MAX_TEXT_BYTES) if isinstance(text, str) else text
             except LinkError as error:

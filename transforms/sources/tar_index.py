@@ -4,28 +4,16 @@ Most shards have neither, so a shard is gone over again only when the first of e
 bounded; what does not fit is named by the reader, not left out.
 """
 
-import posixpath
 from collections.abc import Callable, Iterator, Mapping
 
 from transforms import storage
+from transforms.sources.links import LinkError, Links, normalise
 from transforms.sources.shardfile import ShardDamage, open_shard, unpacked
 from transforms.sources.tar import TarReader
 
 # About 100,000 samples or links, or fewer with long texts or names.
 _MAX_INDEX_BYTES = 64 << 20
 _ENTRY_BYTES = 500
-
-
-class LinkError(Exception):
-    """A link in a tar that leads to no file that can be read.
-
-    Attributes:
-        reason: `missing_image` where there is no such file, else `record_corrupt`.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class SampleParts:
@@ -73,7 +61,7 @@ class TarIndex:
         self._split_name = split_name
         self._text_bytes = text_bytes
         self._parts: dict[str, SampleParts] | None = None
-        self._links: dict[str, str] | None = None
+        self._links: Links | None = None
         self._places: dict[str, tuple[int, int] | bytes | None] = {}
 
     @property
@@ -100,10 +88,11 @@ class TarIndex:
             InputError: The tar is gone, or may not be read.
         """
         if self._links is None:
-            self._find_links()
-        assert self._links is not None
-        name = resolve(self._links, target)
+            self._links = self._find_links()
+        name = self._links.resolve(target)
         if name not in self._places:
+            if self._links.num_passed_over:
+                raise LinkError("record_corrupt", f"a link to {target}; the tar has too many links to follow")
             raise LinkError("missing_image", f"a link to {target}, which is not in the tar")
         place = self._places[name]
         if place is None:
@@ -157,15 +146,12 @@ class TarIndex:
                 return {}
         return {key: sample for key, sample in samples.items() if sample.can_be_joined}
 
-    def _find_links(self) -> None:
-        self._links = {}
-        num_bytes = 0
+    def _find_links(self) -> Links:
+        links = Links()
         for name, tar, _ in self._walk():
-            if tar.link is None or num_bytes > _MAX_INDEX_BYTES:
-                continue
-            add_link(self._links, name, tar.link)
-            num_bytes += _ENTRY_BYTES + len(name) + len(tar.link)
-        targets = link_targets(self._links)
+            if tar.link is not None:
+                links.add(name, tar.link)
+        targets = links.resolved()
         num_bytes = 0
         for name, tar, is_packed in self._walk():
             if tar.link is not None or tar.unreadable or (name := normalise(name)) not in targets:
@@ -177,47 +163,4 @@ class TarIndex:
                 num_bytes += tar.size
             else:
                 self._places[name] = None
-
-
-def normalise(name: str) -> str:
-    """Returns the one spelling of a member's name that links are matched by."""
-    return posixpath.normpath(name)
-
-
-def add_link(links: dict[str, str], name: str, target: str) -> None:
-    """Adds a link, unless to itself: tar writes that for a file that it was given twice."""
-    name, target = normalise(name), normalise(target)
-    if name != target:
-        links[name] = target
-
-
-def link_targets(links: Mapping[str, str]) -> set[str]:
-    """Returns the names of the files that links lead to."""
-    targets = set()
-    for target in links.values():
-        try:
-            targets.add(resolve(links, target))
-        except LinkError:
-            continue
-    return targets
-
-
-def resolve(links: Mapping[str, str], target: str) -> str:
-    """Returns the name that a link leads to, over other links, also of folders.
-
-    Raises:
-        LinkError: The links lead round in a circle.
-    """
-    name = normalise(target)
-    for _ in range(_MAX_HOPS):
-        head, tail = name, ""
-        while head and head != "/" and head not in links:
-            head, _, last = head.rpartition("/")
-            tail = f"/{last}{tail}"
-        if head not in links:
-            return name
-        name = normalise(links[head] + tail)
-    raise LinkError("missing_image", f"a link to {target}, which leads round in a circle of links")
-
-
-_MAX_HOPS = 40
+        return links
