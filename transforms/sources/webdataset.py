@@ -240,6 +240,9 @@ class _Reading:
             yield Lost(key, self._row, *sample.loss, sample.image, texts.counters)
         elif sample.image is None:
             yield from self._missing_images(key, sample, texts)
+        elif "broken_json" in texts.counters and not texts.captions:
+            message = "its json is damaged, or nested too deep, and it has no other caption"
+            yield Lost(key, self._row, "bad_annotation", message, sample.image, texts.counters)
         else:
             counters = texts.counters
             if sample.other_images:
