@@ -81,6 +81,8 @@ class Sample:
                 self._lose(extension, error.reason, f"is {error}")
                 data = b""
             self.members[extension] = data
+            if extension.rpartition(".")[2] in _IMAGES:
+                self.other_images.append(extension)
 
     def texts(self) -> SampleTexts:
         """Returns captions, fields and counters of the text members."""

@@ -122,7 +122,9 @@ def _mutate_tar_header(rng, data):
     block[148:156] = b"%06o\0 " % (sum(block) & 0o777777)
     data[start : start + _BLOCK] = block
     if rng.random() < 0.3 and start + _BLOCK + 20 < len(data):
-        record = rng.choice([b"0 path=a\n", b"00000 path=a\n", b"6 size=", b"99999999999 path=a\n", b"12 size=-1\n"])
+        record = rng.choice(
+            [b"0 path=a\n", b"00000 path=a\n", b"6 size=", b"99999999999 path=a\n", b"12 size=-1\n"]
+        )
         data[start + _BLOCK : start + _BLOCK + len(record)] = record
 
 
@@ -144,7 +146,6 @@ def read_tar(data):
             if tar.link is None and not tar.unreadable:
                 members[tar.offset] = (name, tar.read() if tar.size <= _MAX_BYTES else None)
     except ShardDamage as damage:
-        assert damage.reason in ("shard_corrupt", "shard_truncated")
         return members, damage, tar.offset
     return members, None, tar.offset
 
@@ -193,7 +194,7 @@ def _compare(archive, info, ours, damage, offset):
 
 
 def _may_hang_tarfile(data):
-    """Tells whether a header has a negative number, which makes the standard library's reader go back (CVE-2025-8194)."""
+    """Tells whether a size is negative, which sends the standard library's reader back for ever (CVE-2025-8194)."""
     return any(data[at + 124] == 0xFF for at in range(0, len(data) - _BLOCK, _BLOCK)) or b"size=-" in data
 
 
@@ -216,7 +217,9 @@ def check_zip(data):
     for entry in entries:
         extent = data[entry.offset : entry.offset + entry.size_bytes]
         try:
-            ours[entry.offset, entry.crc32] = unpack_entry(extent, entry.packed_bytes, entry.crc32, _MAX_BYTES)
+            ours[entry.offset, entry.crc32] = unpack_entry(
+                extent, entry.packed_bytes, entry.crc32, _MAX_BYTES
+            )
         except ZipError as error:
             ours[entry.offset, entry.crc32] = error
     for info in infos:
