@@ -270,8 +270,9 @@ class _Reading:
         else:
             for extension in sample.other_images:
                 message = (
-                    f"{extension} may be any picture of the sample: a key ends at the first dot of a name; its "
-                    f"members: {there}{told}. Take the dots out of the name, or choose with --image_column {extension}"
+                    f"{extension} may be the sample's image or another picture: a key ends at the first dot of a "
+                    f"name; its members: {there}{told}. Take the dots out of the name, or choose with "
+                    f"--image_column {extension}"
                 )
                 yield Lost(key, self._row, "missing_image", message, None, texts.counters)
                 texts = texts._replace(counters={})

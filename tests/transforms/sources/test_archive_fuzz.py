@@ -4,7 +4,10 @@ A member that the standard library reads whole must come with the same bytes, or
 hang a reader, or raise anything but its own errors.
 """
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import random
 import stat
@@ -14,13 +17,17 @@ import time
 import zipfile
 import zlib
 
+import pyarrow as pa
 import pytest
+import zstandard
 
+from transforms.sources.base import Lost
 from transforms.sources.shardfile import ShardDamage
 from transforms.sources.tar import TarReader
+from transforms.sources.webdataset import WebdatasetSource
 from transforms.sources.zip import ZipError, unpack_entry, zip_entries
 
-QUICK, LONG = 400, 100_000
+QUICK, LONG, SHARDS = 2000, 100_000, 150
 _MAX_BYTES = 1 << 20
 _BLOCK = 512
 
@@ -288,3 +295,44 @@ def test_the_seeds_are_read_whole(kind):
             members, damage, _ = read_tar(data)
             assert damage is None
             assert len(members) == 5
+
+
+def write_samples(path):
+    with tarfile.open(path, "w") as archive:
+        for ordinal in range(8):
+            for extension, data in (
+                ("jpg", bytes([ordinal]) * 700),
+                ("txt", b"t"),
+                ("json", b'{"caption": "c"}'),
+            ):
+                info = tarfile.TarInfo(f"{ordinal}.{extension}")
+                info.size = len(data)
+                if ordinal == 5 and extension == "jpg":
+                    info.type, info.linkname, info.size = tarfile.LNKTYPE, "1.jpg", 0
+                archive.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", ["plain", "gzip", "bzip2", "xz", "zstd", "lz4"])
+def test_a_damaged_shard_gives_its_first_rows_and_at_most_one_loss_of_framing(tmp_path, kind):
+    path = tmp_path / "a.tar"
+    write_samples(path)
+    pack = {
+        "plain": bytes,
+        "gzip": gzip.compress,
+        "bzip2": bz2.compress,
+        "xz": lzma.compress,
+        "zstd": zstandard.compress,
+        "lz4": lambda data: pa.Codec("lz4").compress(data, asbytes=True),
+    }[kind]
+    data = pack(path.read_bytes())
+    (shard,) = WebdatasetSource((str(path),), str(tmp_path)).shards("", 0)
+    rng = random.Random(5)
+    for _ in range(SHARDS):
+        path.write_bytes(mutate(rng, data, _mutate_tar_header))
+        records = list(shard.rows())
+        damage = [
+            record for record in records if isinstance(record, Lost) and record.reason.startswith("shard_")
+        ]
+        assert damage == [record for record in records[-1:] if record in damage]
+        assert all(", byte " in record.message for record in damage)
+        assert list(shard.rows(3)) == records[3:]
