@@ -71,6 +71,7 @@ setup(
         "torchvision>=0.20",
         "tqdm>=4.66",
         "transformers>=4.56",
+        "zstandard>=0.22",
     ],
     extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "flink": FLINK, "gcp": GCP, "s3": S3, "test": TEST},
     entry_points={"console_scripts": ["diptych = pipelines.cli:main"]},
