@@ -12,6 +12,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
+# The largest file that is read as an image, and as a text that goes with one. A larger one costs its row, not the
+# memory of the job: a text may take twenty times its size while its JSON is parsed.
+MAX_IMAGE_BYTES = 256 << 20
+MAX_TEXT_BYTES = 4 << 20
+
 
 class Row(NamedTuple):
     """An image with its captions, as the source has them.
@@ -200,6 +205,6 @@ def shard_names(paths: Iterable[str]) -> list[str]:
 
 
 _DATA_EXTENSION = re.compile(
-    r"\.(tar\.gz|tgz|tar|parquet|tfrecords?(\.gz)?|tfrec|json|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
+    r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst|parquet|tfrecords?(\.gz)?|tfrec|json(\.gz)?|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
     re.I,
 )

@@ -7,7 +7,7 @@ import pytest
 
 from transforms.errors import InputError, OutputError
 from transforms.sources import draft
-from transforms.sources.annotations import json_items, relative_name
+from transforms.sources.annotations import relative_name
 from transforms.sources.base import InputFile, Lost, Row
 from transforms.sources.coco import CocoSource
 from transforms.sources.planned import plan_counters
