@@ -57,7 +57,9 @@ def read_references(url: str, format: str = "auto", split: str | None = None) ->
                     references.captions[entry.key] = captions
                 if entry.reason is None:
                     keys.add(entry.key)
-                references = references._replace(num_bad=references.num_bad + (entry.reason == "bad_annotation"))
+                references = references._replace(
+                    num_bad=references.num_bad + (entry.reason == "bad_annotation")
+                )
         references.image_ids.update({key: ref for key, ref in refs.items() if key not in seen})
         seen |= keys
     return references

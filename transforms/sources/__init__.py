@@ -87,9 +87,7 @@ def output_of(url: str) -> str | None:
     return found and fs.unstrip_protocol(found)
 
 
-def _open(
-    format: str, urls: tuple[str, ...], root: str, options: SourceOptions, texts_only: bool
-) -> Source:
+def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions, texts_only: bool) -> Source:
     if options.split and format != "karpathy":
         raise OptionError(
             f"--split {options.split} goes with a Karpathy file; the input is of format {format}."

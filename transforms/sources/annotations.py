@@ -194,8 +194,10 @@ def _metadata_value(value: Any) -> str | None:
 
 def is_ref(value: object) -> TypeGuard[Ref]:
     """Tells whether a value can be an id: a finite number or a text."""
-    return isinstance(value, str | int | float) and not isinstance(value, bool) and not (
-        isinstance(value, float) and not math.isfinite(value)
+    return (
+        isinstance(value, str | int | float)
+        and not isinstance(value, bool)
+        and not (isinstance(value, float) and not math.isfinite(value))
     )
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, ClassVar
 
-from transforms.errors import DiptychError, InputError, OptionError
+from transforms.errors import InputError, OptionError
 from transforms.sources.annotations import (
     AnnotationSource,
     is_ref,
@@ -74,7 +74,8 @@ class CocoSource(AnnotationSource):
         key = key_of(entry, self.columns.key) if self.columns.key else None
         if self.columns.key and key is None:
             return Bad(
-                f"image {row} needs a {self.columns.key} for its key; it has {show(entry.get(self.columns.key))}", row
+                f"image {row} needs a {self.columns.key} for its key; it has {show(entry.get(self.columns.key))}",
+                row,
             )
         return Image(row, ref, path, metadata_values(entry, self.metadata_columns), key=key)
 
@@ -106,9 +107,7 @@ class CocoSource(AnnotationSource):
                 )
         is_captions = captions.names.keys() >= {"image_id", self._caption_field} or not captions.num_entries
         is_images = images.names.keys() >= {"id", self._image_field} or not images.num_entries
-        if "images" not in entries.fields and not captions.num_entries:
-            raise _not_captions(url, entries.describe(), "")
-        if not is_captions or not is_images or "images" not in entries.fields and is_captions:
+        if "images" not in entries.fields or not is_captions or not is_images:
             raise _not_captions(url, entries.describe(), self._hint(captions, is_captions))
 
     def _hint(self, captions: "_Fields", is_captions: bool) -> str:
@@ -131,13 +130,17 @@ class _Fields:
 
     def add(self, entry: Any) -> int:
         """Adds an entry; returns its ordinal."""
-        if isinstance(entry, dict) and not entry.keys() <= self.names.keys() and len(self.names) < _ENOUGH_TO_TELL:
+        if (
+            isinstance(entry, dict)
+            and not entry.keys() <= self.names.keys()
+            and len(self.names) < _ENOUGH_TO_TELL
+        ):
             self.names |= dict.fromkeys(map(str, entry))
         self.num_entries += 1
         return self.num_entries - 1
 
 
-def _not_captions(url: str, description: str, hint: str) -> DiptychError:
+def _not_captions(url: str, description: str, hint: str) -> InputError:
     return InputError(
         f"{url} is not a COCO caption annotation: expected an object with images (id, file_name) "
         f"and annotations (image_id, caption); it is {description}. Use captions_*.json, not instances_*.json.{hint}"

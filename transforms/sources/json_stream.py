@@ -10,7 +10,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from transforms.errors import InputError
 
@@ -22,7 +22,9 @@ _LONGEST_TOKEN_CHARS = 32
 _STRUCTURE = re.compile(r'\\.|["\[\]{}]', re.S)
 _SPACE = re.compile(r"[ \t\n\r]*")
 # What may be left of the last token of a file that is cut off
-_CUT_TOKEN = re.compile(r"|-|-?\d+\.|-?[\d.]+[eE][-+]?|t(ru?)?|f(a(ls?)?)?|n(ul?)?|N(a)?|-?I(n(f(i(n(it?)?)?)?)?)?")
+_CUT_TOKEN = re.compile(
+    r"|-|-?\d+\.|-?[\d.]+[eE][-+]?|t(ru?)?|f(a(ls?)?)?|n(ul?)?|N(a)?|-?I(n(f(i(n(it?)?)?)?)?)?"
+)
 _MOST_FIELDS = 12
 
 
@@ -275,7 +277,7 @@ def _characters(url: str, file: IO[bytes], read_bytes: int = _READ_BYTES) -> Ite
     first = file.read(read_bytes)
     if first[:2] == b"\x1f\x8b":
         file.seek(0)
-        file = gzip.GzipFile(fileobj=file)
+        file = cast(IO[bytes], gzip.GzipFile(fileobj=file))
         first = _read(url, file, read_bytes)
     decoder = codecs.getincrementaldecoder(json.detect_encoding(first[:4]))("replace")
     data = first
@@ -289,9 +291,7 @@ def _read(url: str, file: IO[bytes], num_bytes: int) -> bytes:
     try:
         return file.read(num_bytes)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{url} cannot be unpacked: {error}. It may be cut off: fetch it again."
-        ) from error
+        raise InputError(f"{url} cannot be unpacked: {error}. It may be cut off: fetch it again.") from error
 
 
 def _to_int(digits: str) -> int | float:
@@ -301,7 +301,9 @@ def _to_int(digits: str) -> int | float:
 def _without_surrogates(value: Any) -> Any:
     """Returns a value with U+FFFD for each half of a surrogate pair, which no encoding can write."""
     if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return (
+            value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        )
     if isinstance(value, list):
         return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
@@ -312,7 +314,9 @@ def _without_surrogates(value: Any) -> Any:
 def _describe(value: Any, window: _Window | None = None) -> str:
     if isinstance(value, dict):
         names = ", ".join(str(name)[:40] for name in list(value)[:_MOST_FIELDS])
-        return f"objects with {names}" if window is None else f"an object with {names}" if names else "an object"
+        return (
+            f"objects with {names}" if window is None else f"an object with {names}" if names else "an object"
+        )
     if isinstance(value, list) and window is not None:
         return f"a list of {_describe(value[0])}" if value else "an empty list"
     kinds = {str: "strings", bool: "booleans", int: "numbers", float: "numbers", list: "lists"}

@@ -110,7 +110,9 @@ class KarpathySource(AnnotationSource):
         for ordinal, sentence in enumerate(sentences or ()):
             text = self._text(sentence)
             if text is None:
-                lacks = f"no {self.columns.caption}" if self.columns.caption else "neither raw text nor tokens"
+                lacks = (
+                    f"no {self.columns.caption}" if self.columns.caption else "neither raw text nor tokens"
+                )
                 yield Bad(f"sentence {ordinal} of image {row}, {path}, has {lacks}: {show(sentence)}")
             else:
                 yield Caption(row, ordinal, text)

@@ -82,17 +82,21 @@ class PlannedShard(Shard):
         """Yields the planned rows; the images of the first `skip` are left empty, not fetched.
 
         Raises:
-            InputError: The plan, or an image that was there when it was made, is gone or may not be read.
+            InputError: The plan is gone, or all of the images that were there when it was made.
         """
         entries = self._entries()
         wanted = [entry.image for entry in entries[skip:] if entry.image is not None]
-        images = folder.fetch(self.images, wanted)
+        others = [entry.image for entry in entries[:skip] if entry.image is not None]
+        images = folder.fetch(self.images, wanted, others)
         for ordinal, entry in enumerate(entries):
             if entry.image is None:
                 yield Lost(entry.key, entry.row, entry.reason or "bad_annotation", entry.message)
                 continue
             path = entry.image.path
             data = next(images) if ordinal >= skip else b""
+            if isinstance(data, folder.Absent):
+                yield Lost(entry.key, entry.row, "missing_image", f"{path} {data.message}")
+                continue
             if isinstance(data, folder.Unreadable):
                 yield Lost(entry.key, entry.row, "record_corrupt", f"{path}: {data.message}")
                 continue
