@@ -22,9 +22,7 @@ _LONGEST_TOKEN_CHARS = 32
 _STRUCTURE = re.compile(r'\\.|["\[\]{}]', re.S)
 _SPACE = re.compile(r"[ \t\n\r]*")
 # What may be left of the last token of a file that is cut off
-_CUT_TOKEN = re.compile(
-    r"|-|-?\d+\.|-?[\d.]+[eE][-+]?|t(ru?)?|f(a(ls?)?)?|n(ul?)?|N(a)?|-?I(n(f(i(n(it?)?)?)?)?)?"
-)
+_CUT_TOKEN = re.compile(r"|-|\.|[eE][-+]?|t(ru?)?|f(a(ls?)?)?|n(ul?)?|N(a)?|-?I(n(f(i(n(it?)?)?)?)?)?")
 _MOST_FIELDS = 12
 
 
@@ -193,7 +191,8 @@ class _Window:
                 self._decode = json.JSONDecoder(strict=False, parse_int=_to_int).raw_decode
                 continue
             else:
-                if end < len(self._text) or self._ended:
+                # A number may go on: of `1.5e+7` three characters are needed to see that it does not end after 1.5
+                if self._ended or len(self._text) - end >= 3 or isinstance(value, str | list | dict):
                     self._at = end
                     return value
             if len(self._text) - self._at > _MAX_ENTRY_CHARS:
@@ -279,6 +278,8 @@ def _characters(url: str, file: IO[bytes], read_bytes: int = _READ_BYTES) -> Ite
         file.seek(0)
         file = cast(IO[bytes], gzip.GzipFile(fileobj=file))
         first = _read(url, file, read_bytes)
+    while 0 < len(first) < 4 and (more := _read(url, file, 4 - len(first))):
+        first += more
     decoder = codecs.getincrementaldecoder(json.detect_encoding(first[:4]))("replace")
     data = first
     while data:
