@@ -92,10 +92,10 @@ def test_what_is_too_long_costs_itself_and_no_memory(monkeypatch):
     monkeypatch.setattr(json_stream, "_MAX_ENTRY_CHARS", 1 << 20)
 
     class File(io.RawIOBase):
-        pieces = [b'{"a": [1, "', *[b"x" * (1 << 18) + b'\\"['] * 200, b'", 2]}']
+        pieces = iter([b'{"a": [1, "', *[b"x" * (1 << 18) + b'\\"['] * 200, b'", 2]}'])
 
         def readinto(self, buffer):
-            piece = self.pieces.pop(0) if self.pieces else b""
+            piece = next(self.pieces, b"")
             buffer[: len(piece)] = piece
             return len(piece)
 
