@@ -44,13 +44,13 @@ class Links:
             name: The link's path in the archive.
             target: The path in the archive that it leads to.
         """
+        if max(len(name), len(target)) > _MAX_PATH_CHARACTERS:
+            return
         self._num_bytes += _LINK_BYTES + len(name) + len(target)
-        if self._num_bytes > _MAX_BYTES or max(len(name), len(target)) > _MAX_PATH_CHARACTERS:
+        if self._num_bytes > _MAX_BYTES:
             self.num_passed_over += 1
             return
-        name, target = normalise(name), normalise(target)
-        if name != target:  # tar writes a link to itself for a file that it was given twice
-            self._targets[name] = target
+        self._targets[normalise(name)] = normalise(target)
 
     def resolve(self, target: str) -> str:
         """Returns the path that a link's target stands for, over other links, also of folders.
@@ -66,7 +66,8 @@ class Links:
             while head and head != "/" and head not in self._targets:
                 head, _, last = head.rpartition("/")
                 tail = f"/{last}{tail}"
-            if head not in self._targets:
+            # tar writes a link to itself for a file that it was given twice
+            if self._targets.get(head, head) == head:
                 return path
             path = normalise(self._targets[head] + tail)
         raise LinkError("missing_image", f"a link to {target[:100]}, which leads round in a circle of links")

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -82,10 +81,12 @@ class Sample:
                 self._lose(extension, error.reason, f"is {error}")
                 data = b""
             self.members[extension] = data
+            if extension.rpartition(".")[2] in _IMAGES:
+                self.other_images.append(extension)
 
     def texts(self) -> SampleTexts:
         """Returns captions, fields and counters of the text members."""
-        counters: Counter[str] = Counter()
+        counters: dict[str, int] = {}
         fields = _json_object(self.members["json"], counters) if "json" in self.members else {}
         if self._columns.caption is not None:
             captions = self._chosen_captions(self._columns.caption, fields, counters)
@@ -112,15 +113,15 @@ class Sample:
     def _lose(self, extension: str, reason: str, message: str) -> None:
         self.loss = self.loss or (reason, f"its {extension} {message}")
 
-    def _chosen_captions(self, name: str, fields: Mapping[str, Any], counters: Counter[str]) -> list[str]:
+    def _chosen_captions(self, name: str, fields: Mapping[str, Any], counters: dict[str, int]) -> list[str]:
         if name in fields:
             return _field_captions(fields[name], counters)
         if name.lower() in self.members:
             return _lines(_decode(self.members[name.lower()], counters))
-        counters["rows_without_caption_column"] += 1
+        _count(counters, "rows_without_caption_column")
         return []
 
-    def _usual_captions(self, fields: Mapping[str, Any], counters: Counter[str]) -> list[str]:
+    def _usual_captions(self, fields: Mapping[str, Any], counters: dict[str, int]) -> list[str]:
         names = [name for name in _CAPTIONS if name in self.members]
         lines = [line for name in names for line in _lines(_decode(self.members[name], counters))]
         captions = _field_captions(fields.get("captions") or fields.get("caption"), counters)
@@ -128,10 +129,10 @@ class Sample:
             # img2dataset writes the caption twice, as a text and as a field.
             joined = "\n".join(captions)
             if any(line.strip() not in joined for line in lines):
-                counters["texts_passed_over"] += 1
+                _count(counters, "texts_passed_over")
         for extension in self.members:
             if extension not in _TEXTS and extension.rpartition(".")[2] in _TEXTS:
-                counters["texts_passed_over"] += 1
+                _count(counters, "texts_passed_over")
         return captions or lines
 
 
@@ -160,29 +161,34 @@ def text_bytes(extension: str, columns: ColumnNames) -> int:
     return MAX_TEXT_BYTES if is_text else 0
 
 
-def _decode(data: bytes, counters: Counter[str]) -> str:
+def _count(counters: dict[str, int], name: str, number: int = 1) -> None:
+    counters[name] = counters.get(name, 0) + number
+
+
+def _decode(data: bytes, counters: dict[str, int]) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        counters["captions_not_utf8"] += 1
+        _count(counters, "captions_not_utf8")
         return data.decode("utf-8-sig", "replace")
 
 
-def _json_object(data: bytes, counters: Counter[str]) -> dict[str, Any]:
+def _json_object(data: bytes, counters: dict[str, int]) -> dict[str, Any]:
     try:
         value = json.loads(_decode(data, counters))
     except (ValueError, RecursionError):
-        value = None
+        _count(counters, "broken_json")
+        return {}
     if isinstance(value, dict):
         return value
-    counters["broken_json"] += 1
+    _count(counters, "json_without_fields")
     return {}
 
 
-def _field_captions(value: Any, counters: Counter[str]) -> list[str]:
+def _field_captions(value: Any, counters: dict[str, int]) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if num_others := sum(caption is not None and not isinstance(caption, str) for caption in values):
-        counters["captions_not_text"] += num_others
+        _count(counters, "captions_not_text", num_others)
     return [encodable(caption) for caption in values if isinstance(caption, str) and caption.strip()]
 
 

@@ -104,7 +104,7 @@ class TarReader:
                 size = extensions.size
             if kind in _REGULAR:
                 self._begin(size)
-                if not name.endswith("/"):
+                if size or not name.endswith("/"):
                     if extensions is not None and extensions.sparse:
                         self.unreadable = "is stored as a sparse file"
                     return name

@@ -97,16 +97,18 @@ class WebdatasetShard(Shard):
         for record in reading.records():
             if last is not None:
                 yield last
-            last = record
-        num_others = reading.counters["members_passed_over"]
-        if last is None and num_others:
+            # Of scattered samples the last place may give no record, which could say what was passed over before it.
+            last = record if reading.is_scattered else None
+            if last is None:
+                yield record
+        if last is not None:
+            yield last._replace(counters=reading.take_counters(last.counters))
+        elif num_others := reading.counters["members_passed_over"]:
             message = (
                 f"{self.source}: none of its {num_others} members belongs to a sample. Expected names such as "
                 f"KEY.jpg and KEY.txt; the first is {encodable(reading.first_other)!r}"
             )
             yield Lost("", 0, "missing_image", message, None, reading.take_counters({}))
-        elif last is not None:
-            yield last._replace(counters=reading.take_counters(last.counters))
 
     def check_columns(self) -> None:
         """Looks for the chosen columns in the first samples.
@@ -151,21 +153,26 @@ class _Reading:
         self._index = TarIndex(shard.url, split_name, lambda extension: text_bytes(extension, shard.columns))
         self._damage: tuple[ShardDamage, str, Sample | None] | None = None
 
+    @property
+    def is_scattered(self) -> bool:
+        """Whether samples that lie in several places are joined."""
+        return bool(self._scattered)
+
     def records(self) -> Iterator[Record]:
         """Yields the records of all samples, and of damage."""
         for sample in self.samples():
             for record in self._finish(sample):
-                if self.counters:
-                    record = record._replace(counters=self.take_counters(record.counters))
-                yield record
+                yield self._counted(record)
                 self._row += 1
         if self._damage is not None:
             damage, place, cut = self._damage
-            message = f"{place}: {damage}"
-            if cut is None:
-                yield Lost("", self._row, damage.reason, message)
-            else:
-                yield Lost(cut.key, self._row, damage.reason, message, cut.image)
+            key, image = ("", None) if cut is None else (cut.key, cut.image)
+            yield self._counted(Lost(key, self._row, damage.reason, f"{place}: {damage}", image))
+
+    def _counted(self, record: Record) -> Record:
+        if not self.counters:
+            return record
+        return record._replace(counters=self.take_counters(record.counters))
 
     def samples(self) -> Iterator[Sample]:
         """Yields members that follow each other and have one key, as a sample."""
@@ -240,6 +247,9 @@ class _Reading:
             yield Lost(key, self._row, *sample.loss, sample.image, texts.counters)
         elif sample.image is None:
             yield from self._missing_images(key, sample, texts)
+        elif "broken_json" in texts.counters and not texts.captions:
+            message = "its json is damaged, or nested too deep, and it has no other caption"
+            yield Lost(key, self._row, "bad_annotation", message, sample.image, texts.counters)
         else:
             counters = texts.counters
             if sample.other_images:

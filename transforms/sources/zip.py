@@ -6,6 +6,7 @@ whatever a member claims.
 
 import bz2
 import io
+import itertools
 import lzma
 import posixpath
 import stat
@@ -83,7 +84,7 @@ def zip_entries(file: IO[bytes]) -> Iterator[ZipEntry]:
                 f"{first.filename!r}, like all others in it, {_why_not(first.flag_bits, first.compress_type)}"
             )
         starts = sorted({info.header_offset for info in archive.infolist()})
-        ends = dict(zip(starts, [*starts[1:], archive.start_dir], strict=True))
+        ends = dict(itertools.pairwise([*starts, archive.start_dir]))
         links = Links()
         for info in infos:
             if stat.S_ISLNK(info.external_attr >> 16):
@@ -143,6 +144,8 @@ def _unpack(packed: bytes, method: int, max_bytes: int) -> bytes:
             data = stream.decompress(b"", _PIECE_BYTES) if not stream.eof else b""
     except (*DECOMPRESSION_ERRORS, struct.error) as error:
         raise ZipError(f"cannot be unpacked ({error})") from error
+    if not stream.eof and method != _LZMA:  # which need not mark its end
+        raise ZipError("cannot be unpacked (its data end too early)")
     return unpacked.getvalue()
 
 
