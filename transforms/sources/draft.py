@@ -53,6 +53,7 @@ class Draft:
                 ref = part.ref if isinstance(part.ref, str) else matching.stored_ref(part.ref)
                 execute("INSERT INTO captions VALUES (?, ?, ?, ?)", (position, ref, part.ordinal, part.text))
                 self.counters["repaired_captions"] += part.repaired
+                self.counters["captions_not_utf8"] += "\ufffd" in part.text
             elif isinstance(part, Image):
                 path = posixpath.normpath(part.path)
                 values = (

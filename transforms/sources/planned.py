@@ -198,8 +198,10 @@ def plan_shards(
 def plan_counters(shards: Iterable[Shard]) -> dict[str, int]:
     """Returns what planning counted, added up over the plans that the shards belong to.
 
-    `unlisted_images` are files that the annotation does not name, `repaired_captions` are captions whose line
-    was damaged in a known way. Shards without a plan add nothing.
+    `unlisted_images` are files that the annotation does not name; `repaired_captions` captions whose line was damaged
+    in a known way; `captions_not_utf8` those with bytes that no character can be made of; `ids_of_other_type` captions
+    whose id is the image's but for its type; `similar_file_names` images whose file's name is spelled in another way;
+    `entries_joined` entries of a file that has another entry. Shards without a plan add nothing.
     """
     totals: dict[str, int] = {}
     for url in {shard.plan: None for shard in shards if isinstance(shard, PlannedShard)}:

@@ -310,6 +310,13 @@ def test_json_that_is_something_else_says_what_it_is(tmp_path, data, message):
         plan(tmp_path, data, ["a.jpg"])
 
 
+def test_bytes_that_are_not_utf8_are_counted(tmp_path):
+    data = {"images": [image(1, "a.jpg")], "annotations": [caption(1, "caf#"), caption(1, "caf\u00e9")]}
+    shards = plan(tmp_path, json.dumps(data).encode().replace(b"#", b"\xe9"), ["a.jpg"])
+    assert captions_of(read(shards)) == {"a": ["caf\ufffd", "café"]}
+    assert plan_counters(shards) == {"captions_not_utf8": 1}
+
+
 def test_captions_that_are_no_text_are_lost_and_the_file_is_still_read(tmp_path):
     texts = [None, 5, ["a", "b"], {"raw": "x"}, True]
     data = {"images": [image(1, "a.jpg")], "annotations": [caption(1, text) for text in texts]}
