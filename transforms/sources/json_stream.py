@@ -83,7 +83,8 @@ class JsonEntries:
             window.separate("}")
         window.take("}")
         if rest := window.peek():
-            raise window.fault(f"{rest!r} follows after its end")
+            hint = " (an object a line is no JSON file: such a file is named .jsonl)" if rest == "{" else ""
+            raise window.fault(f"{rest!r} follows after its end{hint}")
 
     def describe(self) -> str:
         """Returns what the file holds, for messages: "an object with images (a list of …), info (an object …)"."""
@@ -313,13 +314,15 @@ def _without_surrogates(value: Any) -> Any:
 
 
 def _describe(value: Any, window: _Window | None = None) -> str:
+    """Returns what a value is, for messages; without a window, what the entries of a list are that it is one of."""
     if isinstance(value, dict):
         names = ", ".join(str(name)[:40] for name in list(value)[:_MOST_FIELDS])
-        return (
-            f"objects with {names}" if window is None else f"an object with {names}" if names else "an object"
-        )
+        kind = "objects" if window is None else "an object"
+        return f"{kind} with {names}" if names else kind
     if isinstance(value, list) and window is not None:
         return f"a list of {_describe(value[0])}" if value else "an empty list"
-    kinds = {str: "strings", bool: "booleans", int: "numbers", float: "numbers", list: "lists"}
-    several = kinds.get(type(value), "nulls" if value is None else "values that cannot be read")
-    return several if window is None else "null" if value is None else f"one of {several}"
+    one = _KINDS.get(type(value), "null" if value is None else "an unreadable value")
+    return one if window is not None else f"{one.removeprefix('an ').removeprefix('a ')}s"
+
+
+_KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list"}

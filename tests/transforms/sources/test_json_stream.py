@@ -163,7 +163,7 @@ def test_file_that_is_cut_off(data):
         (b'{"a": [{"x": 1 "y": 2}]}', "expecting ',' delimiter at character 15"),
         (b"{'a': [1]}", "expected a key in quotes"),
         (b'{"a": [1]} <html>', "'<' follows after its end"),
-        (b'{"a": [1]}\n{"a": [2]}', "'{' follows after its end"),
+        (b'{"a": [1]}\n{"a": [2]}', "'{' follows after its end (an object a line"),
     ],
 )
 def test_json_that_is_damaged_says_where(data, message):
@@ -190,13 +190,13 @@ def test_one_list_twice_and_what_is_no_list():
     [
         (b"[]", "an empty list"),
         (b'[{"image": "a.jpg", "conversations": []}, 7]', "a list of objects with image, conversations"),
-        (b'"x"', "one of strings"),
+        (b'"x"', "a string"),
         (b"null", "null"),
         (b"{}", "an empty object"),
         (
             b'{"data": [{"image_id": 1, "reference_strs": ["a"]}], "info": {}, "n": 1, "l": []}',
             "an object with data (a list of objects with image_id, reference_strs), info (an object), "
-            "n (one of numbers), l (an empty list)",
+            "n (a number), l (an empty list)",
         ),
     ],
 )
