@@ -135,6 +135,8 @@ def _check_folder(url: str, members: Sequence[Member], num_missing: int) -> None
         fs.invalidate_cache()
         if any(storage.exists(fs, _extent(path, member)[0]) for member in members):
             return
+        if members or num_missing > 1:
+            fs.info(path)  # of a folder that is gone there is no more to say
     if members or num_missing > 1:
         raise InputError(
             f"Images that were listed in {url} when the job was planned are gone, or may not be read: {num_missing} in "
