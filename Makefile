@@ -1,6 +1,8 @@
 # Each target works as the first command in a fresh clone: it makes .venv and installs into it.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process a core; a file's tests, and those of one service, stay in one of them
+PARALLEL := -n logical --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test check flink install clean
 
@@ -8,13 +10,13 @@ demo: .venv/demoed
 	$(BIN)/diptych demo --output demo
 
 test: .venv/tested
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: .venv/tested .venv/airflow/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -W error
+	$(BIN)/python -m pytest $(PARALLEL) -W error
 
 # A Flink cluster on this machine, until Ctrl-C; prints the flags with which a job runs on it
 flink: .venv/flinked

@@ -28,6 +28,7 @@ TEST = [
     "pytest>=8.3",
     "pytest-cov>=6.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     "sentence-transformers>=4.0",
     "tifffile>=2024.1",

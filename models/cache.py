@@ -106,7 +106,7 @@ def _list_file(fs: fsspec.AbstractFileSystem, path: str) -> list[_RemoteFile]:
 def _list_folder(fs: fsspec.AbstractFileSystem, path: str) -> list[_RemoteFile]:
     root = path.rstrip("/") + "/"
     files = []
-    for found, info in sorted(fs.find(path, detail=True).items()):
+    for found, info in sorted(fs.find(path, detail=True, on_error="raise").items()):
         name = found[found.index(root.lstrip("/")) + len(root.lstrip("/")) :]
         if is_model_file(name):
             files.append(_remote_file(info, name))

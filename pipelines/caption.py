@@ -9,12 +9,12 @@ from typing import cast
 import apache_beam as beam
 
 from models.base import CaptionModel
-from pipelines.job import options_to_json
 from pipelines.model_job import Branch, ChunkTransform, load_here, model_branch, open_input, run_model_job
 from pipelines.options import ModelJobOptions
 from pipelines.running import Result, new_pipeline
 from transforms.caption import caption_task
 from transforms.clean import CleanCaptions, CleanOptions
+from transforms.fingerprint import options_to_json
 from transforms.resize import ResizeImages, ResizeOptions
 from transforms.schemas import captions_schema
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.evaluate import read_candidates
-from pipelines.job import data_files
 from transforms.errors import InputError
+from transforms.output_layout import data_files
 from transforms.storage import join, locate
 
 _IMAGE_PX, _TEXT_PX, _GAP_PX = 160, 250, 12

@@ -5,14 +5,16 @@ from collections.abc import Iterator
 
 from fsspec.core import has_magic
 
-from pipelines.job import MODEL_STAGES, data_files, is_same_place, read_success
+from pipelines.job import is_same_place
 from pipelines.options import ModelJobOptions
 from transforms.done_keys import write_done_keys
 from transforms.errors import InputError
-from transforms.storage import exists, input_errors, is_folder, join, locate
+from transforms.finish import read_success
+from transforms.output_layout import MODEL_STAGES, data_files
+from transforms.storage import exists, glob, input_errors, join, locate
 
 
-def check_earlier(options: ModelJobOptions, dataset: str) -> None:
+def check_earlier(options: ModelJobOptions, dataset: str, plan_folder: str) -> None:
     """Checks the earlier outputs before the run's own is touched, unless an earlier start of the run has used them.
 
     Raises:
@@ -20,13 +22,13 @@ def check_earlier(options: ModelJobOptions, dataset: str) -> None:
     """
     if not options.skip_done_in or dataset in (read_success(options.output) or {}):
         return
-    fs, path = locate(_keys(options, dataset))
+    fs, path = locate(_keys(plan_folder, dataset))
     if not exists(fs, path):
         for _ in _earlier_files(options, dataset):
             pass
 
 
-def find_done(options: ModelJobOptions, dataset: str) -> str | None:
+def find_done(options: ModelJobOptions, dataset: str, plan_folder: str) -> str | None:
     """Returns the URL of the keys that a run leaves out, brought together at its first start; None where it does not.
 
     Raises:
@@ -35,15 +37,15 @@ def find_done(options: ModelJobOptions, dataset: str) -> str | None:
     """
     if not options.skip_done_in:
         return None
-    url = _keys(options, dataset)
+    url = _keys(plan_folder, dataset)
     fs, path = locate(url)
     if not exists(fs, path):  # else of the run that this one goes on with
         write_done_keys(_earlier_files(options, dataset), url)
     return url
 
 
-def _keys(options: ModelJobOptions, dataset: str) -> str:
-    return join(options.output, "_plan", f"done-{dataset}.keys")
+def _keys(plan_folder: str, dataset: str) -> str:
+    return join(plan_folder, f"done-{dataset}.keys")
 
 
 def _earlier_files(options: ModelJobOptions, dataset: str) -> Iterator[str]:
@@ -75,7 +77,10 @@ def _earlier_outputs(options: ModelJobOptions) -> list[str]:
             fs, path = locate(url)
             if has_magic(path):
                 fs.invalidate_cache()
-                named = [str(fs.unstrip_protocol(name)) for name in fs.glob(path) if is_folder(fs, name)]
+                matches = glob(fs, path).items()
+                named = [
+                    str(fs.unstrip_protocol(name)) for name, info in matches if info["type"] == "directory"
+                ]
                 found.update(dict.fromkeys(named))
                 if not named:
                     print(f"diptych: --skip_done_in {url} names no earlier output yet.", file=sys.stderr)

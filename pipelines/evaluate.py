@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from models.scores import score_captions
 from models.tokens import tokenize
-from pipelines.job import JOB, data_files, read_json, read_success
 from transforms.errors import InputError, OptionError, OutputError
-from transforms.finish import SUCCESS
+from transforms.finish import read_success
+from transforms.output_layout import JOB, SUCCESS, data_files, read_json
 from transforms.references import References, read_references
 from transforms.sink import DAMAGE
 from transforms.sources.parts import Ref

@@ -21,11 +21,12 @@ from models.matching import cosines
 from models.pixels import decode_pixels, resize_square
 from models.spec import CAPTION_KINDS, TEXT_KINDS, ModelSpec, load_model
 from pipelines.evaluate import write_json
-from pipelines.job import data_files, read_success
 from pipelines.model_flags import parse_model
 from pipelines.options import check
 from transforms.errors import InputError, OutputError
+from transforms.finish import read_success
 from transforms.micro_batches import Failure, ModelRunner
+from transforms.output_layout import data_files
 from transforms.prepared import PreparedImages
 from transforms.sink import DAMAGE
 from transforms.storage import input_errors, join, locate

@@ -102,6 +102,20 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         "--chunk_rows", type=int, default=250, metavar="N", help="most rows a chunk, so a file (default 250)"
     )
     job.add_argument("--overwrite", action="store_true", help="delete what an earlier run wrote to OUT")
+    job.add_argument(
+        "--retry_rejects",
+        type=_names,
+        default=(),
+        metavar="REASON[,…]",
+        help="with the command of an earlier run: make again the files that have rows rejected for these reasons",
+    )
+    job.add_argument(
+        "--max_reject_rate",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="fail when a greater share of the rows is rejected (default 1; a run that writes no row always fails)",
+    )
     job.add_argument("--quiet", action="store_true", help="show neither progress nor summary")
     job.add_argument(
         "--summary",
@@ -154,6 +168,8 @@ def job_values(args: argparse.Namespace, beam_args: Sequence[str]) -> dict[str, 
         "overwrite": args.overwrite,
         "quiet": args.quiet,
         "beam_args": tuple(beam_args),
+        "retry_rejects": args.retry_rejects,
+        "max_reject_rate": args.max_reject_rate,
     }
 
 

@@ -10,7 +10,6 @@ import apache_beam as beam
 
 from models.base import ImageModel, ImageOptions, TextOptions
 from models.spec import MatchOptions, ModelSpec
-from pipelines.job import options_to_json
 from pipelines.model_job import (
     LIBRARIES,
     Branch,
@@ -25,6 +24,7 @@ from pipelines.running import Result, new_pipeline
 from transforms.clean import CleanCaptions, CleanOptions
 from transforms.embed import ExplodeCaptions
 from transforms.errors import OptionError
+from transforms.fingerprint import options_to_json
 from transforms.generate import ExplodeSamples, generate_task, match_task
 from transforms.infer import RunModel
 from transforms.schemas import generated_schema

@@ -4,38 +4,40 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import enum
-import hashlib
 import json
 import os
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from importlib import metadata
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
 
-from transforms.errors import InputError, OptionError, OutputError
-from transforms.finish import SUCCESS, damaged_json, success_json
-from transforms.finish import read_json as read_json
-from transforms.finish import read_success as read_success
-from transforms.sink import has_commit
-from transforms.sources.base import InputFile
-from transforms.storage import (
-    delete,
-    input_errors,
-    is_absence,
-    is_file,
-    join,
-    locate,
-    output_errors,
-    write_whole,
+from transforms.errors import OptionError, OutputError
+from transforms.fingerprint import digest
+from transforms.finish import delete_working, read_success
+from transforms.output_layout import (
+    DATASETS,
+    JOB,
+    MODEL_STAGES,
+    PLAN,
+    RECORDS,
+    SCRATCH,
+    SUCCESS,
+    RecordKind,
+    claim,
+    claim_name,
+    data_files,
+    forget_success,
+    list_names,
+    read_json,
+    read_records,
+    shard_of,
+    write_success,
+    write_view,
 )
+from transforms.sink import has_commit
+from transforms.storage import delete, is_file, join, locate, output_errors
 
-JOB = "_job.json"
-DATASETS = ("images", "embeddings", "captions", "generated")
-_BESIDE = ("rejects", "_plan", "_tmp")
-# Libraries that decide the bytes of an output
-_LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "pyarrow", "simplejpeg")
+_BESIDE = ("rejects", PLAN, SCRATCH)
 
 
 class State(enum.Enum):
@@ -44,36 +46,6 @@ class State(enum.Enum):
     FRESH = "nothing"
     RESUMED = "a part of this job's data set"
     DONE = "all of this job's data set"
-
-
-def fingerprint(
-    job: str, inputs: Iterable[InputFile], options: Mapping[str, Any], libraries: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Returns everything that decides a run's output: the job, its inputs, its options, and the versions.
-
-    Args:
-        job: Name of the job.
-        inputs: The input files, by names below the input root: the same data elsewhere is the same input.
-        options: Options that change bytes, as JSON values.
-        libraries: Libraries that the job uses beyond those that all do.
-    """
-    inputs = sorted(inputs, key=lambda file: file.name)
-    lines = "".join(f"{file.name}\t{file.size_bytes}\t{file.sha256}\n" for file in inputs)
-    return {
-        "job": job,
-        "inputs": {
-            "files": len(inputs),
-            "size_bytes": sum(file.size_bytes for file in inputs),
-            "sha256": hashlib.sha256(lines.encode()).hexdigest(),
-        },
-        "options": dict(options),
-        "versions": {name: metadata.version(name) for name in ("diptych", *_LIBRARIES, *libraries)},
-    }
-
-
-def digest(fingerprint: Mapping[str, Any]) -> str:
-    """Returns 16 hexadecimal digits that stand for a fingerprint."""
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def refuse_overlap(inputs: Iterable[str], root: str) -> None:
@@ -109,77 +81,144 @@ def _real_path(url: str) -> str:
     ).rstrip("/")
 
 
-def open_output(
-    root: str, dataset: str, fingerprint: Mapping[str, Any], overwrite: bool, derived: bool = False
-) -> State:
-    """Makes an output folder ready for a run: the data set belongs to this fingerprint afterwards.
+@dataclasses.dataclass(frozen=True)
+class DatasetClaim:
+    """What a job asks of an output folder: a data set that is its own.
+
+    Attributes:
+        dataset: The data set that the job writes.
+        fingerprint: The run's fingerprint.
+        overwrite: Whether what an earlier run wrote there is deleted: of `images`, with all that is made from them.
+        reads_own_images: Whether the job reads the images of this very output.
+    """
+
+    dataset: str
+    fingerprint: Mapping[str, Any]
+    overwrite: bool = False
+    reads_own_images: bool = False
+
+    @property
+    def name(self) -> str:
+        """The place of its record below the output folder."""
+        return claim_name(self.dataset, self.reads_own_images)
+
+    @property
+    def scratch(self) -> str:
+        """The folder of the run, below the output folder, for what is not yet whole."""
+        return join(SCRATCH, digest(self.fingerprint))
+
+
+def check_output(root: str, wanted: DatasetClaim) -> State:
+    """Finds out whether a job may write a data set to a folder, and what of it is there; changes nothing.
 
     Args:
         root: The output folder.
-        dataset: The data set that the job writes.
-        fingerprint: Of the run.
-        overwrite: Delete what an earlier run wrote there: of `images`, with all that is made from them.
-        derived: Whether the job reads the images of this very output.
+        wanted: The data set and the run.
 
     Raises:
-        OutputError: The folder belongs to another run, or holds files that no run wrote, or cannot be written.
+        OutputError: The folder belongs to another run, or holds files that no run wrote.
     """
     with output_errors(root):
         fs, path = locate(root)
         if is_file(fs, path):
             raise OutputError(f"{root} is a file. --output must be a folder; it is made where there is none.")
-    jobs = read_jobs(root)
+    jobs, dataset = read_jobs(root), wanted.dataset
     if jobs and (others := sorted(set(jobs) - set(DATASETS))):
         raise OutputError(
             f"{root} is where `diptych train` wrote a model, or is at it ({join(root, JOB)} names {_listed(others)}). "
             "Choose another --output."
         )
     if jobs is None:
-        _refuse_ownerless(root, (*DATASETS, "rejects"), f"{root} has no {JOB}")
-    elif overwrite and dataset == "images":
+        if not (files := _first_files(root, (*DATASETS, "rejects"))):
+            return State.FRESH
+        if read_jobs(root) is not None:  # of a job that began since
+            return check_output(root, wanted)
+        raise _ownerless(*files, f"{root} has no {JOB}")
+    if wanted.overwrite and dataset == "images":
         for name in DATASETS:
-            _refuse_foreign(root, name, _written_by_diptych(root, name))
-        delete(root, (SUCCESS, *DATASETS, *_BESIDE, JOB))  # what says whose it is goes last
-        jobs = None
-    elif not derived and (others := _others(root, jobs, dataset)):
+            names = data_files(root, name)
+            _refuse_foreign(root, name, names, _written_by_diptych(root, name, names))
+        return State.FRESH
+    if not wanted.reads_own_images and (others := _others(root, jobs, dataset)):
         raise OutputError(
             f"{root} holds {_listed(others)}, made from another input than this. Only data sets that are made from its "
             f"own images may lie beside them: choose another --output, or give --input {root}."
         )
-    elif dataset not in jobs:
-        _refuse_ownerless(root, (dataset,), f"{join(root, JOB)} does not name it")
-    elif overwrite:
-        _delete_dataset(root, dataset)
-    elif jobs[dataset] == json.loads(json.dumps(fingerprint)):
-        state = _state(root, dataset)
-        # what is done may lie where nothing can be written any more
-        with contextlib.suppress(*[OutputError] if state is State.DONE else []):
-            delete(root, ("_tmp",))
-        return state
-    elif any(data_files(root, name) for name in _made_from(dataset)) or _own_rejects(root, dataset):
-        differences = "; ".join(_differences(jobs[dataset], fingerprint))
+    if dataset not in jobs:
+        if not (files := _first_files(root, (dataset,))):
+            return State.FRESH
+        if dataset in (read_jobs(root) or {}):
+            return check_output(root, wanted)
+        raise _ownerless(*files, f"{join(root, JOB)} does not name it")
+    if wanted.overwrite:
+        names = data_files(root, dataset)
+        _refuse_foreign(root, dataset, names, _written_by_diptych(root, dataset, names))
+        return State.FRESH
+    _refuse_other_run(root, dataset, jobs[dataset], wanted.fingerprint)
+    return _state(root, dataset)
+
+
+def take_output(root: str, wanted: DatasetClaim) -> None:
+    """Makes a data set the job's own: deletes what `check_output` said may go, and claims what is left.
+
+    Of two jobs that come this far at the same moment, the one whose record is there first goes on, and the other only
+    if it is the same run.
+
+    Raises:
+        OutputError: Another run was faster, or the folder cannot be written.
+    """
+    _adopt_earlier_version(root, wanted.scratch)
+    if wanted.overwrite:
+        _delete_dataset(root, wanted)
+    record = claim(root, wanted.name, wanted.dataset, _as_json(wanted.fingerprint), wanted.scratch)
+    if wanted.dataset not in record:
         raise OutputError(
-            f"{root} holds the {dataset} of another run: {differences}. Choose another --output, give the options "
-            "of that run, or delete it with --overwrite."
+            f"{root} holds {_listed(sorted(record))}, made from another input than this. Only data sets that are made "
+            f"from its own images may lie beside them: choose another --output, or give --input {root}."
         )
-    if jobs is not None:  # left by a run that failed before its first row, and was mended since
-        _forget_success(root, dataset)
-        delete(root, ("_plan", "_tmp"))
-    kept = {name: values for name, values in (jobs or {}).items() if derived and name != dataset}
-    write_whole(root, JOB, _to_json({**kept, dataset: fingerprint}))
-    return State.FRESH
+    _refuse_other_run(root, wanted.dataset, record[wanted.dataset], wanted.fingerprint)
+    write_view(root, RecordKind.JOB, wanted.scratch)
+
+
+def clean_up(root: str, wanted: DatasetClaim) -> None:
+    """Deletes what a run needed only until it was done, where it was killed before it could."""
+    with contextlib.suppress(OutputError):  # what is done may lie where nothing can be written any more
+        delete_working(root, digest(wanted.fingerprint))
+
+
+def _refuse_other_run(root: str, dataset: str, there: Any, fingerprint: Mapping[str, Any]) -> None:
+    if there == _as_json(fingerprint):
+        return
+    is_empty = not any(data_files(root, name) for name in _made_from(dataset))
+    state = " (which has not written a file yet, and may be at work)" if is_empty else ""
+    raise OutputError(
+        f"{root} holds the {dataset} of another run{state}: {'; '.join(_differences(there, fingerprint))}. Choose "
+        "another --output, give the options of that run, or delete it with --overwrite."
+    )
+
+
+def _as_json(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(fingerprint)))
+
+
+def _adopt_earlier_version(root: str, scratch: str) -> None:
+    """Makes the records of an output that an earlier version wrote, which had one file for all of them."""
+    if list_names(join(root, RECORDS)):
+        return
+    for dataset, fingerprint in (read_jobs(root) or {}).items():
+        reads_own_images = dataset != "images" and "images" in (read_jobs(root) or {})
+        claim(root, claim_name(dataset, reads_own_images), dataset, fingerprint, scratch)
+    for dataset, totals in (read_json(root, SUCCESS) or {}).items():
+        write_success(root, dataset, totals, scratch)
 
 
 def read_jobs(root: str) -> dict[str, Any] | None:
     """Returns the fingerprints of an output by data set, or None where there is no output of Diptych.
 
     Raises:
-        OutputError: The file that holds them is damaged.
+        OutputError: A file that holds them is damaged.
     """
-    jobs = read_json(root, JOB)
-    if jobs is not None and not (isinstance(jobs, dict) and all(isinstance(v, dict) for v in jobs.values())):
-        raise damaged_json(root, JOB, "it is no object of fingerprints")
-    return jobs
+    return read_records(root, RecordKind.JOB)
 
 
 def _made_from(dataset: str) -> tuple[str, ...]:
@@ -214,82 +253,86 @@ def _own_rejects(root: str, dataset: str) -> list[str]:
     return own
 
 
-MODEL_STAGES = {"embeddings": "embed", "captions": "caption", "generated": "generate"}
-
-
-def _delete_dataset(root: str, dataset: str) -> None:
-    """Deletes a data set with its own rejects; what says that it is whole goes first."""
-    _refuse_foreign(root, dataset, _written_by_diptych(root, dataset))
+def _delete_dataset(root: str, wanted: DatasetClaim) -> None:
+    """Deletes a data set with its own rejects; what says that it is whole goes first, and whose it is last."""
+    dataset, jobs = wanted.dataset, read_jobs(root) or {}
+    if dataset == "images":
+        successes = [f"{RECORDS}/{name}{RecordKind.SUCCESS.value}" for name in DATASETS]
+        # of the same run, it may be claimed by another job that is at work, and goes on
+        kept = wanted.name if jobs.get(dataset) == _as_json(wanted.fingerprint) else ""
+        claims = [
+            f"{RECORDS}/{name}" for name in list_names(join(root, RECORDS)) if name.endswith(".job.json")
+        ]
+        old_plans = [
+            join(PLAN, name) for name in list_names(join(root, PLAN)) if name != digest(wanted.fingerprint)
+        ]
+        delete(root, (SUCCESS, *successes, *DATASETS, "rejects", *old_plans, SCRATCH))
+        delete(root, (name for name in claims if name != kept))
+        if not kept:
+            delete(root, (JOB,))
+        return
     rejects = _own_rejects(root, dataset)
-    _forget_success(root, dataset)
+    forget_success(root, dataset, wanted.scratch)
     delete(root, (dataset, *rejects))
-
-
-def _forget_success(root: str, dataset: str) -> None:
-    totals = read_success(root) or {}
-    others = {name: total for name, total in totals.items() if name != dataset}
-    if others and dataset in totals:
-        write_whole(root, SUCCESS, success_json(others))
-    elif not others:
-        delete(root, (SUCCESS,))
+    record = read_json(root, wanted.name) or {}
+    if record != {dataset: _as_json(wanted.fingerprint)}:
+        for fingerprint in record.values():
+            delete_working(root, digest(fingerprint))
+        delete(root, (wanted.name,))
 
 
 def _state(root: str, dataset: str) -> State:
+    """Returns what is there of a data set that is the job's own."""
     totals = read_success(root) or {}
     is_done = dataset in totals and totals[dataset].files == len(data_files(root, dataset))
     return State.DONE if is_done else State.RESUMED
 
 
-def start_writing(root: str, dataset: str, shards: Iterable[str]) -> None:
+class Leftovers(NamedTuple):
+    """What earlier runs left of a data set.
+
+    Attributes:
+        has_files: Whether there are data files.
+        orphans: Files of rejects below the output folder that have no data file.
+    """
+
+    has_files: bool
+    orphans: frozenset[str]
+
+
+def start_writing(root: str, claim: DatasetClaim, shards: Iterable[str]) -> Leftovers:
     """Makes sure that a data set holds no files but those of these shards, before a run adds to it.
 
     Args:
         root: The output folder.
-        dataset: The data set.
+        claim: The data set and the run.
         shards: Names of all the shards of the run.
 
     Raises:
         OutputError: There is a file of something else.
     """
     own = set(shards)
-    files = data_files(root, dataset)
-    _refuse_foreign(root, dataset, {name for name in files if shard_of(name) in own})
-    _forget_success(root, dataset)  # there where somebody deleted a data file of a finished output
+    files = data_files(root, claim.dataset)
+    _refuse_foreign(root, claim.dataset, files, {name for name in files if shard_of(name) in own})
+    # there where somebody deleted a data file of a finished output
+    forget_success(root, claim.dataset, claim.scratch)
+    return Leftovers(bool(files), frozenset(_orphans(root, claim, {*files})))
 
 
-def data_files(root: str, dataset: str) -> list[str]:
-    """Returns the names of what is in the folder of a data set, sorted by shard and number.
-
-    Hidden files, as a system or another tool leaves them, are not data: their names begin with `.` or `_`.
-    """
-    url = join(root, dataset)
-    try:
-        with input_errors(url):
-            fs, path = locate(url)
-            fs.invalidate_cache(path)
-            paths = {name.rstrip("/") for name in fs.ls(path, detail=False)} - {path.rstrip("/")}
-            fs.invalidate_cache(path)  # or what is committed from now on is not seen
-    except InputError as error:
-        if is_absence(error):
-            return []
-        raise
-    names = (os.path.basename(path) for path in paths)
-    return sorted((name for name in names if name[0] not in "._"), key=lambda name: (shard_of(name), name))
+def _orphans(root: str, claim: DatasetClaim, files: Collection[str]) -> Iterator[str]:
+    """Yields the files of a data set's rejects, below `root`, that have no data file beside them."""
+    own = MODEL_STAGES.get(claim.dataset)
+    for stage in list_names(join(root, "rejects")):
+        # what is made from images that are prepared has no rejects but its model's
+        if stage == own or not (claim.reads_own_images or stage in MODEL_STAGES.values()):
+            folder = join("rejects", stage)
+            yield from (join(folder, name) for name in data_files(root, folder) if name not in files)
 
 
-def shard_of(name: str) -> str:
-    """Returns the name of the shard that a data file's name begins with, empty where it is no such name."""
-    match = _FILE_NAME.fullmatch(name)
-    return match[1] if match else ""
-
-
-_FILE_NAME = re.compile(r"(.+)-\d{5,}\.parquet", re.DOTALL)
-
-
-def _written_by_diptych(root: str, dataset: str) -> set[str]:
+def _written_by_diptych(root: str, dataset: str, files: Iterable[str]) -> set[str]:
     """Returns the data files that a job wrote, by the footer of the first of each shard."""
     shards: dict[str, list[str]] = {}
-    for name in data_files(root, dataset):
+    for name in files:
         if shard := shard_of(name):
             shards.setdefault(shard, []).append(name)
     firsts = [join(root, dataset, names[0]) for names in shards.values()]
@@ -301,8 +344,8 @@ def _written_by_diptych(root: str, dataset: str) -> set[str]:
 _FOOTERS_AT_ONCE = 16  # on a store each is a few round trips
 
 
-def _refuse_foreign(root: str, dataset: str, own: Collection[str]) -> None:
-    foreign = [name for name in data_files(root, dataset) if name not in own]
+def _refuse_foreign(root: str, dataset: str, files: Iterable[str], own: Collection[str]) -> None:
+    foreign = [name for name in files if name not in own]
     if foreign:
         raise OutputError(
             f"{join(root, dataset)} holds {_listed(foreign)}, which this job did not write (or which was damaged "
@@ -315,13 +358,17 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _refuse_ownerless(root: str, folders: Iterable[str], why: str) -> None:
-    for folder in folders:
-        if names := data_files(root, folder):
-            raise OutputError(
-                f"{join(root, folder)} holds {_listed(names)}, but {why}, so no job of Diptych owns it. Choose another "
-                "--output, or move it away."
-            )
+def _first_files(root: str, folders: Iterable[str]) -> tuple[str, list[str]] | None:
+    """Returns the first of some folders that has files, with their names; None where none has."""
+    listed = ((join(root, folder), data_files(root, folder)) for folder in folders)
+    return next(((folder, names) for folder, names in listed if names), None)
+
+
+def _ownerless(folder: str, names: Sequence[str], why: str) -> OutputError:
+    return OutputError(
+        f"{folder} holds {_listed(names)}, but {why}, so no job of Diptych owns it. Choose another --output, or move "
+        "it away."
+    )
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
@@ -333,12 +380,3 @@ def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
     return (
         [] if found == json.loads(json.dumps(wanted)) else [f"{name} is {found!r} there and {wanted!r} here"]
     )
-
-
-def _to_json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
-
-
-def options_to_json(options: Any) -> dict[str, Any]:
-    """Returns a frozen dataclass of options as JSON values."""
-    return dict(json.loads(json.dumps(dataclasses.asdict(options))))

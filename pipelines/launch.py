@@ -1,9 +1,11 @@
 """What every job does: finds its input, makes its output ready, runs its graph, and goes on where it stopped."""
 
+import contextlib
 import dataclasses
+import functools
 import posixpath
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,16 +14,19 @@ import pyarrow as pa
 from apache_beam.options.pipeline_options import TestOptions
 from apache_beam.pvalue import PCollection
 
-from pipelines.job import State, digest, open_output, options_to_json, start_writing
+from pipelines.job import DatasetClaim, State, check_output, clean_up, start_writing, take_output
 from pipelines.options import JobOptions
 from pipelines.running import Result, run_pipeline
 from transforms.chunk import add_counts
+from transforms.errors import DiptychError, OutputError
 from transforms.failures import FailureLimit
-from transforms.finish import Expected, FinishJob, Totals
-from transforms.sink import Commit, Sink
+from transforms.fingerprint import digest, options_to_json
+from transforms.finish import Expected, FinishJob, Totals, check_rejects
+from transforms.output_layout import PLAN
+from transforms.sink import Claim, Commit, Sink
 from transforms.sources.base import Shard, Source
 from transforms.sources.planned import plan_counters
-from transforms.storage import join
+from transforms.storage import delete, join
 
 # Rows of an annotation file that one worker reads: enough work for one, enough shards for many
 _CHUNKS_A_SHARD = 8
@@ -52,20 +57,67 @@ class Job:
         datasets: What it writes, by name; `images` first, where the others are made from them.
         fingerprint: Everything that decides its output.
         rows_per_chunk: Most rows a chunk.
-        derived: Whether it reads the images of its own output folder.
+        options: The job's options.
         passed_over: Files of the input that are no part of it, by the name of a counter.
+        reads_own_images: Whether it reads the images of its own output folder.
     """
 
     datasets: Mapping[str, Written]
     fingerprint: Mapping[str, Any]
     rows_per_chunk: int
-    derived: bool = False
+    options: JobOptions
     passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    reads_own_images: bool = False
+
+    @property
+    def run_name(self) -> str:
+        """The fingerprint's digest, which the run's plan and scratch folder are named by."""
+        return digest(self.fingerprint)
+
+    @functools.cached_property
+    def plan_folder(self) -> str:
+        """The folder of the run's plan.
+
+        A run that looks at its input anew has one of its own: another job may be at work by the plan that is there.
+        """
+        is_fresh = self.options.overwrite or self.options.retry_rejects
+        name = f"{self.run_name}-{uuid.uuid4().hex[:8]}" if is_fresh else self.run_name
+        return join(self.options.output, PLAN, name)
+
+    def claims(self) -> dict[str, DatasetClaim]:
+        """Returns what it asks of its output folder, by data set; what is deleted for the first is deleted for all."""
+        return {
+            dataset: DatasetClaim(
+                dataset,
+                self.fingerprint,
+                self.options.overwrite and not number,
+                self.reads_own_images or number > 0,
+            )
+            for number, dataset in enumerate(self.datasets)
+        }
+
+    def sinks(self) -> dict[str, Sink]:
+        """Returns where its data sets go, by name."""
+        about = {
+            "job": str(self.fingerprint["job"]),
+            "version": str(self.fingerprint["versions"]["diptych"]),
+            "fingerprint": self.run_name,
+        }
+        return {
+            dataset: Sink(
+                self.options.output,
+                dataset,
+                {**about, **self.datasets[dataset].about},
+                self.datasets[dataset].schema,
+                Claim(claim.name, dataset, self.run_name),
+                self.options.retry_rejects,
+            )
+            for dataset, claim in self.claims().items()
+        }
 
 
 def launch(
     job: Job,
-    options: JobOptions,
     source: Source,
     pipeline: beam.Pipeline,
     graph: Graph,
@@ -75,7 +127,6 @@ def launch(
 
     Args:
         job: The job.
-        options: Its options.
         source: What it reads.
         pipeline: An empty pipeline.
         graph: Adds the job to a pipeline, given the shards and where each data set goes.
@@ -84,53 +135,53 @@ def launch(
     Raises:
         DiptychError: The run failed; what was committed stays, and the same call goes on from there.
     """
-    rows_per_shard = job.rows_per_chunk * _CHUNKS_A_SHARD
-    if options.overwrite:
-        with tempfile.TemporaryDirectory() as scratch:  # what cannot be planned must not cost the old output
-            source.shards(scratch, rows_per_shard)
+    options, claims = job.options, job.claims()
     if not options.quiet:
         for note in source.notes:
             print(f"diptych: {note}", file=sys.stderr)
-    state = _open_output(job, options)
+    # what is deleted for the first is deleted for all
+    checked = list(claims.values())[:1] if options.overwrite else claims.values()
+    states = {check_output(options.output, claim) for claim in checked}
+    state = states.pop() if len(states) == 1 else State.RESUMED
     if state is State.DONE:
-        return Result.of(options.output, state, job.datasets)
-    shards = source.shards(join(options.output, "_plan"), rows_per_shard)
-    for dataset in job.datasets:
-        start_writing(options.output, dataset, (shard.name for shard in shards))
-    shards = select(shards)
-    about = {
-        "job": str(job.fingerprint["job"]),
-        "version": str(job.fingerprint["versions"]["diptych"]),
-        "fingerprint": digest(job.fingerprint),
+        result = Result.of(options.output, state, job.datasets)
+        if not any(total.has_rejects(options.retry_rejects) for total in result.totals.values()):
+            clean_up(options.output, next(iter(claims.values())))
+            check_rejects(result.totals, options.output, options.max_reject_rate)
+            return result
+        state = State.RESUMED
+    # Before anything is touched: what cannot be planned must not cost the old output, nor claim a new one
+    shards = source.shards(job.plan_folder, job.rows_per_chunk * _CHUNKS_A_SHARD)
+    try:
+        for claim in claims.values():
+            take_output(options.output, claim)
+    except OutputError:
+        with contextlib.suppress(OutputError):
+            delete(options.output, (job.plan_folder.removeprefix(f"{options.output.rstrip('/')}/"),))
+        raise
+    leftovers = {
+        dataset: start_writing(options.output, claim, (shard.name for shard in shards))
+        for dataset, claim in claims.items()
     }
+    shards = select(shards)
     sinks = {
-        dataset: Sink(options.output, dataset, {**about, **written.about}, written.schema)
-        for dataset, written in job.datasets.items()
+        dataset: dataclasses.replace(sink, **leftovers[dataset]._asdict())
+        for dataset, sink in job.sinks().items()
     }
     graph(pipeline, shards, sinks)
-    run_pipeline(pipeline, len(shards), options.quiet)
+    try:
+        run_pipeline(pipeline, len(shards), options.quiet)
+    except DiptychError:
+        if {check_output(options.output, claim) for claim in claims.values()} != {State.DONE}:
+            raise
+        # the same command ran twice at once, and the other one has come to its end
+        return Result.of(options.output, State.DONE, job.datasets)
     is_dry = pipeline.options.view_as(TestOptions).dry_run
     return Result.of(options.output, state, job.datasets, ran=not is_dry)
 
 
-def _open_output(job: Job, options: JobOptions) -> State:
-    """Makes the output ready for each data set; what is deleted for the first is deleted for all."""
-    states = {
-        open_output(
-            options.output,
-            dataset,
-            job.fingerprint,
-            options.overwrite and not number,
-            job.derived or number > 0,
-        )
-        for number, dataset in enumerate(job.datasets)
-    }
-    return states.pop() if len(states) == 1 else State.RESUMED
-
-
 def finish_job(
     job: Job,
-    output: str,
     shards: Sequence[Shard],
     commits: Sequence[PCollection[Commit]],
     counters: Mapping[str, int] | None = None,
@@ -139,18 +190,21 @@ def finish_job(
 
     Args:
         job: The job.
-        output: Its output folder.
         shards: What it reads.
         commits: Of all its data sets.
         counters: What was counted before the run.
     """
     first = next(iter(job.datasets))
     counted = add_counts(add_counts(plan_counters(shards), job.passed_over), counters or {})
+    sinks = job.sinks()
     expected = {
-        dataset: Expected(len(shards), counted if dataset == first else {}, written.limit)
+        dataset: Expected(
+            len(shards), counted if dataset == first else {}, written.limit, sinks[dataset].claim
+        )
         for dataset, written in job.datasets.items()
     }
-    return commits | "AllCommits" >> beam.Flatten() | "FinishJob" >> FinishJob(output, expected)
+    finish = FinishJob(job.options.output, expected, job.run_name, job.options.max_reject_rate)
+    return commits | "AllCommits" >> beam.Flatten() | "FinishJob" >> finish
 
 
 def source_options(options: JobOptions, source: Source) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from models.base import Model
 from models.errors import FlagError, ModelError
 from models.spec import MatchOptions, ModelSpec, load_model
 from pipelines.done_before import check_earlier, find_done
-from pipelines.job import data_files, fingerprint, is_same_place, read_success, refuse_overlap
+from pipelines.job import is_same_place, refuse_overlap
 from pipelines.launch import Job, Written, finish_job, launch, source_options
 from pipelines.options import ModelJobOptions
 from pipelines.running import Result
@@ -21,7 +21,10 @@ from transforms.chunk import Chunk
 from transforms.done_keys import DropDone, open_done_keys, without_done_shards
 from transforms.errors import InputError, OptionError
 from transforms.failures import FailureLimit
+from transforms.fingerprint import fingerprint
+from transforms.finish import read_success
 from transforms.infer import RunModel, Task
+from transforms.output_layout import data_files
 from transforms.read import ReadShards
 from transforms.sink import Commit, Sink, WriteChunks
 from transforms.sources import open_source, output_of
@@ -212,7 +215,6 @@ def run_model_job(
     Raises:
         DiptychError: The run failed; what was committed stays, and the same call goes on from there.
     """
-    check_earlier(options, branch.dataset)
     chunk_rows = min(options.chunk_rows, branch.max_chunk_rows)
     asked = {
         **branch.asked,
@@ -221,15 +223,15 @@ def run_model_job(
         **before_asked,
         **({"skip_done_in": list(options.skip_done_in)} if options.skip_done_in else {}),
     }
-    print_of_run = fingerprint(branch.job, found.source.inputs(), asked, branch.libraries)
-    job = Job(
-        {branch.dataset: branch.written}, print_of_run, chunk_rows, found.derived, found.source.passed_over
-    )
+    run_fingerprint = fingerprint(branch.job, found.source.inputs(), asked, branch.libraries)
+    datasets = {branch.dataset: branch.written}
+    job = Job(datasets, run_fingerprint, chunk_rows, options, found.source.passed_over, found.derived)
+    check_earlier(options, branch.dataset, job.plan_folder)
 
     left_out: dict[str, int] = {}
 
     def select(shards: list[Shard]) -> list[Shard]:
-        done = find_done(options, branch.dataset)
+        done = find_done(options, branch.dataset, job.plan_folder)
         if done is None or not found.is_prepared:
             return shards
         kept, num_done = without_done_shards(shards, open_done_keys(done))
@@ -237,18 +239,17 @@ def run_model_job(
         return kept
 
     def graph(pipeline: beam.Pipeline, shards: list[Shard], sinks: Mapping[str, Sink]) -> None:
-        done = find_done(options, branch.dataset)
+        done = find_done(options, branch.dataset, job.plan_folder)
         steps = {**({"DropDone": DropDone(done)} if done else {}), **before}
-        model_graph(pipeline, shards, job, options.output, sinks, branch, steps, with_images, left_out)
+        model_graph(pipeline, shards, job, sinks, branch, steps, with_images, left_out)
 
-    return launch(job, options, found.source, pipeline, graph, select)
+    return launch(job, found.source, pipeline, graph, select)
 
 
 def model_graph(
     pipeline: beam.Pipeline,
     shards: list[Shard],
     job: Job,
-    output: str,
     sinks: Mapping[str, Sink],
     branch: Branch,
     before: Mapping[str, ChunkTransform],
@@ -266,4 +267,4 @@ def model_graph(
     for label, step in before.items():
         chunks |= label >> step
     written = chunks | "MakeDataset" >> MakeDataset(branch, sinks[branch.dataset])
-    _ = finish_job(job, output, shards, [written, read.committed], counters)
+    _ = finish_job(job, shards, [written, read.committed], counters)

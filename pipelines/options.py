@@ -8,7 +8,7 @@ from models.spec import TEXT_KINDS, ModelSpec
 from transforms.clean import CleanOptions
 from transforms.errors import OptionError
 from transforms.resize import ResizeOptions
-from transforms.schemas import RAW_COLUMNS, images_schema
+from transforms.schemas import RAW_COLUMNS, REASONS, images_schema
 from transforms.sources import SourceOptions
 
 # Samples of pictures and tensors that a chunk may hold; writing a tensor takes some ten times its memory
@@ -30,6 +30,8 @@ class JobOptions:
         overwrite: Delete what an earlier run wrote to `output`.
         quiet: Show neither progress nor summary.
         beam_args: Flags for Apache Beam.
+        retry_rejects: Reasons of rejects for which the chunks of an earlier run are made again.
+        max_reject_rate: The share of the rows read that may be rejected, 0 to 1.
     """
 
     inputs: tuple[str, ...]
@@ -40,6 +42,8 @@ class JobOptions:
     overwrite: bool = False
     quiet: bool = False
     beam_args: tuple[str, ...] = ()
+    retry_rejects: tuple[str, ...] = ()
+    max_reject_rate: float = 1.0
 
     def __post_init__(self) -> None:
         for flag, place in (("--output", self.output), *(("--input", url) for url in self.inputs)):
@@ -47,6 +51,14 @@ class JobOptions:
         check(self.chunk_rows >= 1, "--chunk_rows", self.chunk_rows, "at least 1")
         bound = "at most 100000, a chunk is held in memory"
         check(self.chunk_rows <= 100_000, "--chunk_rows", self.chunk_rows, bound)
+        reasons = sorted({reason for stage in REASONS.values() for reason in stage})
+        expected = f"some of {', '.join(reasons)}, with commas between them"
+        for reason in self.retry_rejects:
+            check(reason in reasons, "--retry_rejects", reason, expected)
+        is_both = bool(self.retry_rejects and self.overwrite)
+        expected = "without --overwrite, which makes all rows anew"
+        check(not is_both, "--retry_rejects", ",".join(self.retry_rejects), expected)
+        check(0 <= self.max_reject_rate <= 1, "--max_reject_rate", self.max_reject_rate, "between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True)

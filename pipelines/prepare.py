@@ -11,12 +11,13 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.pvalue import DoOutputsTuple, PCollection
 
-from pipelines.job import fingerprint, options_to_json, refuse_overlap
+from pipelines.job import refuse_overlap
 from pipelines.launch import Job, Written, finish_job, launch, source_options
 from pipelines.options import PrepareOptions
 from pipelines.running import Result, new_pipeline
 from transforms.chunk import Chunk
 from transforms.clean import CleanCaptions
+from transforms.fingerprint import fingerprint, options_to_json
 from transforms.read import ReadShards
 from transforms.resize import ResizeImages
 from transforms.schemas import images_schema
@@ -39,13 +40,14 @@ def prepare(options: PrepareOptions) -> Result:
         {"images": Written(images_schema_of(options))},
         fingerprint("prepare", source.inputs(), asked),
         options.rows_per_chunk,
-        passed_over=source.passed_over,
+        options,
+        source.passed_over,
     )
 
     def graph(pipeline: beam.Pipeline, shards: list[Shard], sinks: Mapping[str, Sink]) -> None:
         prepare_graph(pipeline, shards, job, options, sinks)
 
-    return launch(job, options, source, pipeline, graph)
+    return launch(job, source, pipeline, graph)
 
 
 def prepare_graph(
@@ -59,7 +61,7 @@ def prepare_graph(
     read = read_shards(pipeline, shards, options, sinks, job.rows_per_chunk)
     rows = read.chunks | "PrepareRows" >> PrepareRows(options)
     written = rows | "WriteChunks" >> WriteChunks(sinks["images"])
-    _ = finish_job(job, options.output, shards, [written, read.committed])
+    _ = finish_job(job, shards, [written, read.committed])
 
 
 def read_shards(

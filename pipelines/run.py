@@ -13,13 +13,14 @@ import apache_beam as beam
 from pipelines.caption import caption_branch
 from pipelines.embed import embed_branch
 from pipelines.generate import generate_branch
-from pipelines.job import fingerprint, refuse_overlap
+from pipelines.job import refuse_overlap
 from pipelines.launch import Job, Written, finish_job, launch
 from pipelines.model_job import Branch, MakeDataset
 from pipelines.options import RunOptions
 from pipelines.prepare import PrepareRows, images_schema_of, prepare_asked, read_shards
 from pipelines.running import Result, new_pipeline
 from transforms.chunk import Chunk
+from transforms.fingerprint import fingerprint
 from transforms.sink import Sink, WriteChunks
 from transforms.sources import open_source
 from transforms.sources.base import Shard
@@ -42,12 +43,12 @@ def run(options: RunOptions) -> Result:
     datasets = {"images": Written(images_schema_of(options))}
     datasets |= {branch.dataset: branch.written for branch in branches}
     run_fingerprint = fingerprint("run", source.inputs(), asked, libraries)
-    job = Job(datasets, run_fingerprint, chunk_rows, passed_over=source.passed_over)
+    job = Job(datasets, run_fingerprint, chunk_rows, options, source.passed_over)
 
     def graph(pipeline: beam.Pipeline, shards: list[Shard], sinks: Mapping[str, Sink]) -> None:
         run_graph(pipeline, shards, job, options, sinks, branches)
 
-    return launch(job, options, source, pipeline, graph)
+    return launch(job, source, pipeline, graph)
 
 
 def _branches(options: RunOptions, pipeline: beam.Pipeline) -> list[Branch]:
@@ -92,4 +93,4 @@ def run_graph(
     for branch in branches:
         name = branch.job.capitalize()
         commits.append(clean | name >> MakeDataset(branch, sinks[branch.dataset]))
-    _ = finish_job(job, options.output, shards, commits)
+    _ = finish_job(job, shards, commits)

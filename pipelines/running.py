@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from pipelines.dataflow import dataflow_flags
 from pipelines.flink import cancel_on_flink, check_flink, failures_told, flink_flags, size_for_flink
-from pipelines.job import State, read_success
+from pipelines.job import State
 from transforms import errors
-from transforms.finish import Totals
+from transforms.finish import Totals, read_success
 from transforms.progress import PROGRESS_THREAD, Snapshot, progress
 
 

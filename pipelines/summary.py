@@ -5,6 +5,7 @@ import json
 
 from pipelines.job import State
 from pipelines.running import Result
+from transforms.errors import NothingWritten
 from transforms.progress import progress
 from transforms.storage import join
 
@@ -57,12 +58,16 @@ def summary_json(result: Result, seconds: float) -> str:
 
 
 def failure_json(output: str, seconds: float, error: BaseException, stopped: bool) -> str:
-    """Returns the line of a run that ended early: `outcome` is `stopped` by a signal, or `failed`; `error` says why."""
+    """Returns the line of a run that did not succeed; `error` says why.
+
+    Its `outcome` is `stopped` by a signal, `nothing_written` where rows were read and all were rejected, or `failed`.
+    """
     if stopped:
         return _line(
             "stopped", output, seconds, error="stopped by a signal; the same command goes on from here"
         )
-    return _line("failed", output, seconds, error=str(error) or type(error).__name__)
+    outcome = "nothing_written" if isinstance(error, NothingWritten) else "failed"
+    return _line(outcome, output, seconds, error=str(error) or type(error).__name__)
 
 
 def _line(outcome: str, output: str, seconds: float, **more: object) -> str:

@@ -24,7 +24,7 @@ from models.image_options import GanTraining, VaeTraining
 from models.store import digest as digest_of
 from models.store import localise
 from models.word2vec_training import Word2VecTraining
-from pipelines.job import State, digest, fingerprint, options_to_json
+from pipelines.job import State
 from pipelines.options import check
 from pipelines.training_flags import add_train_flags, train_options
 from pipelines.training_options import TrainOptions
@@ -32,6 +32,7 @@ from pipelines.training_output import ModelFolder, refuse_own_input
 from pipelines.training_progress import Display, describe_entry
 from pipelines.training_rows import Rows, describe, open_rows
 from transforms.errors import DiptychError
+from transforms.fingerprint import digest, fingerprint, options_to_json
 from transforms.storage import join
 
 __all__ = ["Trained", "add_train_flags", "run_training", "train"]

@@ -17,9 +17,9 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from models.cache import cache_folder
-from pipelines.job import JOB, State, read_json
+from pipelines.job import State
 from transforms.errors import OptionError, OutputError
-from transforms.finish import SUCCESS
+from transforms.output_layout import JOB, SUCCESS, read_json
 from transforms.storage import delete, exists, is_file, is_folder, join, locate, output_errors, write_whole
 
 _WORKING = "_training"

@@ -13,11 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from models.captioner_data import Batch
-from pipelines.job import fingerprint
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.training_options import RowSource, TrainOptions
 from transforms.errors import InputError, OptionError
+from transforms.fingerprint import fingerprint
 from transforms.prepared import PreparedImages, is_output
 from transforms.resize import ResizeOptions
 from transforms.sources import open_source

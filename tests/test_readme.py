@@ -22,8 +22,8 @@ import torch
 import torchvision
 
 from pipelines.cli import main
-from pipelines.job import read_success
 from pipelines.scene_folders import write_data_set
+from transforms.finish import read_success
 from transforms.schemas import REASONS
 
 if TYPE_CHECKING:

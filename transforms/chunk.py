@@ -60,6 +60,7 @@ class Chunk:
         last: Whether this is the last chunk of its shard.
         counters: What the transforms did to the rows, by name.
         records: Records of the shard that it was read from; None where each is a row.
+        input: What its shard was read from.
     """
 
     key: ChunkKey
@@ -68,6 +69,7 @@ class Chunk:
     last: bool
     counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
     records: int | None = None
+    input: str = ""
 
     def __len__(self) -> int:
         return int(self.rows.num_rows)
@@ -183,7 +185,14 @@ class ChunkCoder(beam.coders.Coder):
     def encode(self, value: Chunk) -> bytes:
         """Returns the chunk as bytes."""
         header = json.dumps(
-            [value.key.shard, value.key.index, value.last, dict(value.counters), value.records],
+            [
+                value.key.shard,
+                value.key.index,
+                value.last,
+                dict(value.counters),
+                value.records,
+                value.input,
+            ],
             sort_keys=True,
         ).encode()
         rows = _to_ipc(value.rows)
@@ -195,10 +204,12 @@ class ChunkCoder(beam.coders.Coder):
         header_bytes, rows_bytes = self._LENGTHS.unpack_from(encoded)
         start = self._LENGTHS.size
         buffer = pa.py_buffer(encoded)
-        shard, index, last, counters, records = json.loads(encoded[start : start + header_bytes])
+        shard, index, last, counters, records, input = json.loads(encoded[start : start + header_bytes])
         rows = buffer.slice(start + header_bytes, rows_bytes)
         rejects = buffer.slice(start + header_bytes + rows_bytes)
-        return Chunk(ChunkKey(shard, index), _from_ipc(rows), _from_ipc(rejects), last, counters, records)
+        return Chunk(
+            ChunkKey(shard, index), _from_ipc(rows), _from_ipc(rejects), last, counters, records, input
+        )
 
     def estimate_size(self, value: Chunk) -> int:
         """Returns about the encoded size in bytes, without encoding."""

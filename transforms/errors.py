@@ -15,3 +15,15 @@ class InputError(DiptychError):
 
 class OutputError(DiptychError):
     """The output cannot be written, or holds something that must not be touched."""
+
+
+class TooManyRejects(DiptychError):
+    """More rows were rejected than the user allows; what was written stays."""
+
+
+class NothingWritten(TooManyRejects):
+    """Rows were read, and none of them was written."""
+
+
+class DeviceError(DiptychError):
+    """The device, its libraries or the machine's memory failed: no row is to blame, and another try may do."""

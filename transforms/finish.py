@@ -1,22 +1,29 @@
 """The end of a job: counts are added up, checked, and written as `_SUCCESS.json`, the last file of all."""
 
+import contextlib
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
 import apache_beam as beam
 from apache_beam.pvalue import PCollection
 
 from transforms.chunk import add_counts
-from transforms.errors import InputError, OutputError
+from transforms.errors import NothingWritten, OutputError, TooManyRejects
 from transforms.failures import FailureLimit
-from transforms.sink import Commit
-from transforms.storage import delete, input_errors, is_absence, join, locate, write_whole
-
-SUCCESS = "_SUCCESS.json"
-# What a run needs only until it is done
-_WORKING = ("_plan", "_tmp")
+from transforms.output_layout import (
+    PLAN,
+    SCRATCH,
+    SUCCESS,
+    RecordKind,
+    damaged_json,
+    data_files,
+    list_names,
+    read_finished,
+    write_success,
+    write_view,
+)
+from transforms.sink import Claim, Commit
+from transforms.storage import delete, delete_empty, join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,10 @@ class Totals:
             add_counts(self.counters, other.counters),
         )
 
+    def has_rejects(self, reasons: Collection[str]) -> bool:
+        """Tells whether rows were rejected for one of these reasons."""
+        return not self.rejected.keys().isdisjoint(reasons)
+
     def problem(self, num_shards: int) -> str | None:
         """Returns what is wrong with these totals for a job of `num_shards` shards, or None."""
         if self.shards != num_shards:
@@ -82,24 +93,30 @@ class Expected:
         num_shards: How many shards there are.
         counters: What planning counted.
         limit: How many rows its model may have failed on.
+        claim: The record by which the job owns the data set; None where nothing is claimed.
     """
 
     num_shards: int
     counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
     limit: FailureLimit | None = None
+    claim: Claim | None = None
 
 
 @dataclasses.dataclass(eq=False)  # not frozen: Beam labels its transforms
 class FinishJob(beam.PTransform[PCollection[Commit], PCollection[dict[str, Totals]]]):
-    """Commits of all data sets of a job to `_SUCCESS.json`.
+    """Commits of all data sets of a job to their success records.
 
     Attributes:
         root: The output folder.
         expected: By data set.
+        run_name: The fingerprint's digest, which the run's plan and scratch folder are named by.
+        max_reject_rate: The share of the rows read for a data set that may be rejected, 0 to 1.
     """
 
     root: str
     expected: Mapping[str, Expected]
+    run_name: str
+    max_reject_rate: float = 1.0
 
     def expand(self, commits: PCollection[Commit]) -> PCollection[dict[str, Totals]]:
         """Adds up, checks, writes."""
@@ -107,7 +124,7 @@ class FinishJob(beam.PTransform[PCollection[Commit], PCollection[dict[str, Total
             commits
             | "Count" >> beam.Map(_count).with_output_types(dict[str, Totals])
             | "Sum" >> beam.CombineGlobally(sum_by_dataset)
-            | "Finish" >> beam.Map(finish, self.root, self.expected)
+            | "Finish" >> beam.Map(finish, self.root, self.expected, self.run_name, self.max_reject_rate)
         )
 
 
@@ -124,34 +141,94 @@ def sum_by_dataset(parts: Iterable[Mapping[str, Totals]]) -> dict[str, Totals]:
     return sums
 
 
-def finish(found: Mapping[str, Totals], root: str, expected: Mapping[str, Expected]) -> dict[str, Totals]:
-    """Checks the totals of data sets and writes them, with what planning counted, to `_SUCCESS.json`, all at once.
+def finish(
+    totals: Mapping[str, Totals],
+    root: str,
+    expected: Mapping[str, Expected],
+    run_name: str,
+    max_reject_rate: float = 1.0,
+) -> dict[str, Totals]:
+    """Checks the totals of data sets and writes them, with what planning counted, to their success records.
 
     Raises:
-        OutputError: Something is missing.
+        OutputError: Something is missing, or another run owns the output by now.
+        NothingWritten: Rows were read, and none was written.
+        TooManyRejects: More rows were rejected than may be.
         DiptychError: A model failed on more rows than it may.
     """
-    done = {}
-    for dataset, wanted in expected.items():
-        totals = found.get(dataset, Totals())
-        if problem := totals.problem(wanted.num_shards):
-            raise OutputError(
-                f"{join(root, dataset)} is not complete: {problem}. Run the same command again; if this stays, run "
-                "`diptych verify` on it, which names the file at fault."
-            )
-        if wanted.limit:
-            wanted.limit.check_totals(totals.rejected, totals.written, root)
-        done[dataset] = totals.merge(Totals(counters=wanted.counters))
-    delete(root, _WORKING)
-    write_whole(root, SUCCESS, success_json({**(read_success(root) or {}), **done}))
-    delete(root, _WORKING)
+    done = {dataset: _checked(totals, root, dataset, expected[dataset]) for dataset in expected}
+    check_rejects(done, root, max_reject_rate)
+    for dataset, total in done.items():
+        write_success(root, dataset, dataclasses.asdict(total), join(SCRATCH, run_name))
+    write_view(root, RecordKind.SUCCESS, join(SCRATCH, run_name))
+    with contextlib.suppress(OutputError):  # the data are whole; what is left over costs nothing
+        delete_working(root, run_name)
     return done
 
 
-def success_json(totals: Mapping[str, Totals]) -> bytes:
-    """Returns the content of `_SUCCESS.json`."""
-    values: dict[str, Any] = {dataset: dataclasses.asdict(total) for dataset, total in totals.items()}
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+def delete_working(root: str, run_name: str) -> None:
+    """Deletes what a run needs only until it is done: its plan, and what it had not yet put in its place.
+
+    Raises:
+        OutputError: The store refused.
+    """
+    plans = [name for name in list_names(join(root, PLAN)) if name.startswith(run_name)]
+    delete(root, (*(join(PLAN, name) for name in plans), join(SCRATCH, run_name)))
+    delete_empty(root, (PLAN, SCRATCH))
+
+
+def _checked(found: Mapping[str, Totals], root: str, dataset: str, wanted: Expected) -> Totals:
+    totals = found.get(dataset, Totals())
+    if problem := totals.problem(wanted.num_shards):
+        raise OutputError(
+            f"{join(root, dataset)} is not complete: {problem}. Run the same command again; if this stays, run "
+            "`diptych verify` on it, which names the file at fault."
+        )
+    if wanted.claim:
+        wanted.claim.check(root)
+        num_files = len(data_files(root, dataset))
+        if num_files != totals.files:
+            raise OutputError(
+                f"{join(root, dataset)} has {num_files} files, and the run wrote or found {totals.files}: some were "
+                "deleted or added while it ran. Run the same command again; it makes what is missing."
+            )
+    if wanted.limit:
+        wanted.limit.check_totals(totals.rejected, totals.written, root)
+    return totals.merge(Totals(counters=wanted.counters))
+
+
+def check_rejects(totals: Mapping[str, Totals], root: str, max_rate: float) -> None:
+    """Checks that a job wrote something, and rejected no more than it may.
+
+    Raises:
+        NothingWritten: Rows were read, and none was written to any data set.
+        TooManyRejects: Of one data set, more than its share was rejected.
+    """
+    read = sum(total.read for total in totals.values())
+    if read and not any(total.written for total in totals.values()):
+        total = Totals()
+        for other in totals.values():
+            total = total.merge(other)
+        raise NothingWritten(
+            f"{read:,} rows were read and none was written to {root}: {_reasons(total)}. See {join(root, 'rejects')} "
+            "for each row's own message; mend the input or the options, and run the command again (with "
+            "--retry_rejects REASON where the same options will do, else with --overwrite)."
+        )
+    for dataset, total in totals.items():
+        rejects = sum(total.rejected.values())
+        if rejects > max_rate * total.read:
+            raise TooManyRejects(
+                f"{rejects:,} of {total.read:,} rows of {join(root, dataset)} were rejected, more than "
+                f"--max_reject_rate {max_rate:g} of them: {_reasons(total)}. What was written stays. See "
+                f"{join(root, 'rejects')} for each row's own message; then allow more, or mend the cause and run the "
+                "same command with --retry_rejects REASON."
+            )
+
+
+def _reasons(totals: Totals) -> str:
+    """Returns the counts of rejects by reason, the commonest first."""
+    ordered = sorted(totals.rejected.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{reason} {count:,}" for reason, count in ordered)
 
 
 def read_success(root: str) -> dict[str, Totals] | None:
@@ -160,38 +237,12 @@ def read_success(root: str) -> dict[str, Totals] | None:
     Raises:
         OutputError: It says something else.
     """
-    values = read_json(root, SUCCESS)
-    if isinstance(values, dict) and "model" in values:
+    values = read_finished(root)
+    if values is not None and "model" in values:
         raise OutputError(
             f"{root} holds a model that `diptych train` wrote, not data sets. Name another folder."
         )
     try:
         return None if values is None else {dataset: Totals(**total) for dataset, total in values.items()}
-    except (AttributeError, TypeError) as error:
+    except TypeError as error:
         raise damaged_json(root, SUCCESS, error) from error
-
-
-def read_json(root: str, name: str) -> Any:
-    """Returns the content of a JSON file in an output folder, or None where there is no such file.
-
-    Raises:
-        OutputError: It is not JSON.
-        InputError: It cannot be read.
-    """
-    url = join(root, name)
-    try:
-        with input_errors(url):
-            fs, path = locate(url)
-            return json.loads(fs.cat_file(path))
-    except InputError as error:
-        if is_absence(error):
-            return None
-        raise
-    except ValueError as error:
-        raise damaged_json(root, name, error) from error
-
-
-def damaged_json(root: str, name: str, error: object) -> OutputError:
-    """Returns the error of a JSON file in an output folder that no job wrote so."""
-    remedy = "Delete it and run again" if name == SUCCESS else "Delete the output folder, or choose another"
-    return OutputError(f"{join(root, name)} is not what a job wrote ({error}): damaged since. {remedy}.")

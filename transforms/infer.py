@@ -15,7 +15,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from models.errors import ModelError
 from models.spec import ModelSpec, load_model
-from transforms.chunk import Chunk, Reject, take_rows
+from transforms.chunk import Chunk, ChunkKey, Reject, take_rows
 from transforms.cores import keep_imports
 from transforms.errors import InputError
 from transforms.failures import MODEL_ERROR, FailureCount, FailureLimit
@@ -174,13 +174,16 @@ class _Prepare(beam.DoFn):
 
     def setup(self) -> None:
         self._model = self._handler.load_model()
+        self._begun: list[ChunkKey] = []
         keep_imports()
 
     def start_bundle(self) -> None:
+        self._forget()
         self._waiting: Chunk | None = None
 
     def process(self, chunk: Chunk) -> Iterator[Chunk]:
         before, self._waiting = self._waiting, chunk
+        self._begun = [*self._begun[-1:], chunk.key]  # those before are done
         self._handler.begin(chunk, self._model)
         if before is not None:
             yield before
@@ -188,3 +191,12 @@ class _Prepare(beam.DoFn):
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self._waiting is not None:
             yield WindowedValue(self._waiting, GlobalWindow().max_timestamp(), (GlobalWindow(),))
+
+    def teardown(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        """Lets go of what was begun in a bundle that failed before its turn came."""
+        for key in self._begun:
+            self._model.forget(key)
+        self._begun = []

@@ -6,23 +6,26 @@ The order is that of the data files by shard and number, and of the rows in them
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
-import json
 import posixpath
-import re
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transforms.errors import InputError
-from transforms.finish import SUCCESS
-from transforms.storage import input_errors, is_absence, is_file, join, locate
+from transforms.errors import InputError, OutputError
+from transforms.fingerprint import digest
+from transforms.output_layout import (
+    JOB,
+    SUCCESS,
+    RecordKind,
+    data_files,
+    read_finished,
+    read_records,
+    shard_of,
+)
+from transforms.storage import input_errors, is_file, join, locate
 
-_JOB = "_job.json"
 _DATASET = "images"
-_FILE_NAME = re.compile(r"(.+)-(\d{5,})\.parquet", re.DOTALL)
 # Of a row group, so much is made into Arrow at a time
 _BATCH_ROWS = 64
 
@@ -56,21 +59,21 @@ class PreparedImages:
         root = _root(url)
         if root is None:
             raise InputError(
-                f"{url} is not an output of Diptych: it has no {_JOB}. Expected the --output of a job."
+                f"{url} is not an output of Diptych: it has no {JOB}. Expected the --output of a job."
             )
-        job = _read_json(root, _JOB)
-        if not isinstance(job, dict):
-            raise _damaged(join(root, _JOB), TypeError("no JSON object"))
-        totals = _read_json(root, SUCCESS)
+        try:
+            jobs, totals = read_records(root, RecordKind.JOB), read_finished(root)
+        except OutputError as error:
+            raise InputError(str(error)) from error
         if totals is None:
             raise InputError(
                 f"{root} is not finished: it has no {SUCCESS}. Run the command that writes it again; it goes on where "
                 "it stopped."
             )
-        if not isinstance(totals, dict) or _DATASET not in totals:
+        if _DATASET not in totals:
             raise InputError(f"{root} holds no {_DATASET}. Expected the --output of `diptych prepare`.")
         folder = join(root, _DATASET)
-        files = _data_files(folder)
+        files = [name for name in data_files(root, _DATASET) if shard_of(name)]
         try:
             num_files, num_rows = int(totals[_DATASET]["files"]), int(totals[_DATASET]["written"])
         except (KeyError, TypeError, ValueError) as error:
@@ -80,7 +83,7 @@ class PreparedImages:
                 f"{folder} has {len(files)} data files, and {SUCCESS} says {num_files}: some were deleted or added. "
                 "Run the command that writes it again, or see `diptych verify`."
             )
-        return cls(folder, tuple(files), num_rows, _digest(job.get(_DATASET, job)))
+        return cls(folder, tuple(files), num_rows, digest((jobs or {}).get(_DATASET, {})))
 
     def rows(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Yields all rows, a batch at a time; the next batch is read while one is used.
@@ -146,36 +149,12 @@ def _root(url: str) -> str | None:
     url = url.rstrip("/") or "/"
     parent, _, name = url.rpartition("/")
     for root in [url, *([parent or "."] if name == _DATASET else [])]:
-        fs, path = locate(join(root, _JOB))
+        fs, path = locate(join(root, JOB))
         with input_errors(root):
             fs.invalidate_cache(posixpath.dirname(path))
             if is_file(fs, path):
                 return root
     return None
-
-
-def _data_files(folder: str) -> list[str]:
-    with input_errors(folder):
-        fs, path = locate(folder)
-        fs.invalidate_cache(path)
-        names = [posixpath.basename(name.rstrip("/")) for name in fs.ls(path, detail=False)]
-    found = [match for match in map(_FILE_NAME.fullmatch, names) if match and match[0][0] not in "._"]
-    return [match[0] for match in sorted(found, key=lambda match: (match[1], int(match[2])))]
-
-
-def _read_json(root: str, name: str) -> Any:
-    """Returns the content of a JSON file, None where there is none."""
-    url = join(root, name)
-    try:
-        with input_errors(url):
-            fs, path = locate(url)
-            return json.loads(fs.cat_file(path))
-    except InputError as error:
-        if is_absence(error):
-            return None
-        raise
-    except ValueError as error:
-        raise _damaged(url, error) from error
 
 
 def _damaged(url: str, error: Exception) -> InputError:
@@ -184,11 +163,6 @@ def _damaged(url: str, error: Exception) -> InputError:
         f"{url} is damaged ({what}). `diptych verify` names every such file of an output: delete it, and run the "
         "command that writes it again."
     )
-
-
-def _digest(fingerprint: Any) -> str:
-    # as the footers of the data files have it
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read_ahead(batches: Generator[pa.RecordBatch, None, None]) -> Iterator[pa.RecordBatch]:

@@ -15,7 +15,7 @@ from transforms.binary import BinaryBuilder
 from transforms.chunk import Chunk, ChunkKey, Reject, add_counts, concat, reject_batch
 from transforms.progress import progress
 from transforms.schemas import RAW_TEXT, raw_schema
-from transforms.sink import Commit, Sink, committed
+from transforms.sink import Commit, Sink, committed, read_commit
 from transforms.sources.base import Lost, Record, Row, Shard
 from transforms.sources.texts import TextShard
 
@@ -39,13 +39,13 @@ def read_chunks(
         done: The commits of the shard's first chunks.
         keep_bytes: Whether a reject keeps the original bytes.
     """
-    chunk = _ChunkBuilder(ChunkKey(shard.name, len(done)), schema)
+    chunk = _ChunkBuilder(ChunkKey(shard.name, len(done)), schema, shard.input)
     for record in shard.rows(
         skip=sum(commit.records for commit in done), with_images="image" in schema.names
     ):
         if chunk.num_records >= chunk_rows or chunk.num_bytes >= _MAX_CHUNK_BYTES:
             yield chunk.finish(last=False)
-            chunk = _ChunkBuilder(ChunkKey(shard.name, chunk.key.index + 1), schema)
+            chunk = _ChunkBuilder(ChunkKey(shard.name, chunk.key.index + 1), schema, shard.input)
         if isinstance(record, Lost) and not keep_bytes:
             record = record._replace(data=None)
         chunk.append(record)
@@ -66,21 +66,21 @@ def read_text_chunks(shard: TextShard, chunk_rows: int, done: Sequence[Commit] =
     for batch in shard.batches(skip=sum(commit.records for commit in done)):
         while len(batch):
             if num_rows >= chunk_rows or num_bytes >= _MAX_CHUNK_BYTES:
-                yield Chunk(key, concat(parts), no_rejects, last=False)
+                yield Chunk(key, concat(parts), no_rejects, last=False, input=shard.input)
                 key, parts = ChunkKey(shard.name, key.index + 1), parts[:1]
                 num_rows = num_bytes = 0
             part = batch.slice(0, chunk_rows - num_rows)
             batch = batch.slice(len(part))
             parts.append(part)
             num_rows, num_bytes = num_rows + len(part), num_bytes + part.nbytes
-    yield Chunk(key, concat(parts), no_rejects, last=True)
+    yield Chunk(key, concat(parts), no_rejects, last=True, input=shard.input)
 
 
 class _ChunkBuilder:
     """A chunk that is filled record by record."""
 
-    def __init__(self, key: ChunkKey, schema: pa.Schema) -> None:
-        self.key, self._schema = key, schema
+    def __init__(self, key: ChunkKey, schema: pa.Schema, input: str) -> None:
+        self.key, self._schema, self._input = key, schema, input
         self._has_images = "image" in schema.names
         self.images = BinaryBuilder()
         self._rows: list[Row] = []
@@ -112,7 +112,7 @@ class _ChunkBuilder:
         columns = [self._column(field) for field in self._schema]
         rows = pa.RecordBatch.from_arrays(columns, schema=self._schema)
         rejects = reject_batch(self.key.shard, "read", self._rejects)
-        return Chunk(self.key, rows, rejects, last, self._counters)
+        return Chunk(self.key, rows, rejects, last, self._counters, input=self._input)
 
     def _column(self, field: pa.Field) -> pa.Array:
         if field.name == "image":
@@ -194,18 +194,21 @@ class _Read(beam.DoFn):
         self._sinks, self._chunk_rows, self._schema, self._keep_bytes = sinks, chunk_rows, schema, keep_bytes
 
     def process(self, shard: Shard) -> Iterator[Any]:  # a union of outputs would become the type of each
-        done = []
         # as far as all data sets are: what one of them has beyond that is written again, the same
-        for commits in zip(*(committed(sink, shard.name) for sink in self._sinks), strict=False):
-            first = commits[0]
-            done.append(first)
-            progress.committed(first.shard, first.index, first.read, first.rejects(), resumed=True)
-            for commit in commits:
-                yield TaggedOutput("committed", commit)
-        if done and done[-1].last:
-            progress.reading(shard.name, 1.0)
-            return
+        done = []
+        for commits in zip(*(committed(sink, shard.name, shard.input) for sink in self._sinks), strict=False):
+            if self._is_to_retry(commits):
+                break
+            done.append(commits[0])
+            yield from _found(commits)
+        if not (done and done[-1].last):
+            yield from self._chunks(shard, done)
+        progress.reading(shard.name, 1.0)
+
+    def _chunks(self, shard: Shard, done: list[Commit]) -> Iterator[Any]:
+        """Yields the chunks after those that are done; of those that are committed later, the commits."""
         records, num_bytes = sum(commit.records for commit in done), 0
+        has_files = all(sink.has_files for sink in self._sinks)
         if isinstance(shard, TextShard):
             chunks = read_text_chunks(shard, self._chunk_rows, done)
         else:
@@ -213,9 +216,30 @@ class _Read(beam.DoFn):
         for chunk in read_ahead(chunks):
             records += chunk.num_records
             num_bytes += chunk.rows.nbytes
-            yield chunk
+            commits = self._commits(chunk) if has_files else []
+            # an image that is there by now may end a chunk earlier: what follows it has other rows then
+            has_files = has_files and all(commit.records == chunk.num_records for commit in commits)
+            if commits and has_files and not self._is_to_retry(commits):
+                yield from _found(commits)
+            else:
+                yield chunk
             progress.reading(shard.name, _fraction(shard, records, num_bytes))
-        progress.reading(shard.name, 1.0)
+
+    def _commits(self, chunk: Chunk) -> list[Commit]:
+        """Returns the commits of a chunk if all data sets have one, else none."""
+        commits = [read_commit(sink, chunk.key, chunk.input) for sink in self._sinks]
+        return [commit for commit in commits if commit] if all(commits) else []
+
+    def _is_to_retry(self, commits: Sequence[Commit]) -> bool:
+        return any(map(Sink.is_to_retry, self._sinks, commits))
+
+
+def _found(commits: Sequence[Commit]) -> Iterator[Any]:
+    """Yields the commits of a chunk that an earlier run wrote."""
+    first = commits[0]
+    progress.committed(first.shard, first.index, first.read, first.rejects(), resumed=True)
+    for commit in commits:
+        yield TaggedOutput("committed", commit)
 
 
 def _fraction(shard: Shard, records: int, num_bytes: int) -> float:

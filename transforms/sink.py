@@ -7,6 +7,8 @@ so a shard is complete exactly when its files 0 to k are there and k is marked l
 import concurrent.futures
 import dataclasses
 import json
+import math
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,9 +22,39 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms.chunk import Chunk, ChunkKey
 from transforms.errors import InputError, OutputError
+from transforms.fingerprint import digest
+from transforms.output_layout import SCRATCH, read_json
 from transforms.progress import progress
-from transforms.schemas import REJECTS, huggingface_info
-from transforms.storage import input_errors, is_absence, join, locate, write_whole
+from transforms.schemas import REASONS, REJECTS, huggingface_info
+from transforms.storage import delete, input_errors, is_absence, join, locate, write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """The record by which a job owns a data set.
+
+    Attributes:
+        name: Its place below the output folder.
+        dataset: The data set.
+        fingerprint: Digest of the fingerprint that it must hold.
+    """
+
+    name: str
+    dataset: str
+    fingerprint: str
+
+    def check(self, root: str) -> None:
+        """Checks that the data set is still the job's own.
+
+        Raises:
+            OutputError: Another run has taken it with `--overwrite`.
+        """
+        record = read_json(root, self.name)
+        if not isinstance(record, dict) or digest(record.get(self.dataset, {})) != self.fingerprint:
+            raise OutputError(
+                f"{join(root, self.dataset)} belongs to another run by now, which was started with --overwrite while "
+                "this one was at work. This one stops; let the other end, or choose another --output."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +66,24 @@ class Sink:
         dataset: The data set in it: `images`, `embeddings`, `captions` or `generated`.
         job: What the files' metadata say about the run: job, version, fingerprint, model.
         schema: Schema of the rows.
+        claim: The record by which the job owns the data set; None where nothing is claimed.
+        retry_rejects: Reasons of rejects for which a chunk that is committed is made again.
+        has_files: Whether an earlier run left data files.
+        orphans: Files of rejects below `root` without a data file: of chunks that a run had begun when it was killed.
     """
 
     root: str
     dataset: str
     job: Mapping[str, str]
     schema: pa.Schema
+    claim: Claim | None = None
+    retry_rejects: tuple[str, ...] = ()
+    has_files: bool = False
+    orphans: frozenset[str] = frozenset()
+
+    def is_to_retry(self, commit: "Commit") -> bool:
+        """Tells whether a committed chunk is to be made again, for the rows that were rejected."""
+        return any(not reasons.keys().isdisjoint(self.retry_rejects) for reasons in commit.rejected.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +101,7 @@ class Commit:
         rejected: Rows in the rejects, by stage and reason.
         counters: What the transforms did, by name.
         fingerprint: Of the run that wrote it.
+        input: What the shard was read from.
     """
 
     dataset: str
@@ -69,6 +114,7 @@ class Commit:
     rejected: Mapping[str, Mapping[str, int]]
     counters: Mapping[str, int]
     fingerprint: str
+    input: str = ""
 
     def key(self) -> ChunkKey:
         """Returns the name of the chunk."""
@@ -92,16 +138,33 @@ def commit_chunk(sink: Sink, chunk: Chunk) -> Commit:
         raise AssertionError(f"the rows of {chunk.key} have schema {chunk.rows.schema}, not {sink.schema}")
     commit = _commit(sink, chunk)
     name = chunk.key.file_name()
+    if sink.has_files or sink.orphans:
+        _delete_earlier(sink, chunk, commit)
+    scratch = join(SCRATCH, sink.job["fingerprint"])
     stages = chunk.rejects.column("stage")
     for stage in commit.rejected:
         rejects = chunk.rejects.filter(pa.compute.equal(stages, stage))
-        write_whole(sink.root, f"rejects/{stage}/{name}", _parquet(rejects, REJECTS, {}))
+        write_whole(sink.root, f"rejects/{stage}/{name}", _parquet(rejects, REJECTS, {}), scratch)
     metadata = {
         _METADATA_KEY: json.dumps({**sink.job, **dataclasses.asdict(commit)}, sort_keys=True).encode(),
         b"huggingface": huggingface_info(sink.schema).encode(),
     }
-    write_whole(sink.root, f"{sink.dataset}/{name}", _parquet(chunk.rows, sink.schema, metadata))
+    write_whole(sink.root, f"{sink.dataset}/{name}", _parquet(chunk.rows, sink.schema, metadata), scratch)
     return commit
+
+
+def _delete_earlier(sink: Sink, chunk: Chunk, commit: Commit) -> None:
+    """Deletes what an earlier run left of a chunk and what is not written over now.
+
+    The commit goes first: killed after that, the chunk is simply missing, and its rejects are orphans.
+    """
+    name = chunk.key.file_name()
+    paths = {f"rejects/{stage}/{name}" for stage in REASONS} & sink.orphans
+    if sink.has_files and (earlier := read_commit(sink, chunk.key, chunk.input)):
+        paths |= {f"rejects/{stage}/{name}" for stage in earlier.rejected}
+        if earlier != commit:
+            delete(sink.root, (f"{sink.dataset}/{name}",))
+    delete(sink.root, sorted(paths - {f"rejects/{stage}/{name}" for stage in commit.rejected}))
 
 
 def _commit(sink: Sink, chunk: Chunk) -> Commit:
@@ -123,6 +186,7 @@ def _commit(sink: Sink, chunk: Chunk) -> Commit:
         rejected,
         chunk.counters,
         sink.job["fingerprint"],
+        chunk.input,
     )
 
 
@@ -158,8 +222,13 @@ def _leaves(field: pa.Field) -> list[str]:
     return [f"{field.name}.list.element"] if isinstance(field.type, pa.FixedShapeTensorType) else [field.name]
 
 
-def read_commit(sink: Sink, key: ChunkKey) -> Commit | None:
+def read_commit(sink: Sink, key: ChunkKey, input: str) -> Commit | None:
     """Returns what a data file says of its chunk, or None where that chunk is not committed.
+
+    Args:
+        sink: Where it is.
+        key: The chunk's name.
+        input: What its shard is read from.
 
     Raises:
         OutputError: There is a file under that name which no sink of this run committed.
@@ -178,6 +247,8 @@ def read_commit(sink: Sink, key: ChunkKey) -> Commit | None:
         raise _not_ours(url, f"its footer says that it is {name}")
     if commit.fingerprint != sink.job["fingerprint"]:
         raise _not_ours(url, f"it is of run {commit.fingerprint}, and this is run {sink.job['fingerprint']}")
+    if commit.input != input:
+        raise _not_ours(url, f"it was read from {commit.input!r}, and this chunk is from {input!r}")
     return commit
 
 
@@ -221,10 +292,16 @@ def parse_commit(metadata: Mapping[bytes, bytes]) -> Commit:
     return Commit(**{field.name: values[field.name] for field in dataclasses.fields(Commit)})
 
 
-def committed(sink: Sink, shard: str) -> Iterator[Commit]:
-    """Yields the commits of a shard, from its first chunk on, as far as they follow one another."""
+def committed(sink: Sink, shard: str, input: str) -> Iterator[Commit]:
+    """Yields the commits of a shard, from its first chunk on, as far as they follow one another.
+
+    Args:
+        sink: Where they are.
+        shard: The shard's name.
+        input: What it is read from.
+    """
     index = 0
-    while (commit := read_commit(sink, ChunkKey(shard, index))) is not None:
+    while (commit := read_commit(sink, ChunkKey(shard, index), input)) is not None:
         yield commit
         index += 1
         if commit.last:
@@ -246,6 +323,10 @@ class WriteChunks(beam.PTransform[PCollection[Chunk], PCollection[Commit]]):
         return chunks | "Write" >> beam.ParDo(_Write(self.sink)).with_output_types(Commit)
 
 
+# A job whose output another one takes over with --overwrite writes no longer than this
+_CHECK_EVERY_S = 1.0
+
+
 class _Write(beam.DoFn):
     """Writes one chunk in the background while the next is being worked on, never more: memory stays bounded."""
 
@@ -253,6 +334,7 @@ class _Write(beam.DoFn):
         self._sink = sink
 
     def setup(self) -> None:
+        self._checked_s = -math.inf
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="write")
 
     def start_bundle(self) -> None:
@@ -261,7 +343,14 @@ class _Write(beam.DoFn):
     def process(self, chunk: Chunk) -> Iterator[Commit]:
         if self._writing is not None:
             yield _record(self._writing.result())
-        self._writing = self._thread.submit(commit_chunk, self._sink, chunk)
+        self._writing = self._thread.submit(self._commit, chunk)
+
+    def _commit(self, chunk: Chunk) -> Commit:
+        claim, now_s = self._sink.claim, time.monotonic()
+        if claim and now_s - self._checked_s >= _CHECK_EVERY_S:
+            claim.check(self._sink.root)
+            self._checked_s = now_s
+        return commit_chunk(self._sink, chunk)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self._writing is not None:

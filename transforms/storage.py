@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import errno
 import os
+import pathlib
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import fsspec
 from fsspec.asyn import sync
@@ -20,6 +22,7 @@ _ATOMIC_UPLOAD = frozenset({"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "me
 # Of one upload, with what its client tries again by itself; more where 256 kbit/s need longer
 UPLOAD_S, _UPLOAD_BYTES_A_S = 300.0, 32 << 10
 _UPLOADS = 3
+_SCRATCH_TRIES = 5
 # Packages whose errors are a store's answer (no rights, no credentials, no connection), though not OSErrors
 _STORE_CLIENTS = frozenset(
     {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests"}
@@ -106,6 +109,18 @@ def is_folder(fs: fsspec.AbstractFileSystem, path: str) -> bool:
     return entry_type(fs, path) == "directory"
 
 
+def glob(fs: fsspec.AbstractFileSystem, pattern: str) -> dict[str, dict[str, Any]]:
+    """Returns what matches a pattern, with its details, by path; fsspec's own leaves out what it cannot list.
+
+    Raises:
+        Exception: Whatever the file system raises when a folder cannot be listed; `input_errors` words it.
+    """
+    try:
+        return dict(fs.glob(pattern, detail=True, on_error="raise"))
+    except (FileNotFoundError, NotADirectoryError):  # the folder that the pattern begins with
+        return {}
+
+
 @contextlib.contextmanager
 def output_errors(url: str) -> Iterator[None]:
     """Turns whatever a store says to a write into an `OutputError` that names the file."""
@@ -152,10 +167,25 @@ def delete(root: str, names: Iterable[str]) -> None:
             fs.rm(path, recursive=True)
 
 
-def write_whole(root: str, name: str, data: bytes | memoryview) -> None:
+def delete_empty(root: str, names: Iterable[str]) -> None:
+    """Deletes folders of a disk below a folder if nothing is in them any more; a store has no empty folders."""
+    for name in names:
+        fs, path = locate(join(root, name))
+        if isinstance(fs, LocalFileSystem):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+
+
+def write_whole(root: str, name: str, data: bytes | memoryview, scratch: str = "_tmp") -> None:
     """Writes `root/name` so that it appears whole or not at all, over whatever is there.
 
-    On an object store this is one upload. Elsewhere the bytes go to `root/_tmp`, are synced, and renamed.
+    On an object store this is one upload. Elsewhere the bytes go to `root/scratch`, are synced, and renamed.
+
+    Args:
+        root: A folder.
+        name: Path of the file below it.
+        data: The file's content.
+        scratch: Folder below `root` for what is not yet whole; another job may delete it at any moment.
 
     Raises:
         OutputError: The store refused.
@@ -163,36 +193,112 @@ def write_whole(root: str, name: str, data: bytes | memoryview) -> None:
     url = join(root, name)
     with output_errors(url):
         fs, path = locate(url)
-        if not _ATOMIC_UPLOAD.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+        if _is_object_store(fs):
             _upload(fs, path, bytes(data))
             return
-        _, temporary = locate(join(root, "_tmp", uuid.uuid4().hex))
-        for folder in (os.path.dirname(temporary), os.path.dirname(path)):
-            if isinstance(fs, LocalFileSystem):
-                _make_folder(folder)
-            else:
-                fs.makedirs(folder, exist_ok=True)
+        place = _replace if isinstance(fs, LocalFileSystem) else fs.mv
+        _write_and_place(fs, join(root, scratch), path, data, place)
+
+
+def create(root: str, name: str, data: bytes, scratch: str = "_tmp") -> bool:
+    """Writes `root/name` whole unless something has that name; of several that try at once, one does.
+
+    On a disk the file is linked to its name, on an object store the upload is on condition that there is none
+    (`if_generation_match=0`, `If-None-Match: *`).
+
+    Args:
+        root: A folder.
+        name: Path of the file below it.
+        data: The file's content.
+        scratch: Folder below `root` for what is not yet whole.
+
+    Returns:
+        Whether this call wrote it.
+
+    Raises:
+        OutputError: The store refused for another reason.
+    """
+    url = join(root, name)
+    with output_errors(url):
+        fs, path = locate(url)
         try:
-            if isinstance(fs, LocalFileSystem):
-                _write_and_rename(temporary, path, data)
+            if not isinstance(fs, LocalFileSystem):
+                _upload(fs, path, data, mode="create")
+                return True
+            _write_and_place(fs, join(root, scratch), path, data, _link)
+            return True
+        except FileExistsError:
+            return False
+
+
+def _is_object_store(fs: fsspec.AbstractFileSystem) -> bool:
+    return not _ATOMIC_UPLOAD.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _write_and_place(
+    fs: fsspec.AbstractFileSystem,
+    scratch: str,
+    path: str,
+    data: bytes | memoryview,
+    place: Callable[[str, str], object],
+) -> None:
+    """Writes a file of a name that nobody else has, and then has it placed under its own."""
+    _, temporary = locate(join(scratch, uuid.uuid4().hex))
+    is_local = isinstance(fs, LocalFileSystem)
+    for tries_left in reversed(range(_SCRATCH_TRIES)):
+        try:
+            for folder in (os.path.dirname(temporary), os.path.dirname(path)):
+                if is_local:
+                    _make_folder(folder)
+                else:
+                    fs.makedirs(folder, exist_ok=True)
+            if is_local:
+                _write_synced(temporary, data)
             else:
                 fs.pipe_file(temporary, bytes(data))
-                fs.mv(temporary, path)
-        except BaseException:
+            place(temporary, path)
+            return
+        except FileNotFoundError:  # another job that came to its end deleted the folder meanwhile
+            if not tries_left:
+                raise
+        finally:
             with contextlib.suppress(OSError):
                 fs.rm_file(temporary)
-            raise
 
 
-def _upload(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
-    """Uploads a file; begins anew where a store stops taking it in, which no client has a time-out for."""
+def _replace(temporary: str, path: str) -> None:
+    os.replace(temporary, path)
+    _sync_folder(os.path.dirname(path))
+
+
+def _link(temporary: str, path: str) -> None:
+    try:
+        os.link(temporary, path)
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:
+        with open(
+            path, "xb"
+        ) as file:  # a file system without links: the name is taken first, and filled at once
+            file.write(pathlib.Path(temporary).read_bytes())
+    _sync_folder(os.path.dirname(path))
+
+
+def _upload(fs: fsspec.AbstractFileSystem, path: str, data: bytes, mode: str = "overwrite") -> None:
+    """Uploads a file; begins anew where a store stops taking it in, which no client has a time-out for.
+
+    Raises:
+        FileExistsError: The mode is `create`, and there is such a file.
+    """
+    # The clients of some stores know only the one mode
+    how = {} if mode == "overwrite" else {"mode": mode}
     if not fs.async_impl:
-        fs.pipe_file(path, data)
+        fs.pipe_file(path, data, **how)
         return
     limit_s = max(UPLOAD_S, len(data) / _UPLOAD_BYTES_A_S)
     for left in reversed(range(_UPLOADS)):
         try:
-            sync(fs.loop, fs._pipe_file, path, data, timeout=limit_s)
+            sync(fs.loop, fs._pipe_file, path, data, timeout=limit_s, **how)
             return
         except FSTimeoutError as error:
             if type(error.__cause__) not in (asyncio.TimeoutError, type(None)):
@@ -202,13 +308,11 @@ def _upload(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
                 raise TimeoutError(errno.ETIMEDOUT, what) from error
 
 
-def _write_and_rename(temporary: str, path: str, data: bytes | memoryview) -> None:
-    with open(temporary, "wb") as file:
+def _write_synced(path: str, data: bytes | memoryview) -> None:
+    with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(os.path.dirname(path))
 
 
 def _make_folder(path: str) -> None:

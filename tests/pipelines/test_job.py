@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,46 +9,60 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import job as job_module
 from pipelines.job import (
-    JOB,
+    DatasetClaim,
     State,
-    data_files,
-    digest,
-    fingerprint,
-    open_output,
-    options_to_json,
+    check_output,
+    clean_up,
     read_jobs,
-    read_json,
-    read_success,
     refuse_overlap,
-    shard_of,
     start_writing,
+    take_output,
 )
 from pipelines.options import PrepareOptions
 from transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
 from transforms.errors import InputError, OptionError, OutputError
-from transforms.finish import SUCCESS, Expected, Totals, finish
+from transforms.fingerprint import digest, fingerprint, options_to_json
+from transforms.finish import SUCCESS, Expected, Totals, finish, read_success
+from transforms.output_layout import JOB, data_files, read_json, shard_of
 from transforms.schemas import images_schema
 from transforms.sink import Sink, commit_chunk
 from transforms.sources.base import InputFile
+from transforms.storage import write_whole
 
 
 def print_of(**options: Any) -> dict[str, Any]:
     return fingerprint("prepare", [InputFile("a.tar", 10)], {"size": 224, **options})
 
 
+def open_output(
+    root: str, dataset: str, fingerprint: dict[str, Any], overwrite: bool, reads_own_images: bool = False
+) -> State:
+    """Does with a folder what a job does before it reads anything."""
+    claim = DatasetClaim(dataset, fingerprint, overwrite, reads_own_images)
+    state = check_output(root, claim)
+    if state is State.DONE:
+        clean_up(root, claim)
+    else:
+        take_output(root, claim)
+    return state
+
+
+def start(root: str, shards: list[str]) -> None:
+    start_writing(root, DatasetClaim("images", print_of()), shards)
+
+
 def write_output(folder: Path, print_of_run: dict[str, Any], *, success: bool = True) -> None:
     """Writes what a run of two shards would: three data files and the rejects of one."""
     sink = Sink(str(folder), "images", {"fingerprint": digest(print_of_run)}, images_schema())
     open_output(str(folder), "images", print_of_run, overwrite=False)
-    rows = pa.RecordBatch.from_pylist([], schema=images_schema())
     totals = Totals()
     for shard, index, last in (("a", 0, False), ("a", 1, True), ("b", 0, True)):
         rejects = reject_batch(shard, "read", [Reject("", 0, "missing_image", "m")] if index else [])
+        rows = pa.RecordBatch.from_pylist([{"key": "k"}] if shard == "b" else [], schema=images_schema())
         totals = totals.add(commit_chunk(sink, Chunk(ChunkKey(shard, index), rows, rejects, last)))
     if success:
-        finish({"images": totals}, str(folder), {"images": Expected(2)})
+        finish({"images": totals}, str(folder), {"images": Expected(2)}, digest(print_of_run))
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -96,19 +111,20 @@ class TestOpenOutput:
     def test_a_new_folder_gets_the_fingerprint(self, tmp_path, make):
         make(tmp_path / "out")
         assert open_output(str(tmp_path / "out"), "images", print_of(), False) is State.FRESH
-        assert names_in(tmp_path / "out") == {JOB}
+        assert names_in(tmp_path / "out") == {JOB, RECORD}
         assert read_jobs(str(tmp_path / "out")) == {"images": print_of()}
 
     def test_what_is_there_is_gone_on_with(self, tmp_path):
         write_output(tmp_path, print_of(), success=False)
-        (tmp_path / "_tmp" / "half").touch()
+        before = files_in(tmp_path)
         assert open_output(str(tmp_path), "images", print_of(), False) is State.RESUMED
-        assert len(names_in(tmp_path)) == 5
-        assert "_tmp/half" not in names_in(tmp_path)
+        assert files_in(tmp_path) == before
 
     def test_what_is_done_is_left_alone(self, tmp_path):
         write_output(tmp_path, print_of())
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        for folder in ("_plan", "_tmp"):  # of a run that was killed as it cleared up
+            (tmp_path / folder / digest(print_of())).mkdir(parents=True)
         assert open_output(str(tmp_path), "images", print_of(), False) is State.DONE
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -117,7 +133,7 @@ class TestOpenOutput:
         write_output(tmp_path, print_of())
         (tmp_path / "images" / f"{missing}.parquet").unlink()
         assert open_output(str(tmp_path), "images", print_of(), False) is State.RESUMED
-        start_writing(str(tmp_path), "images", ["a", "b"])
+        start(str(tmp_path), ["a", "b"])
         assert SUCCESS not in names_in(tmp_path)
 
     @pytest.mark.parametrize("success", [True, False])
@@ -144,19 +160,29 @@ class TestOpenOutput:
             open_output(str(tmp_path), "images", other, False)
         assert files_in(tmp_path) == before
 
-    def test_a_run_that_wrote_no_row_is_in_nobodys_way(self, tmp_path):
+    def test_a_run_that_wrote_no_row_may_be_at_work(self, tmp_path):
         open_output(str(tmp_path), "images", print_of(metadata="misspelt"), False)
-        (tmp_path / "_plan").mkdir()
-        (tmp_path / "_plan" / "a.arrow").touch()
-        assert open_output(str(tmp_path), "images", print_of(), False) is State.FRESH
-        assert names_in(tmp_path) == {JOB}
+        with pytest.raises(OutputError, match=r"another run \(which has not written a file yet.*--overwrite"):
+            open_output(str(tmp_path), "images", print_of(), False)
+        assert open_output(str(tmp_path), "images", print_of(), True) is State.FRESH
+        assert names_in(tmp_path) == {JOB, RECORD}
         assert read_jobs(str(tmp_path)) == {"images": print_of()}
+
+    def test_an_output_of_an_earlier_version_is_gone_on_with(self, tmp_path):
+        write_output(tmp_path, print_of())
+        shutil.rmtree(tmp_path / "_records")
+        assert open_output(str(tmp_path), "images", print_of(), False) is State.DONE
+        claim = open_output(str(tmp_path), "captions", print_of(beam=3), False, True)
+        assert claim is State.FRESH
+        assert set(read_jobs(str(tmp_path))) == {"images", "captions"}
+        assert set(read_success(str(tmp_path))) == {"images"}
+        assert open_output(str(tmp_path), "images", print_of(), False) is State.DONE
 
     def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(self, tmp_path):
         write_output(tmp_path, print_of())
         (tmp_path / "notes.txt").touch()
         assert open_output(str(tmp_path), "images", print_of(size=32), True) is State.FRESH
-        assert names_in(tmp_path) == {JOB, "notes.txt"}
+        assert names_in(tmp_path) == {JOB, RECORD, "notes.txt"}
         assert read_jobs(str(tmp_path)) == {"images": print_of(size=32)}
 
     @pytest.mark.parametrize(
@@ -168,14 +194,14 @@ class TestOpenOutput:
         pq.write_table(pa.table({"key": ["a"]}), tmp_path / "images" / name)
         before = files_in(tmp_path)
 
-        def start():
+        def go():
             assert open_output(str(tmp_path), "images", print_of(), overwrite) is State.RESUMED
-            start_writing(str(tmp_path), "images", ["a", "b"])
+            start(str(tmp_path), ["a", "b"])
 
         with pytest.raises(
             OutputError, match=f"images holds {name}, which this job did not write .* move it away"
         ):
-            start()
+            go()
         assert files_in(tmp_path) == before
 
     @pytest.mark.parametrize(
@@ -203,13 +229,17 @@ class TestOpenOutput:
             open_output(str(tmp_path / "out" / "below"), "images", print_of(), False)
 
     @pytest.mark.parametrize(
-        ("name", "remedy"), [(JOB, "Delete the output folder"), (SUCCESS, "Delete it and run again")]
+        ("name", "remedy"),
+        [
+            ("_records/source.job.json", "Delete the output folder"),
+            (SUCCESS, "Delete it and run again"),
+        ],
     )
     @pytest.mark.parametrize("content", ["", "{", "\0", '{"images": ', '{"images": {"rows": 1}}', "[1]"])
     def test_a_damaged_file_says_what_to_do(self, tmp_path, name, remedy, content):
         write_output(tmp_path, print_of())
         (tmp_path / name).write_text(content)
-        if name == JOB and content.endswith("}"):
+        if name == RECORD and content.endswith("}"):
             remedy = "holds the images of another run"
         with pytest.raises(OutputError, match=remedy):
             open_output(str(tmp_path), "images", print_of(), False)
@@ -222,11 +252,14 @@ class TestOpenOutput:
         assert read_jobs(root) == {"images": print_of(size=1)}
 
 
+RECORD = "_records/source.job.json"
+
+
 class Killed(BaseException):
     """Stands for the end of the process: from here on, nothing may change on disk."""
 
 
-NUM_EVENTS = 15
+NUM_EVENTS = 17
 """What overwriting the output of `write_output` asks of the file system."""
 
 
@@ -259,7 +292,7 @@ class TestKilledWhileOverwriting:
         assert JOB in left or not any(name.startswith(("images/", "rejects/")) for name in left)
         if overwrite_again:
             open_output(str(tmp_path), "images", print_of(), True)
-            assert {name for name in names_in(tmp_path) if not name.startswith("_tmp/")} == {JOB}
+            assert {name for name in names_in(tmp_path) if not name.startswith("_tmp/")} == {JOB, RECORD}
         write_output(tmp_path, print_of())
         assert files_in(tmp_path) == whole
 
@@ -278,19 +311,19 @@ class TestKilledWhileOverwriting:
 class TestStartWriting:
     def test_takes_only_files_of_the_shards(self, tmp_path):
         write_output(tmp_path, print_of(), success=False)
-        start_writing(str(tmp_path), "images", ["a", "b", "c"])
+        start(str(tmp_path), ["a", "b", "c"])
         with pytest.raises(OutputError, match=r"images holds b-00000\.parquet, which"):
-            start_writing(str(tmp_path), "images", ["a"])
+            start(str(tmp_path), ["a"])
 
     def test_many_are_counted(self, tmp_path):
         (tmp_path / "images").mkdir()
         for number in range(7):
             (tmp_path / "images" / f"{number}.txt").touch()
         with pytest.raises(OutputError, match=r"holds 0\.txt, 1\.txt, 2\.txt and 4 more, which"):
-            start_writing(str(tmp_path), "images", [])
+            start(str(tmp_path), [])
 
     def test_the_whole_output_is_not_there(self, tmp_path):
-        start_writing(str(tmp_path / "none"), "images", ["a"])
+        start(str(tmp_path / "none"), ["a"])
 
 
 class TestDataFiles:
@@ -320,7 +353,7 @@ class TestDataFiles:
     def test_are_those_that_are_there_now(self):
         root = "memory://listing/out"
         assert data_files(root, "images") == []
-        job_module.write_whole(root, "images/a-00000.parquet", b"")
+        write_whole(root, "images/a-00000.parquet", b"")
         assert data_files(root, "images") == ["a-00000.parquet"]
 
     @pytest.mark.parametrize(

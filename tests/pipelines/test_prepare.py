@@ -37,9 +37,8 @@ from pipelines.verify import verify
 from transforms import sink as sink_module
 from transforms import storage
 from transforms.chunk import ChunkCoder
-from transforms.errors import InputError, OutputError
+from transforms.errors import InputError, NothingWritten, OutputError, TooManyRejects
 from transforms.schemas import images_schema
-from transforms.sink import Sink
 from transforms.sources import SourceOptions, open_source
 from transforms.sources.base import Shard
 from transforms.sources.webdataset import WebdatasetShard
@@ -470,11 +469,38 @@ class TestInputs:
             run(tmp_path / "in", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    def test_a_shard_of_rejects_alone(self, tmp_path):
+    def test_a_shard_of_rejects_alone(self, scenes, tmp_path):
         members = {f"{number}.jpg": b"junk" for number in range(12)}
-        run(write_tar(tmp_path / "bad.tar", members), tmp_path / "out")
+        (tmp_path / "in").mkdir()
+        write_tar(tmp_path / "in" / "bad.tar", members)
+        shutil.copy(scenes.webdataset / "val-00000.tar", tmp_path / "in")
+        run(tmp_path / "in", tmp_path / "out")
         assert len(rejects_in(tmp_path / "out")) == 12
         assert verify(str(tmp_path / "out")).problems == []
+
+    def test_a_run_that_writes_nothing_fails_and_keeps_what_it_committed(self, tmp_path):
+        tar = write_tar(tmp_path / "bad.tar", {f"{number}.jpg": b"junk" for number in range(12)})
+        for _ in range(2):
+            with pytest.raises(
+                NothingWritten, match=r"12 rows were read and none was written .*not_an_image 12"
+            ):
+                run(tar, tmp_path / "out")
+            assert len(rejects_in(tmp_path / "out")) == 12
+            assert not (tmp_path / "out" / "_SUCCESS.json").exists()
+
+    def test_more_rejects_than_may_be_fail_and_a_higher_bar_ends_it(self, scenes, tmp_path):
+        jpeg = jpegs_of(scenes)[0].read_bytes()
+        tar = write_tar(
+            tmp_path / "in.tar", {"0.jpg": jpeg} | {f"{number}.jpg": b"x" for number in range(1, 4)}
+        )
+        with pytest.raises(
+            TooManyRejects, match=r"3 of 4 rows .*more than --max_reject_rate 0\.5 of them: not_an_i"
+        ):
+            run(tar, tmp_path / "out", max_reject_rate=0.5)
+        run(tar, tmp_path / "out", max_reject_rate=0.75)
+        assert verify(str(tmp_path / "out")).problems == []
+        with pytest.raises(TooManyRejects):
+            run(tar, tmp_path / "out", max_reject_rate=0.5)
 
     def test_names_of_every_kind(self, scenes, tmp_path):
         jpeg = jpegs_of(scenes)[0].read_bytes()
@@ -560,9 +586,9 @@ class TestLaws:
         options = PrepareOptions((str(scenes.webdataset),), str(tmp_path))
         shards: list[Shard] = open_source(options.inputs, "auto", SourceOptions()).shards("", 10)
         pipeline = new_pipeline(())
-        job = Job({"images": Written(images_schema())}, {}, 10)
-        sinks = {"images": Sink(str(tmp_path), "images", {"fingerprint": ""}, images_schema())}
-        prepare_graph(pipeline, shards, job, options, sinks)
+        about = {"job": "prepare", "versions": {"diptych": "1"}}
+        job = Job({"images": Written(images_schema())}, about, 10, options)
+        prepare_graph(pipeline, shards, job, options, job.sinks())
         return pipeline.to_runner_api()
 
     def test_reading_to_writing_is_one_fused_stage(self, graph):

@@ -151,7 +151,7 @@ class TestProgress:
 class TestResult:
     def test_is_what_the_folder_holds(self, tmp_path):
         totals = {"images": Totals(1, 1, 2, 2)}
-        finish(totals, str(tmp_path), {"images": Expected(1)})
-        finish({"captions": Totals(1, 1, 3, 3)}, str(tmp_path), {"captions": Expected(1)})
+        finish(totals, str(tmp_path), {"images": Expected(1)}, "run")
+        finish({"captions": Totals(1, 1, 3, 3)}, str(tmp_path), {"captions": Expected(1)}, "run")
         assert Result.of(str(tmp_path), State.DONE, ["images"]) == Result(str(tmp_path), State.DONE, totals)
-        assert os.listdir(tmp_path) == ["_SUCCESS.json"]
+        assert sorted(os.listdir(tmp_path)) == ["_SUCCESS.json", "_records"]

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 from transforms import finish as finish_module
 from transforms.errors import DiptychError, OutputError
 from transforms.failures import FailureLimit
-from transforms.finish import (
-    SUCCESS,
-    Expected,
-    FinishJob,
-    Totals,
-    finish,
-    read_success,
-    success_json,
-    sum_by_dataset,
-)
+from transforms.finish import Expected, FinishJob, Totals, finish, read_success, sum_by_dataset
+from transforms.output_layout import RECORDS, SUCCESS
 from transforms.sink import Commit
 
 
@@ -79,19 +71,22 @@ class TestTotals:
         assert totals.problem(2) == problem
 
 
+RECORD = f"{RECORDS}/images.success.json"
+
+
 def names_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 class TestFinish:
     def test_writes_the_totals_and_clears_up(self, tmp_path):
-        for name in ("_plan/a.arrow", "_tmp/half", "images/a-00000.parquet"):
-            (tmp_path / name).parent.mkdir()
+        for name in ("_plan/run/a.arrow", "_plan/run-1a/b.arrow", "_tmp/run/half", "images/a-00000.parquet"):
+            (tmp_path / name).parent.mkdir(parents=True)
             (tmp_path / name).touch()
-        totals = finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2, {"unlisted_images": 4})})[
-            "images"
-        ]
-        assert {path.name for path in tmp_path.iterdir()} == {SUCCESS, "images"}
+        totals = finish(
+            {"images": TOTALS}, str(tmp_path), {"images": Expected(2, {"unlisted_images": 4})}, "run"
+        )["images"]
+        assert {path.name for path in tmp_path.iterdir()} == {SUCCESS, RECORDS, "images"}
         assert totals.counters == {"captions_read": 1, "unlisted_images": 4}
         assert json.loads((tmp_path / SUCCESS).read_text()) == {
             "images": {
@@ -103,16 +98,23 @@ class TestFinish:
                 "written": 21,
             }
         }
-        assert (tmp_path / SUCCESS).read_bytes() == success_json({"images": totals})
+        assert read_success(str(tmp_path)) == {"images": totals}
 
-    def test_the_plan_is_gone_before_the_job_is_done(self, tmp_path, monkeypatch):
-        (tmp_path / "_plan").mkdir()
-        monkeypatch.setattr(
-            finish_module,
-            "write_whole",
-            lambda *_: pytest.fail("the plan is there") if (tmp_path / "_plan").exists() else None,
-        )
-        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)})
+    def test_what_others_are_at_work_with_stays(self, tmp_path):
+        for name in ("_plan/other/a.arrow", "_tmp/other/half"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).touch()
+        before = names_in(tmp_path)
+        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)}, "run")
+        assert before <= names_in(tmp_path)
+
+    def test_clearing_up_may_fail(self, tmp_path, monkeypatch):
+        def refuse(*_: object) -> None:
+            raise OutputError("no")
+
+        monkeypatch.setattr(finish_module, "delete_working", refuse)
+        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)}, "run")
+        assert read_success(str(tmp_path)) == {"images": TOTALS}
 
     @pytest.mark.parametrize("num_shards", [1, 3])
     def test_what_is_not_complete_is_not_called_so(self, tmp_path, num_shards):
@@ -120,12 +122,12 @@ class TestFinish:
         with pytest.raises(
             OutputError, match=rf"not complete: 2 of {num_shards} shards .* Run the same command"
         ):
-            finish({"images": TOTALS}, str(tmp_path), {"images": Expected(num_shards)})
+            finish({"images": TOTALS}, str(tmp_path), {"images": Expected(num_shards)}, "run")
         assert {path.name for path in tmp_path.iterdir()} == {"_plan"}
 
     def test_the_totals_of_other_data_sets_stay(self, tmp_path):
-        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)})
-        finish({"captions": TOTALS}, str(tmp_path), {"captions": Expected(2, {"x": 1})})
+        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)}, "run")
+        finish({"captions": TOTALS}, str(tmp_path), {"captions": Expected(2, {"x": 1})}, "run")
         assert read_success(str(tmp_path)) == {
             "images": TOTALS,
             "captions": TOTALS.merge(Totals(counters={"x": 1})),
@@ -138,24 +140,27 @@ class TestFinish:
 
         with pytest.raises(DiptychError, match=f"^1 21 {tmp_path} 0.5$"):
             finish(
-                {"captions": TOTALS}, str(tmp_path), {"captions": Expected(2, limit=Limit("caption", 0.5))}
+                {"captions": TOTALS},
+                str(tmp_path),
+                {"captions": Expected(2, limit=Limit("caption", 0.5))},
+                "run",
             )
         assert names_in(tmp_path) == set()
 
     def test_several_data_sets_are_finished_at_once_or_not_at_all(self, tmp_path):
         found = {"images": TOTALS, "captions": TOTALS}
         with pytest.raises(OutputError, match=r"captions is not complete: 2 of 3 shards are complete"):
-            finish(found, str(tmp_path), {"images": Expected(2), "captions": Expected(3)})
+            finish(found, str(tmp_path), {"images": Expected(2), "captions": Expected(3)}, "run")
         with pytest.raises(OutputError, match=r"generated is not complete: 0 of 2 shards are complete"):
-            finish(found, str(tmp_path), {"images": Expected(2), "generated": Expected(2)})
+            finish(found, str(tmp_path), {"images": Expected(2), "generated": Expected(2)}, "run")
         assert names_in(tmp_path) == set()
-        finish(found, str(tmp_path), {"images": Expected(2), "captions": Expected(2)})
+        finish(found, str(tmp_path), {"images": Expected(2), "captions": Expected(2)}, "run")
         assert read_success(str(tmp_path)) == found
 
     def test_again_it_is_the_same(self, tmp_path):
-        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)})
+        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)}, "run")
         first = (tmp_path / SUCCESS).read_bytes()
-        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)})
+        finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)}, "run")
         assert (tmp_path / SUCCESS).read_bytes() == first
 
 
@@ -163,12 +168,14 @@ class TestFinishJob:
     def run(self, root: Path, commits: list[Commit], num_shards: int, *flags: str) -> None:
         with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner", *flags])) as pipeline:
             created = pipeline | beam.Create(commits).with_output_types(Commit)
-            _ = created | FinishJob(str(root), {"images": Expected(num_shards, {"unlisted_images": 4})})
+            _ = created | FinishJob(
+                str(root), {"images": Expected(num_shards, {"unlisted_images": 4})}, "run"
+            )
 
     @pytest.mark.parametrize("flags", [(), ("--direct_num_workers=2",), ("--direct_runner_bundle_repeat=2",)])
     def test_adds_up_whatever_the_bundles(self, tmp_path, flags):
         self.run(tmp_path, COMMITS, 2, *flags)
-        assert names_in(tmp_path) == {SUCCESS}
+        assert names_in(tmp_path) == {SUCCESS, RECORD}
         found = json.loads((tmp_path / SUCCESS).read_text())["images"]
         assert Totals(**found) == TOTALS.merge(Totals(counters={"unlisted_images": 4}))
 

@@ -66,10 +66,9 @@ class TestOpen:
     def test_fingerprint_stands_for_the_job_of_the_images(self, tmp_path):
         write_output(str(tmp_path / "a"), job={"images": JOB})
         write_output(str(tmp_path / "b"), job={"captions": {"job": "caption"}, "images": JOB})
-        write_output(str(tmp_path / "c"), job=JOB)  # as prepare wrote it before there were other jobs
         write_output(str(tmp_path / "d"), job={"images": {**JOB, "more": 1}})
-        a, b, c, d = (PreparedImages.open(str(tmp_path / name)).fingerprint for name in "abcd")
-        assert a == b == c != d
+        a, b, d = (PreparedImages.open(str(tmp_path / name)).fingerprint for name in "abd")
+        assert a == b != d
         assert a == hashlib.sha256(json.dumps(JOB, sort_keys=True).encode()).hexdigest()[:16]
 
     @pytest.mark.parametrize("name", ["nowhere", ".", "file"])
@@ -89,7 +88,7 @@ class TestOpen:
         with pytest.raises(InputError, match=r"is not finished.*Run the command that writes it again"):
             PreparedImages.open(output)
 
-    @pytest.mark.parametrize("totals", [{"captions": {"files": 1, "written": 1}}, []])
+    @pytest.mark.parametrize("totals", [{"captions": {"files": 1, "written": 1}}, {}])
     def test_of_another_job(self, output, totals):
         Path(output, "_SUCCESS.json").write_text(json.dumps(totals))
         with pytest.raises(InputError, match="holds no images"):
@@ -100,13 +99,13 @@ class TestOpen:
     )
     def test_damaged_success(self, output, text):
         Path(output, "_SUCCESS.json").write_text(text)
-        with pytest.raises(InputError, match=r"_SUCCESS.json is damaged"):
+        with pytest.raises(InputError, match=r"_SUCCESS.json is (damaged|not what a job wrote)"):
             PreparedImages.open(output)
 
-    @pytest.mark.parametrize("text", ["[1", "[]", "null"])
+    @pytest.mark.parametrize("text", ["[1", "[]", "{"])
     def test_damaged_job(self, output, text):
         Path(output, "_job.json").write_text(text)
-        with pytest.raises(InputError, match=r"_job.json is damaged"):
+        with pytest.raises(InputError, match=r"_job.json is not what a job wrote"):
             PreparedImages.open(output)
 
     def test_a_file_is_missing(self, output):

@@ -30,6 +30,10 @@ class ListShard(Shard):
 
     content: tuple[Record | Exception, ...]
 
+    @property
+    def input(self) -> str:
+        return "a.tar"
+
     def records(self, skip: int) -> Iterator[Record]:
         for ordinal, record in enumerate(self.content):
             if isinstance(record, Exception):
@@ -53,7 +57,17 @@ def read(shard: Shard, chunk_rows: int = 3, done: list[Commit] | None = None) ->
 def commit_of(chunk: Chunk) -> Commit:
     key = chunk.key
     return Commit(
-        "images", key.shard, key.index, chunk.last, chunk.num_records, chunk.num_read, len(chunk), {}, {}, ""
+        "images",
+        key.shard,
+        key.index,
+        chunk.last,
+        chunk.num_records,
+        chunk.num_read,
+        len(chunk),
+        {},
+        {},
+        "",
+        "a.tar",
     )
 
 
@@ -316,7 +330,7 @@ def committed_in(folder: Path, *chunks: tuple[str, int, int, bool]) -> Sink:
         lost = [Lost("", number, "bad_annotation", "m") for number in range(count)]
         (chunk,) = read_chunks(shard_of(*lost), 100, raw_schema())
         rows = pa.RecordBatch.from_pylist([], schema=images_schema())
-        commit_chunk(sink, Chunk(ChunkKey(shard, index), rows, chunk.rejects, last))
+        commit_chunk(sink, Chunk(ChunkKey(shard, index), rows, chunk.rejects, last, input="a.tar"))
     return sink
 
 

@@ -180,7 +180,7 @@ class TestBytes:
 class TestOrder:
     def test_the_data_file_comes_last(self, tmp_path, monkeypatch):
         names = []
-        monkeypatch.setattr(sink_module, "write_whole", lambda root, name, data: names.append(name))
+        monkeypatch.setattr(sink_module, "write_whole", lambda root, name, data, scratch: names.append(name))
         commit_chunk(sink_of(tmp_path), chunk_of())
         assert [name.rpartition("/")[0] for name in names] == ["rejects/image", "rejects/read", "images"]
 
@@ -198,7 +198,7 @@ class TestOrder:
         with pytest.raises(KeyboardInterrupt):
             commit_chunk(sink, chunk_of())
         monkeypatch.undo()
-        assert read_commit(sink, ChunkKey("shard", 0)) is None
+        assert read_commit(sink, ChunkKey("shard", 0), "") is None
         assert len(files_in(tmp_path / "out")) == kill_at
         commit_chunk(sink, chunk_of())
         commit_chunk(sink_of(tmp_path / "undisturbed"), chunk_of())
@@ -208,9 +208,9 @@ class TestOrder:
 class TestReadCommit:
     def test_gives_what_was_committed(self, tmp_path):
         sink = sink_of(tmp_path)
-        assert read_commit(sink, ChunkKey("shard", 0)) is None
+        assert read_commit(sink, ChunkKey("shard", 0), "") is None
         commit = commit_chunk(sink, chunk_of())
-        assert read_commit(sink, ChunkKey("shard", 0)) == commit
+        assert read_commit(sink, ChunkKey("shard", 0), "") == commit
 
     def test_reads_the_footer_and_no_rows(self, tmp_path):
         sink = sink_of(tmp_path)
@@ -219,7 +219,7 @@ class TestReadCommit:
         data = path.read_bytes()
         footer_bytes = int.from_bytes(data[-8:-4], "little") + 8
         path.write_bytes(bytes(len(data) - footer_bytes) + data[-footer_bytes:])
-        assert read_commit(sink, ChunkKey("shard", 0)) == commit
+        assert read_commit(sink, ChunkKey("shard", 0), "") == commit
 
     @pytest.mark.parametrize("size", [0, 3, 8, 100, -1])
     def test_a_damaged_file_is_named(self, tmp_path, size):
@@ -230,7 +230,7 @@ class TestReadCommit:
         with pytest.raises(
             OutputError, match=r"images/shard-00000.parquet is not as .* damaged .* Delete it"
         ):
-            read_commit(sink, ChunkKey("shard", 0))
+            read_commit(sink, ChunkKey("shard", 0), "")
         assert not has_commit(str(path))
 
     def test_a_file_of_another_writer_is_named(self, tmp_path):
@@ -238,7 +238,7 @@ class TestReadCommit:
         path.parent.mkdir()
         pq.write_table(pa.table({"key": ["a"]}), path)
         with pytest.raises(OutputError, match=r"shard-00000.parquet is not as this job wrote it"):
-            read_commit(sink_of(tmp_path), ChunkKey("shard", 0))
+            read_commit(sink_of(tmp_path), ChunkKey("shard", 0), "")
         assert not has_commit(str(path))
 
     def test_a_file_of_another_run_is_named_with_both(self, tmp_path):
@@ -246,7 +246,7 @@ class TestReadCommit:
         other = Sink(sink.root, sink.dataset, {**sink.job, "fingerprint": "f" * 16}, sink.schema)
         commit_chunk(other, chunk_of())
         with pytest.raises(OutputError, match=f"is of run {'f' * 16}, and this is run {FINGERPRINT}"):
-            read_commit(sink, ChunkKey("shard", 0))
+            read_commit(sink, ChunkKey("shard", 0), "")
         assert has_commit(str(tmp_path / "images" / "shard-00000.parquet"))
 
     def test_a_renamed_file_is_named(self, tmp_path):
@@ -254,7 +254,13 @@ class TestReadCommit:
         commit_chunk(sink, chunk_of())
         os.rename(tmp_path / "images" / "shard-00000.parquet", tmp_path / "images" / "shard-00001.parquet")
         with pytest.raises(OutputError, match=r"says that it is images/shard-00000.parquet"):
-            read_commit(sink, ChunkKey("shard", 1))
+            read_commit(sink, ChunkKey("shard", 1), "")
+
+    def test_a_file_that_was_read_from_another_input_is_named_with_both(self, tmp_path):
+        sink = sink_of(tmp_path)
+        commit_chunk(sink, dataclasses.replace(chunk_of(), input="A.tar"))
+        with pytest.raises(OutputError, match=r"was read from 'A\.tar', and this chunk is from 'a\.tar'"):
+            read_commit(sink, ChunkKey("shard", 0), "a.tar")
 
     def test_a_file_of_another_data_set_is_named(self, tmp_path):
         sink = sink_of(tmp_path)
@@ -262,12 +268,12 @@ class TestReadCommit:
         (tmp_path / "captions").mkdir()
         os.rename(tmp_path / "images/shard-00000.parquet", tmp_path / "captions/shard-00000.parquet")
         with pytest.raises(OutputError, match=r"says that it is images/shard-00000.parquet"):
-            read_commit(dataclasses.replace(sink, dataset="captions"), ChunkKey("shard", 0))
+            read_commit(dataclasses.replace(sink, dataset="captions"), ChunkKey("shard", 0), "")
 
     def test_a_file_that_cannot_be_read_is_no_missing_one(self, tmp_path):
         (tmp_path / "images" / "shard-00000.parquet").mkdir(parents=True)
         with pytest.raises(InputError, match=r"shard-00000.parquet cannot be read: Is a directory"):
-            read_commit(sink_of(tmp_path), ChunkKey("shard", 0))
+            read_commit(sink_of(tmp_path), ChunkKey("shard", 0), "")
 
 
 class TestCommitted:
@@ -285,13 +291,13 @@ class TestCommitted:
         sink = sink_of(tmp_path)
         for index in indices:
             commit_chunk(sink, chunk_of(index, last=index == last))
-        assert [commit.index for commit in committed(sink, "shard")] == expected
+        assert [commit.index for commit in committed(sink, "shard", "")] == expected
 
     def test_a_shard_whose_name_another_begins_with_is_apart(self, tmp_path):
         sink = sink_of(tmp_path)
         other = chunk_of(1)
         commit_chunk(sink, Chunk(ChunkKey("shard-00000", 0), other.rows, other.rejects, True))
-        assert list(committed(sink, "shard")) == []
+        assert list(committed(sink, "shard", "")) == []
 
 
 def run(sink: Sink, chunks: list[Chunk], *flags: str) -> None:
@@ -313,10 +319,10 @@ class TestWriteChunks:
     def test_a_refusal_ends_the_run_and_leaves_the_chunk_out(self, tmp_path, monkeypatch, refused):
         write = storage.write_whole
 
-        def write_or_refuse(root, name, data):
+        def write_or_refuse(root, name, data, scratch):
             if name == f"images/shard-0000{refused}.parquet":
                 raise OutputError(f"{name} cannot be written")
-            write(root, name, data)
+            write(root, name, data, scratch)
 
         monkeypatch.setattr(sink_module, "write_whole", write_or_refuse)
         with pytest.raises(OutputError, match=f"shard-0000{refused}.parquet cannot be written"):

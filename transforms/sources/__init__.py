@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 
 from transforms.errors import InputError, OptionError
+from transforms.output_layout import JOB
 from transforms.sources.annotations import AnnotationSource
 from transforms.sources.base import ColumnNames, Source
 from transforms.sources.coco import CocoSource
@@ -83,7 +84,7 @@ def output_of(url: str) -> str | None:
         if os.path.basename(images) == "images":
             folders.append(os.path.dirname(images))
     with input_errors(url):
-        found = next((folder for folder in folders if is_file(fs, join(folder, _JOB))), None)
+        found = next((folder for folder in folders if is_file(fs, join(folder, JOB))), None)
     return found and fs.unstrip_protocol(found)
 
 
@@ -138,8 +139,6 @@ _KINDS = {
 }
 _COCO_NAME = re.compile(r"^captions_.*\.json(\.gz)?$", re.I)
 _KARPATHY_NAME = re.compile(r"^dataset_.*\.json(\.gz)?$", re.I)
-# What an output of Diptych has
-_JOB = "_job.json"
 _ANNOTATIONS = ("coco", "karpathy", "flickr30k")
 # A folder with several of these is read by the first: img2dataset puts a Parquet of metadata beside each tar
 _RECORDS = ("webdataset", "tfrecord", "parquet", "files")
@@ -201,7 +200,7 @@ _IMAGE_LINE = re.compile(r'"?[^\t,|]+\.(jpe?g|png|gif|bmp|webp)[^\t,| ]*"?\s*[\t
 def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> tuple[str, list[str], str]:
     root = fs.unstrip_protocol(path)
     entries = {os.path.basename(entry["name"].rstrip("/")): entry for entry in fs.ls(path, detail=True)}
-    if _JOB in entries and format in ("auto", "parquet"):
+    if JOB in entries and format in ("auto", "parquet"):
         path, format = join(path, "images"), "parquet"
         root = fs.unstrip_protocol(path)
         if not is_folder(fs, path):
@@ -240,7 +239,7 @@ def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> tu
 
 def _without_outputs(files: Sequence[str]) -> list[str]:
     """Returns files but those of Diptych outputs in between: an output may lie below its own input."""
-    outputs = tuple(f"{os.path.dirname(file)}/" for file in files if os.path.basename(file) == _JOB)
+    outputs = tuple(f"{os.path.dirname(file)}/" for file in files if os.path.basename(file) == JOB)
     return [file for file in files if not file.startswith(outputs)]
 
 

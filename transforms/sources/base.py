@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
+from transforms.errors import InputError
+
 # The largest file that is read as an image, and as a text that goes with one. A larger one costs its row, not the
 # memory of the job: a text may take twenty times its size while its JSON is parsed.
 MAX_IMAGE_BYTES = 256 << 20
@@ -109,6 +111,11 @@ class Shard(abc.ABC):
     size_bytes: int
     num_rows: int | None
 
+    @property
+    @abc.abstractmethod
+    def input(self) -> str:
+        """The shard's input, which each of its commits names: no other shard of a job has the same."""
+
     @abc.abstractmethod
     def records(self, skip: int) -> Iterator[Record]:
         """Yields every record in order, the same in each call.
@@ -190,20 +197,35 @@ def shard_names(paths: Iterable[str]) -> list[str]:
     """Returns a unique file-name-safe name for each path, stable as long as the paths are.
 
     The data extension goes, folders are joined by `__`; a name that lost anything else (odd characters, length,
-    or a clash such as `a.tar` beside `a.tar.gz`) gets a digest of its path.
+    or a clash such as `a.tar` beside `a.tar.gz`, or beside `A.tar` on a disk that ignores case) gets a 128-bit digest
+    of its path.
+
+    Raises:
+        InputError: Two paths have one name, which would cost the rows of one of them.
     """
     paths = list(paths)
     plain = [_DATA_EXTENSION.sub("", path).replace("/", "__") for path in paths]
-    safe = [re.sub(r"[^A-Za-z0-9._-]", "_", name)[:120].lstrip("._") or "_" for name in plain]
-    uses = collections.Counter(safe)
+    safe = [re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_MAX_NAME_CHARS].lstrip("._") or "_" for name in plain]
+    uses = collections.Counter(name.lower() for name in safe)
     names = []
     for path, before, name in zip(paths, plain, safe, strict=True):
-        if name != before or uses[name] > 1:
-            name += "-" + hashlib.sha256(path.encode()).hexdigest()[:8]
+        if name != before or uses[name.lower()] > 1:
+            encoded = path.encode("utf-8", "surrogateescape")
+            name += "-" + hashlib.sha256(encoded).hexdigest()[:_DIGEST_CHARS]
         names.append(name)
+    path_of: dict[str, str] = {}
+    for path, name in zip(paths, names, strict=True):
+        if name.lower() in path_of:
+            raise InputError(
+                f"The inputs {path_of[name.lower()]!r} and {path!r} would both be written as {name}-00000.parquet, and "
+                "the rows of one would be lost. Give each input once; rename one of them if they are two files."
+            )
+        path_of[name.lower()] = path
     return names
 
 
+# With the digest, the number of a plan's part and that of a chunk, a name stays below the 255 bytes of most disks
+_MAX_NAME_CHARS, _DIGEST_CHARS = 120, 32
 _DATA_EXTENSION = re.compile(
     r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst|parquet|tfrecords?(\.gz)?|tfrec|json(\.gz)?|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
     re.I,

@@ -106,6 +106,11 @@ class ParquetShard(Shard):
     with_images: bool = True
     strict: bool = False
 
+    @property
+    def input(self) -> str:
+        """The file's path below the input root."""
+        return self.source
+
     def check_columns(self) -> None:
         """Checks the columns from the file's footer. A file that is damaged says nothing: its reader will.
 

@@ -6,6 +6,7 @@ It lies with the output, and a run that goes on after a crash need not read the 
 
 import dataclasses
 import json
+import posixpath
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -77,6 +78,11 @@ class PlannedShard(Shard):
     images: str
     source: str | None
     metadata_columns: tuple[str, ...]
+
+    @property
+    def input(self) -> str:
+        """The annotation's path below the input root, or the plan's name, and which part of it."""
+        return f"{self.source or posixpath.basename(self.plan)}#{self.batch}"
 
     def records(self, skip: int) -> Iterator[Record]:
         """Yields the planned rows; the images of the first `skip` are left empty, not fetched.

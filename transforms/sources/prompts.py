@@ -106,6 +106,11 @@ class PromptsShard(Shard):
     prompt_column: str | None = None
     key_column: str | None = None
 
+    @property
+    def input(self) -> str:
+        """The file's path below the input root."""
+        return self.source
+
     def records(self, skip: int) -> Iterator[Record]:
         """Yields the prompts in order, as rows with one caption and no image.
 

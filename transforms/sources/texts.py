@@ -52,6 +52,11 @@ class TextShard(Shard):
     url: str
     source: str
 
+    @property
+    def input(self) -> str:
+        """The file's path below the input root."""
+        return self.source
+
     def batches(self, skip: int) -> Iterator[pa.RecordBatch]:
         """Yields the rows after the first `skip`, of schema `RAW_TEXT`.
 

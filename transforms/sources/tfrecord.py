@@ -83,6 +83,11 @@ class TfrecordShard(Shard):
     source: str
     metadata_columns: tuple[str, ...] = ()
 
+    @property
+    def input(self) -> str:
+        """The file's path below the input root."""
+        return self.source
+
     def records(self, skip: int) -> Iterator[Record]:
         """Yields the records in order.
 

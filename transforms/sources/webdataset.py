@@ -85,6 +85,11 @@ class WebdatasetShard(Shard):
     metadata_columns: tuple[str, ...] = ()
     columns: ColumnNames = ColumnNames()
 
+    @property
+    def input(self) -> str:
+        """The file's path below the input root."""
+        return self.source
+
     def records(self, skip: int) -> Iterator[Record]:
         """Yields the samples in order. One without an image is lost as `missing_image`.
 
