@@ -55,7 +55,6 @@ setup(
         "gensim>=4.3.3",
         "google-crc32c>=1.5",
         "huggingface-hub>=0.30",
-        "ijson>=3.3",
         "matplotlib>=3.9",
         "nltk>=3.9",
         "numpy>=1.26",

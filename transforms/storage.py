@@ -135,14 +135,18 @@ def output_errors(url: str) -> Iterator[None]:
         ) from error
 
 
+def is_refusal(error: Exception) -> bool:
+    """Tells whether an error is the 403 of a Google store, for which gcsfs has no class."""
+    return type(error) is OSError and str(error).startswith("Forbidden: ")
+
+
 def _is_answer(error: Exception) -> bool:
     """Tells what a file system or a store's client raises from what a decoder raises for damaged data."""
     if isinstance(error, TimeoutError | asyncio.TimeoutError) or (
         isinstance(error, OSError) and error.errno is not None
     ):
         return True
-    is_refusal = type(error) is OSError and str(error).startswith("Forbidden: ")  # gcsfs gives it no class
-    return is_refusal or type(error).__module__.partition(".")[0] in _STORE_CLIENTS
+    return is_refusal(error) or type(error).__module__.partition(".")[0] in _STORE_CLIENTS
 
 
 def _what(error: Exception) -> str:

@@ -182,6 +182,18 @@ class TestEmbed:
         assert (totals.read, totals.written, totals.rejected) == (3, 2, {"no_caption": 1})
         assert problems(tmp_path / "out") == []
 
+    def test_an_annotation_without_its_images(self, scenes, tmp_path):
+        """The rows are those with images, and no image folder need be there."""
+        run("embed", scenes.coco, tmp_path / "beside")
+        shutil.copytree(scenes.coco / "annotations", tmp_path / "alone")
+        run("embed", tmp_path / "alone", tmp_path / "out")
+        assert rows_in(tmp_path / "out", "embeddings") == rows_in(tmp_path / "beside", "embeddings")
+        shutil.copy(scenes.flickr30k / "results_20130124.token", tmp_path)
+        run("embed", tmp_path / "results_20130124.token", tmp_path / "lines")
+        assert {row["key"] for row in rows_in(tmp_path / "lines", "embeddings")} == {
+            row["key"] for row in rows_in(tmp_path / "out", "embeddings")
+        }
+
     def test_the_columns_that_the_user_names(self, tmp_path):
         (tmp_path / "in").mkdir()
         pq.write_table(pa.table({"nr": [1], "words": ["x"], "text": ["y"]}), tmp_path / "in" / "a.parquet")

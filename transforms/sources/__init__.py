@@ -15,6 +15,7 @@ from transforms.sources.base import ColumnNames, Source
 from transforms.sources.coco import CocoSource
 from transforms.sources.files import FilesSource
 from transforms.sources.flickr30k import Flickr30kSource
+from transforms.sources.json_stream import read_head
 from transforms.sources.karpathy import KarpathySource
 from transforms.sources.parquet import ParquetSource
 from transforms.sources.prompts import PromptsSource
@@ -71,7 +72,7 @@ def open_source(
         )
     files = sorted({file for _, urls, _ in found for file in urls})
     root = found[0][2] if len(found) == 1 else _common_folder(files)
-    return _open(formats[0], tuple(files), root, options)
+    return _open(formats[0], tuple(files), root, options, texts_only)
 
 
 def output_of(url: str) -> str | None:
@@ -87,7 +88,7 @@ def output_of(url: str) -> str | None:
     return found and fs.unstrip_protocol(found)
 
 
-def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions) -> Source:
+def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions, texts_only: bool) -> Source:
     if options.split and format != "karpathy":
         raise OptionError(
             f"--split {options.split} goes with a Karpathy file; the input is of format {format}."
@@ -110,7 +111,7 @@ def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions)
     if "metadata_columns" in kind.column_flags:
         values["metadata_columns"] = options.metadata_columns
     if issubclass(kind, AnnotationSource):
-        values["images"] = options.images
+        values |= {"images": options.images, "texts_only": texts_only}
     if issubclass(kind, KarpathySource):
         values["split"] = options.split
     return kind(urls, root, **values)
@@ -136,8 +137,8 @@ _KINDS = {
     "prompts": re.compile(r"\.(jsonl|ndjson|tsv)(\.gz)?$", re.I),
     "files": re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.I),
 }
-_COCO_NAME = re.compile(r"^captions_.*\.json$", re.I)
-_KARPATHY_NAME = re.compile(r"^dataset_.*\.json$", re.I)
+_COCO_NAME = re.compile(r"^captions_.*\.json(\.gz)?$", re.I)
+_KARPATHY_NAME = re.compile(r"^dataset_.*\.json(\.gz)?$", re.I)
 _ANNOTATIONS = ("coco", "karpathy", "flickr30k")
 # A folder with several of these is read by the first: img2dataset puts a Parquet of metadata beside each tar
 _RECORDS = ("webdataset", "tfrecord", "parquet", "files")
@@ -174,10 +175,10 @@ def _find(url: str, format: str) -> tuple[str, list[str], str]:
 def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
     """Returns the format of a file, from its name and, of JSON, its first bytes."""
     name = os.path.basename(path)
-    if name.lower().endswith(".json"):
+    if name.lower().endswith((".json", ".json.gz")):
         with fs.open(path, "rb") as file:
-            head = file.read(1 << 16)
-        return "karpathy" if b'"sentences"' in head or b'"sentids"' in head else "coco"
+            head = read_head(file)
+        return "karpathy" if '"sentences"' in head or '"sentids"' in head else "coco"
     if name.lower().endswith((".csv", ".txt")):
         with fs.open(path, "rb") as file:
             return "flickr30k" if _names_images(file.read(1 << 12)) else "prompts"

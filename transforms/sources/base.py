@@ -227,6 +227,6 @@ def shard_names(paths: Iterable[str]) -> list[str]:
 # With the digest, the number of a plan's part and that of a chunk, a name stays below the 255 bytes of most disks
 _MAX_NAME_CHARS, _DIGEST_CHARS = 120, 32
 _DATA_EXTENSION = re.compile(
-    r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst|parquet|tfrecords?(\.gz)?|tfrec|json|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
+    r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst|parquet|tfrecords?(\.gz)?|tfrec|json(\.gz)?|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
     re.I,
 )

@@ -88,17 +88,21 @@ class PlannedShard(Shard):
         """Yields the planned rows; the images of the first `skip` are left empty, not fetched.
 
         Raises:
-            InputError: The plan, or an image that was there when it was made, is gone or may not be read.
+            InputError: The plan is gone, or all of the images that were there when it was made.
         """
         entries = self._entries()
         wanted = [entry.image for entry in entries[skip:] if entry.image is not None]
-        images = folder.fetch(self.images, wanted)
+        others = [entry.image for entry in entries[:skip] if entry.image is not None]
+        images = folder.fetch(self.images, wanted, others)
         for ordinal, entry in enumerate(entries):
             if entry.image is None:
                 yield Lost(entry.key, entry.row, entry.reason or "bad_annotation", entry.message)
                 continue
             path = entry.image.path
             data = next(images) if ordinal >= skip else b""
+            if isinstance(data, folder.Absent):
+                yield Lost(entry.key, entry.row, "missing_image", f"{path} {data.message}")
+                continue
             if isinstance(data, folder.Unreadable):
                 yield Lost(entry.key, entry.row, "record_corrupt", f"{path}: {data.message}")
                 continue
@@ -200,8 +204,10 @@ def plan_shards(
 def plan_counters(shards: Iterable[Shard]) -> dict[str, int]:
     """Returns what planning counted, added up over the plans that the shards belong to.
 
-    `unlisted_images` are files that the annotation does not name, `repaired_captions` are captions whose line
-    was damaged in a known way. Shards without a plan add nothing.
+    `unlisted_images` are files that the annotation does not name; `repaired_captions` captions whose line was damaged
+    in a known way; `captions_not_utf8` those with bytes that no character can be made of; `ids_of_other_type` captions
+    whose id is the image's but for its type; `similar_file_names` images whose file's name is spelled in another way;
+    `entries_joined` entries of a file that has another entry. Shards without a plan add nothing.
     """
     totals: dict[str, int] = {}
     for url in {shard.plan: None for shard in shards if isinstance(shard, PlannedShard)}:
