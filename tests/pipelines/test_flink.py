@@ -218,9 +218,7 @@ class TestWorkerPool:
             (process,) = multiprocessing.active_children()
             assert not start_worker(others).error
             (other,) = set(multiprocessing.active_children()) - {process}
-            worker_pool.WorkerPool(use_process=True).StopWorker(
-                beam_fn_api_pb2.StopWorkerRequest(worker_id="7-1"), None
-            )
+            worker_pool.WorkerPool().StopWorker(beam_fn_api_pb2.StopWorkerRequest(worker_id="7-1"), None)
             hang_up()
             process.join(30)
             assert process.exitcode == 0
@@ -234,12 +232,88 @@ class TestWorkerPool:
             assert worker_pool.main([f"--service_port={port}"]) == 1
         assert f"port {port} cannot be opened: " in capsys.readouterr().err
 
+    def test_it_listens_on_the_loopback_and_to_nobody_else(self, capsys):
+        assert pool_error("10.1.2.3:999") == (
+            "the Python worker 7-1 was not started: it would run what 10.1.2.3 sends, which this pool does not know. "
+            "Where that is a task manager of yours, start the pool with --allow 10.1.2.3."
+        )
+        for flags in (["--bind=0.0.0.0"], ["--bind=::"], ["--bind=localhost", "--allow=no such host"]):
+            with pytest.raises(SystemExit) as stopped:
+                worker_pool.main(flags)
+            assert stopped.value.code == 2
+        assert "--allow HOST" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("field", ["control", "logging", "artifact", "provision"])
+    def test_every_address_of_a_request_is_asked_about(self, field):
+        request = beam_fn_api_pb2.StartWorkerRequest(worker_id="7-1")
+        request.control_endpoint.url = "localhost:1"
+        getattr(request, f"{field}_endpoint").url = "[2001:db8::7]:5"
+        assert "--allow 2001:db8::7." in worker_pool.WorkerPool().StartWorker(request, None).error
+
+    @pytest.mark.parametrize(
+        ("endpoint", "allowed", "is_allowed"),
+        [
+            ("localhost:7", (), True),
+            ("127.0.0.1:7", (), True),
+            ("127.9.9.9:7", (), True),
+            ("[::1]:7", (), True),
+            ("[::ffff:127.0.0.1]:7", (), True),
+            ("ipv4:///127.0.0.1:7", (), True),
+            ("10.0.0.6:7", (), False),
+            ("10.0.0.6:7", ("10.0.0.6",), True),
+            ("[::ffff:10.0.0.6]:7", ("10.0.0.6",), True),
+            ("10.0.0.66:7", ("10.0.0.6",), False),
+            ("localhost.invalid:7", (), False),
+            ("127.0.0.1.invalid:7", (), False),
+            ("localhost@10.0.0.6:7", (), False),
+            ("0.0.0.0:7", (), False),
+            ("unix:/tmp/x", (), False),
+            ("", (), False),
+        ],
+    )
+    def test_who_is_allowed(self, endpoint, allowed, is_allowed):
+        assert worker_pool.is_allowed(worker_pool.host_of(endpoint), allowed) is is_allowed
+
+    @pytest.mark.parametrize(
+        ("peer", "host"),
+        [("ipv4:10.0.0.6:41", "10.0.0.6"), ("ipv6:%5B::1%5D:41", "::1"), ("unix:/x", "unix:/x")],
+    )
+    def test_who_asks(self, peer, host):
+        assert worker_pool.peer_of(peer) == host
+
+    def test_it_cannot_be_reached_from_elsewhere(self):
+        port = free_ports()
+        server = worker_pool._serve(worker_pool.WorkerPool(), "localhost", port)
+        try:
+            socket.create_connection(("localhost", port), 5).close()
+            with pytest.raises(
+                (ConnectionError, TimeoutError, OSError), match=r"refused|timed out|unreachable"
+            ):
+                socket.create_connection((own_address(), port), 5).close()
+        finally:
+            server.stop(0)
+
+
+def own_address() -> str:
+    """Returns an address of this machine that others know it by, or one that is nobody's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent
+        except OSError:
+            return "192.0.2.1"
+        return str(probe.getsockname()[0])
+
+
+def pool_error(control: str) -> str:
+    """Returns what a pool that starts nothing says to a request."""
+    return str(start_worker(control).error)
+
 
 def start_worker(control: str = "") -> beam_fn_api_pb2.StartWorkerResponse:
     """Asks a pool for a worker of a task manager; all of them give the same name."""
     request = beam_fn_api_pb2.StartWorkerRequest(worker_id="7-1")
     request.control_endpoint.url = control
-    return worker_pool.WorkerPool(use_process=True).StartWorker(request, None)
+    return worker_pool.WorkerPool().StartWorker(request, None)
 
 
 @contextlib.contextmanager
