@@ -12,8 +12,10 @@ import pyarrow as pa
 from apache_beam.options.pipeline_options import TestOptions
 from apache_beam.pvalue import PCollection
 
+from models.location import redacted
 from pipelines.job import State, digest, open_output, options_to_json, start_writing
 from pipelines.options import JobOptions
+from pipelines.reach import check_reach
 from pipelines.running import Result, run_pipeline
 from transforms.chunk import add_counts
 from transforms.failures import FailureLimit
@@ -84,6 +86,7 @@ def launch(
     Raises:
         DiptychError: The run failed; what was committed stays, and the same call goes on from there.
     """
+    check_reach(options, pipeline)
     rows_per_shard = job.rows_per_chunk * _CHUNKS_A_SHARD
     if options.overwrite:
         with tempfile.TemporaryDirectory() as scratch:  # what cannot be planned must not cost the old output
@@ -157,5 +160,5 @@ def source_options(options: JobOptions, source: Source) -> dict[str, Any]:
     """Returns, as JSON values, what of the source and its options decides an output's bytes."""
     values = options_to_json(options.source) | {"format": source.format}
     if options.source.images:  # where the folder is decides no byte, here or on a store
-        values["images"] = posixpath.basename(options.source.images.rstrip("/"))
+        values["images"] = posixpath.basename(redacted(options.source.images).rstrip("/"))
     return values

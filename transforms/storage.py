@@ -13,7 +13,7 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from models.remote import open_store
-from transforms.errors import InputError, OutputError
+from transforms.errors import InputError, MissingInputError, OutputError
 
 # Stores where one upload appears whole or not at all. A rename there is a copy and a delete: worse, not better.
 _ATOMIC_UPLOAD = frozenset({"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "memory"})
@@ -55,7 +55,7 @@ def input_errors(url: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(
+        raise MissingInputError(
             f"{url} is not there. It was expected as an input: put it back, or name another, and run again."
         ) from error
     except PermissionError as error:
