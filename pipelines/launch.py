@@ -93,7 +93,7 @@ def launch(
             source.shards(scratch, rows_per_shard)
     if not options.quiet:
         for note in source.notes:
-            print(f"diptych: {note}", file=sys.stderr)
+            print(f"diptych: {redacted(note)}", file=sys.stderr)
     state = _open_output(job, options)
     if state is State.DONE:
         return Result.of(options.output, state, job.datasets)

@@ -14,6 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from tqdm import tqdm
 
+from models.location import redacted
 from pipelines.dataflow import dataflow_flags, ended_on_dataflow
 from pipelines.flink import cancel_on_flink, check_flink, failures_told, flink_flags, size_for_flink
 from pipelines.job import State, read_success
@@ -118,7 +119,7 @@ def _reason(trace: str) -> str:
     if error := _worker_error(trace):
         return str(error)
     causes = re.findall(r"^Caused by: (.*)", trace, re.M)
-    return (causes or trace.strip().splitlines() or ["it does not say why"])[-1][:1000]
+    return redacted((causes or trace.strip().splitlines() or ["it does not say why"])[-1])[:1000]
 
 
 def _runner_error(pipeline: beam.Pipeline, error: Exception) -> errors.DiptychError | None:

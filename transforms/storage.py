@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import posixpath
 import uuid
 from collections.abc import Iterable, Iterator
 
@@ -12,6 +13,7 @@ from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
+from models.location import redacted
 from models.remote import open_store
 from transforms.errors import InputError, MissingInputError, OutputError
 
@@ -39,6 +41,17 @@ def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
             f"{url!r} cannot be opened: {error}. Expected a path or a URL of an installed fsspec file system."
         ) from error
     return fs, path
+
+
+def relative_name(url: str, root: str) -> str:
+    """Returns the path of a file below the input root, empty for the root; else its base name.
+
+    It is the same for two URLs that differ in what gives access to the file alone, and does not hold it.
+    """
+    path, top = (redacted(locate(place)[1]).rstrip("/") for place in (url, root))
+    if path == top:
+        return ""
+    return path.removeprefix(f"{top}/") if path.startswith(f"{top}/") else posixpath.basename(path)
 
 
 def join(url: str, *names: str) -> str:
@@ -160,7 +173,7 @@ def write_whole(root: str, name: str, data: bytes | memoryview) -> None:
     with output_errors(url):
         fs, path = locate(url)
         if not _ATOMIC_UPLOAD.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
-            _upload(fs, path, bytes(data))
+            upload(fs, path, bytes(data))
             return
         _, temporary = locate(join(root, "_tmp", uuid.uuid4().hex))
         for folder in (os.path.dirname(temporary), os.path.dirname(path)):
@@ -180,21 +193,47 @@ def write_whole(root: str, name: str, data: bytes | memoryview) -> None:
             raise
 
 
-def _upload(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+def put_whole(url: str, file: str) -> None:
+    """Copies a local file to where it appears whole or not at all, in the time that `write_whole` gives an upload.
+
+    Args:
+        url: Where to.
+        file: Path of the local file; it is not held in memory.
+
+    Raises:
+        OutputError: The store refused.
+    """
+    with output_errors(url):
+        fs, path = locate(url)
+        size_bytes = os.path.getsize(file)
+        if not _ATOMIC_UPLOAD.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+            _within_time(fs, "put_file", size_bytes, file, path)
+            return
+        fs.makedirs(os.path.dirname(path), exist_ok=True)
+        _within_time(fs, "put_file", size_bytes, file, f"{path}.part")
+        fs.mv(f"{path}.part", path)
+
+
+def upload(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    """Writes a file in one operation of its file system, in bounded time."""
+    _within_time(fs, "pipe_file", len(data), path, data)
+
+
+def _within_time(fs: fsspec.AbstractFileSystem, method: str, size_bytes: int, *args: object) -> None:
     """Uploads a file; begins anew where a store stops taking it in, which no client has a time-out for."""
     if not fs.async_impl:
-        fs.pipe_file(path, data)
+        getattr(fs, method)(*args)
         return
-    limit_s = max(UPLOAD_S, len(data) / _UPLOAD_BYTES_A_S)
+    limit_s = max(UPLOAD_S, size_bytes / _UPLOAD_BYTES_A_S)
     for left in reversed(range(_UPLOADS)):
         try:
-            sync(fs.loop, fs._pipe_file, path, data, timeout=limit_s)
+            sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=limit_s)
             return
         except FSTimeoutError as error:
             if type(error.__cause__) not in (asyncio.TimeoutError, type(None)):
                 raise  # the client's own, which has tried again
             if not left:
-                what = f"it took longer than {limit_s:.0f} s for {len(data):,} bytes, {_UPLOADS} times"
+                what = f"it took longer than {limit_s:.0f} s for {size_bytes:,} bytes, {_UPLOADS} times"
                 raise TimeoutError(errno.ETIMEDOUT, what) from error
 
 

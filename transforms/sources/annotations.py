@@ -24,6 +24,7 @@ from transforms.sources.base import InputFile, Shard, Source, shard_names
 from transforms.sources.draft import open_draft
 from transforms.sources.parts import Bad, Caption, Image
 from transforms.sources.planned import PlanFacts, plan_shards, read_facts
+from transforms.storage import relative_name as relative_name
 
 _READ_BYTES = 1 << 18
 
@@ -145,15 +146,6 @@ class AnnotationSource(Source):
                     "Name the folder (or the .tar or .zip) that they are in with --images."
                 )
             return draft.publish(plan, made_from, rows_per_shard, self.metadata_columns)
-
-
-def relative_name(url: str, root: str) -> str:
-    """Returns the path of a file below the input root, empty for the root; else its base name."""
-    path = storage.locate(url)[1].rstrip("/")
-    top = storage.locate(root)[1].rstrip("/") + "/"
-    if path + "/" == top:
-        return ""
-    return path[len(top) :] if path.startswith(top) else posixpath.basename(path)
 
 
 def json_items(url: str, file: IO[bytes], *prefixes: str) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from fsspec.implementations.local import LocalFileSystem
 
+from models.location import redacted
 from transforms import storage
 from transforms.sources.base import InputFile
 
@@ -57,14 +58,13 @@ def input_files(urls: Sequence[str], root: str) -> list[InputFile]:
     Raises:
         InputError: A file is gone or may not be read.
     """
-    _, folder = storage.locate(root)
     files = []
     for url in urls:
         fs, path = storage.locate(url)
         with storage.input_errors(url):
             size_bytes = int(fs.info(path)["size"] or 0)
-        name = path.removeprefix(folder.rstrip("/") + "/")
-        files.append(InputFile(name if name != path else posixpath.basename(path), size_bytes))
+        name = storage.relative_name(url, root) or posixpath.basename(redacted(path))
+        files.append(InputFile(name, size_bytes))
     return files
 
 
