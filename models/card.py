@@ -25,9 +25,9 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
 
     Args:
         folder: Local folder of the model.
-        card: JSON values; numbers that are not finite become null, and URLs lose what gives access. `kind` must be there; of the others, those that
-            are there are shown: `summary` (a sentence), `data`, `options`, `scores` and `versions` (mappings),
-            `digest`. More are kept in the JSON.
+        card: JSON values; numbers that are not finite become null, and URLs lose what gives access. `kind` must be
+            there; of the others, those that are there are shown: `summary` (a sentence), `data`, `options`, `scores`
+            and `versions` (mappings), `digest`. More are kept in the JSON.
 
     Raises:
         ModelError: A file cannot be written.

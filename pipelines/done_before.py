@@ -79,7 +79,10 @@ def _earlier_outputs(options: ModelJobOptions) -> list[str]:
                 named = [str(fs.unstrip_protocol(name)) for name in fs.glob(path) if is_folder(fs, name)]
                 found.update(dict.fromkeys(named))
                 if not named:
-                    print(f"diptych: --skip_done_in {redacted(url)} names no earlier output yet.", file=sys.stderr)
+                    print(
+                        f"diptych: --skip_done_in {redacted(url)} names no earlier output yet.",
+                        file=sys.stderr,
+                    )
             else:
                 found[url] = None
     return [root for root in found if not is_same_place(root, options.output)]

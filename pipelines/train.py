@@ -9,7 +9,6 @@ folder of the local cache (`DIPTYCH_CACHE`) and uploaded when it is done; to go 
 
 import argparse
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata

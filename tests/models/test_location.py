@@ -46,7 +46,10 @@ def test_local_paths_are_made_absolute(location, path, tmp_path, monkeypatch):
 
 def test_names_stay_names_unless_something_has_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert absolute_if_there("sentence-transformers/all-MiniLM-L6-v2") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert (
+        absolute_if_there("sentence-transformers/all-MiniLM-L6-v2")
+        == "sentence-transformers/all-MiniLM-L6-v2"
+    )
     Path("org/model").mkdir(parents=True)
     assert absolute_if_there("org/model") == f"{tmp_path}/org/model"
     assert absolute_if_there("x" * 5000) == "x" * 5000
@@ -58,7 +61,10 @@ def test_names_stay_names_unless_something_has_them(tmp_path, monkeypatch):
     [
         (SIGNED, "https://host.example:8443/a/b%20c.tar"),
         (f"GET {SIGNED} failed", "GET https://host.example:8443/a/b%20c.tar failed"),
-        (f"403, message='Forbidden', url='{SIGNED}'", "403, message='Forbidden', url='https://host.example:8443/a/b%20c.tar'"),
+        (
+            f"403, message='Forbidden', url='{SIGNED}'",
+            "403, message='Forbidden', url='https://host.example:8443/a/b%20c.tar'",
+        ),
         (f"cannot read ({SIGNED}).", "cannot read (https://host.example:8443/a/b%20c.tar)."),
         (f"{SIGNED}: gone", "https://host.example:8443/a/b%20c.tar: gone"),
         ("http://[::1]:80/x?sig=1", "http://[::1]:80/x"),
@@ -72,7 +78,10 @@ def test_names_stay_names_unless_something_has_them(tmp_path, monkeypatch):
         ("sftp://me:pw@host/x", "sftp://host/x"),
         ("s3://bucket/shard-0000?.tar", "s3://bucket/shard-0000?.tar"),
         ("gs://bucket/x?/*.tar", "gs://bucket/x?/*.tar"),
-        ("abfs://container@account.dfs.core.windows.net/x", "abfs://container@account.dfs.core.windows.net/x"),
+        (
+            "abfs://container@account.dfs.core.windows.net/x",
+            "abfs://container@account.dfs.core.windows.net/x",
+        ),
         ("github://org:repo@main/x", "github://org:repo@main/x"),
         ("gs://bucket/me@home.jpg", "gs://bucket/me@home.jpg"),
         ("/local/a?b=1@2.jpg", "/local/a?b=1@2.jpg"),
@@ -88,8 +97,17 @@ def test_what_gives_access_is_left_out(text, shown):
 
 @pytest.mark.parametrize(
     "kind",
-    [errors.DiptychError, errors.OptionError, errors.InputError, errors.MissingInputError]
-    + [errors.OutputError, errors.ModelInputError, errors.FailureLimitError, ModelError, FlagError],
+    [
+        errors.DiptychError,
+        errors.OptionError,
+        errors.InputError,
+        errors.MissingInputError,
+        errors.ModelInputError,
+        errors.OutputError,
+        errors.FailureLimitError,
+        ModelError,
+        FlagError,
+    ],
 )
 def test_no_error_shows_it(kind):
     assert str(kind(f"{SIGNED} is gone.")) == "https://host.example:8443/a/b%20c.tar is gone."

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import queue
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,7 +35,7 @@ from pipelines.flink import cancel_on_flink, failures_told, flink_flags, num_buf
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import write_data_set
-from transforms.errors import OptionError
+from transforms.errors import FailureLimitError, MissingInputError, ModelInputError, OptionError
 
 CLUSTER = Path(__file__).parents[2] / "deploy" / "flink_cluster.py"
 CHUNK_ROWS = 5
@@ -153,6 +154,45 @@ def test_a_killed_process_costs_nothing(victim, cluster, scenes, local, tmp_path
     else:
         assert job.returncode == 0, stderr
     assert files_in(out) == local
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_an_input_that_goes_while_it_runs_ends_the_job_at_once(cluster, scenes, tmp_path):
+    data = Path(shutil.copytree(scenes, tmp_path / "data"))
+    out = tmp_path / "out"
+    pipe = subprocess.PIPE
+    argv = command(Path("data"), Path("out"), cluster)
+    with subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=environment()) as job:
+        try:
+            while not out.exists():
+                assert job.poll() is None, job.communicate()[1]
+                time.sleep(0.02)
+            shutil.rmtree(data)
+            _, stderr = job.communicate(timeout=120)
+        finally:
+            job.kill()
+    assert job.returncode == 1
+    assert f"{data}/" in stderr
+    assert "is not there. It was expected as an input" in stderr
+    assert "is begun again" not in stderr
+
+
+@pytest.mark.timeout(300)
+def test_relative_paths_are_found_by_workers(cluster, scenes, local, tmp_path):
+    (tmp_path / "data").symlink_to(scenes)
+    argv = command(Path("data"), Path("out"), cluster)
+    done = subprocess.run(
+        argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert files_in(tmp_path / "out") == local
+
+
+def environment() -> dict[str, str]:
+    """Returns this process's environment, with which another folder's process finds the project as well."""
+    places = [str(CLUSTER.parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
 
 
 def times_in(out: Path) -> dict[str, int]:
@@ -481,6 +521,46 @@ class TestWhileItRuns:
             "diptych: a task failed and is begun again: java.G: no room",
             "diptych: a task failed and is begun again: gone",
         ]
+
+    @pytest.mark.parametrize(
+        ("trace", "kind"),
+        [
+            (
+                r"Traceback\ntransforms.errors.MissingInputError: x is not there. [while running \'Read\']",
+                MissingInputError,
+            ),
+            ("transforms.errors.ModelInputError: x is not there.", ModelInputError),
+            ("transforms.errors.FailureLimitError: x is not there.", FailureLimitError),
+            ("Caused by: y\ntransforms.errors.OptionError: x is not there.\n\tat z", OptionError),
+        ],
+    )
+    def test_what_a_second_try_cannot_mend_ends_the_job(self, trace, kind, master, monkeypatch, capsys):
+        monkeypatch.setattr(flink, "_ASK_EACH_S", 0.01)
+        master.jobs = [{"jid": "1", "name": "mine", "state": "RESTARTING"}]
+        master.failures = [{"timestamp": 1, "stacktrace": trace}]
+        pipeline, stopped = self.pipeline(master), threading.Event()
+        monkeypatch.setattr(running, "size_for_flink", lambda *_: None)
+
+        class Job:
+            def wait_until_finish(self) -> None:
+                deadline = time.monotonic() + 10
+                while not master.told and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                stopped.set()
+                raise RuntimeError("Pipeline diptych failed in state CANCELLED: None")
+
+        monkeypatch.setattr(pipeline, "run", Job)
+        with pytest.raises(kind, match=r"^x is not there\.") as raised:
+            running.run_pipeline(pipeline, 1, quiet=True)
+        assert stopped.is_set()
+        assert master.told == ["/jobs/1?mode=cancel"]
+        assert "while running" not in str(raised.value)
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize("name", ["InputError", "OutputError", "DiptychError"])
+    def test_what_may_pass_is_tried_again(self, name):
+        assert running._permanent_error(f"transforms.errors.{name}: the store does not answer.") is None
+        assert running._permanent_error("java.net.ConnectException: refused") is None
 
     @pytest.mark.parametrize(
         "jobs", [[], [{"no": "name"}], [{"jid": "1", "name": "mine", "state": "FAILED"}]]
