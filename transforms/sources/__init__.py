@@ -269,8 +269,14 @@ def _sort_by_kind(files: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _without_query(path: str) -> str:
-    """Returns the path of a file without the query that its URL may end in, where paths are URLs."""
-    return re.split(r"[?#]", path, maxsplit=1)[0] if path.startswith(("http://", "https://")) else path
+    """Returns the path of a file without the query that its URL may end in, where paths are URLs.
+
+    A question mark that no `NAME=` follows is one of a pattern.
+    """
+    return _QUERY.split(path, maxsplit=1)[0] if path.startswith(("http://", "https://")) else path
+
+
+_QUERY = re.compile(r"\?(?=[\w.~%+-]+=)|#")
 
 
 def _common_folder(files: Sequence[str]) -> str:
