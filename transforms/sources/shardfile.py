@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from models.location import redacted
 from transforms import storage
+from transforms.errors import InputError
 from transforms.sources.base import InputFile
 
 # The longest record or member that is read as one; Beam and Arrow stop at 2 GiB a buffer.
@@ -56,7 +57,7 @@ def input_files(urls: Sequence[str], root: str) -> list[InputFile]:
     """Returns name below `root` and size of each file.
 
     Raises:
-        InputError: A file is gone or may not be read.
+        InputError: A file is gone or may not be read, or its name is no text.
     """
     files = []
     for url in urls:
@@ -64,6 +65,11 @@ def input_files(urls: Sequence[str], root: str) -> list[InputFile]:
         with storage.input_errors(url):
             size_bytes = int(fs.info(path)["size"] or 0)
         name = storage.relative_name(url, root) or posixpath.basename(redacted(path))
+        if name != encodable(name):
+            shown = name.encode("utf-8", "backslashreplace").decode()
+            raise InputError(
+                f"The input file {shown} has a name that is not UTF-8. Rename it, and run again."
+            )
         files.append(InputFile(name, size_bytes))
     return files
 
