@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import fsspec
 
-from models.errors import ModelError
+from models.errors import ModelError, ModelOutageError
 from models.remote import open_store
 
 # What models are made of. Pickles are not in it, nor what other frameworks read (ONNX, OpenVINO, TensorFlow).
@@ -68,7 +68,7 @@ def fetch(url: str) -> Path:
     except FileNotFoundError as error:
         raise ModelError(f"{url} is not there. Expected a model's file or folder: check the URL.") from error
     except Exception as error:  # each store has its own
-        raise ModelError(
+        raise ModelOutageError(
             f"{url} cannot be read: {_one_line(error)}. Check its name and your rights to it."
         ) from error
     if not files:
@@ -172,7 +172,7 @@ def _fetch_file(
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _FULL:
             _refuse(cache_folder(), needed_bytes, error)
-        raise ModelError(
+        raise ModelOutageError(
             f"{url} cannot be read at {file.name}: {_one_line(error)}. Run again once the storage answers."
         ) from error
     size_bytes = local.stat().st_size

@@ -1,5 +1,6 @@
 """Input of every format to shards: finds out what an input is and opens the source that reads it."""
 
+import collections
 import dataclasses
 import os
 import re
@@ -8,6 +9,7 @@ from typing import Any
 
 import fsspec
 
+from models.location import redacted
 from transforms.errors import InputError, OptionError
 from transforms.output_layout import JOB
 from transforms.sources.annotations import AnnotationSource
@@ -71,6 +73,11 @@ def open_source(
             f"{inputs[0]} holds prompts, which have no images. Prompts go with `diptych embed` and `diptych generate`."
         )
     files = sorted({file for _, urls, _ in found for file in urls})
+    names = collections.Counter(map(redacted, files))
+    if twice := sorted(name for name, count in names.items() if count > 1):
+        raise OptionError(
+            f"{twice[0]} is given {names[twice[0]]} times, under several signatures or users. Give each input once."
+        )
     root = found[0][2] if len(found) == 1 else _common_folder(files)
     return _open(formats[0], tuple(files), root, options, texts_only)
 
@@ -148,7 +155,7 @@ def _find(url: str, format: str) -> tuple[str, list[str], str]:
     """Returns the format, the files and the root of one input."""
     fs, path = locate(url)
     with input_errors(url):
-        if fsspec.core.has_magic(path) and not exists(fs, path):
+        if fsspec.core.has_magic(_without_query(path)) and not exists(fs, path):
             files = [name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"]
             prefix = re.split(r"[*?\[]", path, maxsplit=1)[0]
             root = os.path.dirname(prefix)
@@ -156,7 +163,7 @@ def _find(url: str, format: str) -> tuple[str, list[str], str]:
             return _find_in_folder(fs, path, format)
         else:
             fs.info(path)
-            files, root = [path], os.path.dirname(path)
+            files, root = [path], os.path.dirname(_without_query(path))
     if not files:
         raise InputError(
             f"{url} matches no file. Expected a path, a URL, a glob or a folder with data: check it."
@@ -174,7 +181,7 @@ def _find(url: str, format: str) -> tuple[str, list[str], str]:
 
 def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
     """Returns the format of a file, from its name and, of JSON, its first bytes."""
-    name = os.path.basename(path)
+    name = os.path.basename(_without_query(path))
     if name.lower().endswith((".json", ".json.gz")):
         with fs.open(path, "rb") as file:
             head = read_head(file)
@@ -261,7 +268,19 @@ def _sort_by_kind(files: Sequence[str]) -> dict[str, list[str]]:
     return by_kind
 
 
+def _without_query(path: str) -> str:
+    """Returns the path of a file without the query that its URL may end in, where paths are URLs.
+
+    A question mark that no `NAME=` follows is one of a pattern.
+    """
+    return _QUERY.split(path, maxsplit=1)[0] if path.startswith(("http://", "https://")) else path
+
+
+_QUERY = re.compile(r"\?(?=[\w.~%+-]+=)|#")
+
+
 def _common_folder(files: Sequence[str]) -> str:
+    files = [_without_query(file) for file in files]
     protocol, separator, _ = files[0].rpartition("://")
     shared = os.path.commonpath([os.path.dirname(file.rpartition("://")[2]) for file in files])
     return f"{protocol}{separator}{shared}"

@@ -25,6 +25,7 @@ from transforms.sources.draft import Draft, open_draft
 from transforms.sources.json_stream import Unread
 from transforms.sources.parts import Bad, Caption, Image, Ref
 from transforms.sources.planned import PlanFacts, plan_shards, read_facts
+from transforms.storage import relative_name as relative_name
 
 _READ_BYTES = 1 << 18
 
@@ -166,15 +167,6 @@ class AnnotationSource(Source):
     ) -> PlanFacts:
         with self.open_draft(url, images) as draft:
             return draft.publish(plan, made_from, rows_per_shard, self.metadata_columns)
-
-
-def relative_name(url: str, root: str) -> str:
-    """Returns the path of a file below the input root, empty for the root; else its base name."""
-    path = storage.locate(url)[1].rstrip("/")
-    top = storage.locate(root)[1].rstrip("/") + "/"
-    if path + "/" == top:
-        return ""
-    return path[len(top) :] if path.startswith(top) else posixpath.basename(path)
 
 
 def metadata_values(entry: dict[str, Any], columns: Sequence[str]) -> list[str | None]:

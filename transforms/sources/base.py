@@ -205,7 +205,7 @@ def shard_names(paths: Iterable[str]) -> list[str]:
     """
     paths = list(paths)
     plain = [_DATA_EXTENSION.sub("", path).replace("/", "__") for path in paths]
-    safe = [re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_MAX_NAME_CHARS].lstrip("._") or "_" for name in plain]
+    safe = [re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_MAX_NAME_CHARS].lstrip("._") or "shard" for name in plain]
     uses = collections.Counter(name.lower() for name in safe)
     names = []
     for path, before, name in zip(paths, plain, safe, strict=True):
