@@ -263,9 +263,8 @@ def _delete_dataset(root: str, wanted: DatasetClaim) -> None:
         claims = [
             f"{RECORDS}/{name}" for name in list_names(join(root, RECORDS)) if name.endswith(".job.json")
         ]
-        old_plans = [
-            join(PLAN, name) for name in list_names(join(root, PLAN)) if name != digest(wanted.fingerprint)
-        ]
+        own = digest(wanted.fingerprint)  # the plans of this run are made by now
+        old_plans = [join(PLAN, name) for name in list_names(join(root, PLAN)) if not name.startswith(own)]
         delete(root, (SUCCESS, *successes, *DATASETS, "rejects", *old_plans, SCRATCH))
         delete(root, (name for name in claims if name != kept))
         if not kept:
