@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import io
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -15,8 +17,9 @@ from transforms.output_layout import JOB
 from transforms.sources.annotations import AnnotationSource
 from transforms.sources.base import ColumnNames, Source
 from transforms.sources.coco import CocoSource
+from transforms.sources.encoding import find_encoding, lines
 from transforms.sources.files import FilesSource
-from transforms.sources.flickr30k import Flickr30kSource
+from transforms.sources.flickr30k import Flickr30kSource, is_of_images
 from transforms.sources.json_stream import read_head
 from transforms.sources.karpathy import KarpathySource
 from transforms.sources.parquet import ParquetSource
@@ -186,22 +189,21 @@ def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
         with fs.open(path, "rb") as file:
             head = read_head(file)
         return "karpathy" if '"sentences"' in head or '"sentids"' in head else "coco"
-    if name.lower().endswith((".csv", ".txt")):
+    if name.lower().endswith((".csv", ".tsv", ".txt")):
         with fs.open(path, "rb") as file:
-            return "flickr30k" if _names_images(file.read(1 << 12)) else "prompts"
+            return "flickr30k" if _names_images(file.read(1 << 16)) else "prompts"
     return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), None)
 
 
 def _names_images(head: bytes) -> bool:
-    """Tells whether a text or csv file begins as Flickr's do: lines with the name of an image and a caption of it."""
-    lines = head.decode("utf-8", "replace").lstrip("\ufeff").splitlines()[:20]
-    if not lines or _IMAGE_HEADER.match(lines[0]):
-        return True
-    return 2 * sum(bool(_IMAGE_LINE.match(line)) for line in lines) > len(lines)
-
-
-_IMAGE_HEADER = re.compile(r'"?image(_?name)?"?\s*[,|\t;]\s*"?(caption|comment)', re.I)
-_IMAGE_LINE = re.compile(r'"?[^\t,|]+\.(jpe?g|png|gif|bmp|webp)[^\t,| ]*"?\s*[\t,|]', re.I)
+    """Tells whether a text file begins as tables of images do: lines with the name of an image and a caption of it."""
+    if not head.strip():
+        return False
+    file = io.BytesIO(head)
+    encoding = find_encoding(file)
+    # the last line may be cut off
+    first = [line.text for line in itertools.islice(lines(file, encoding), 100)]
+    return is_of_images(first[:-1] or first)
 
 
 def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> tuple[str, list[str], str]:

@@ -23,7 +23,7 @@ from transforms.sources import folder
 from transforms.sources.base import InputFile, Shard, Source, shard_names
 from transforms.sources.draft import Draft, open_draft
 from transforms.sources.json_stream import Unread
-from transforms.sources.parts import Bad, Caption, Image, Ref
+from transforms.sources.parts import Bad, Caption, Fields, Image, Ref
 from transforms.sources.planned import PlanFacts, plan_shards, read_facts
 from transforms.storage import relative_name as relative_name
 
@@ -54,7 +54,7 @@ class AnnotationSource(Source):
     """Whether an image is listed by its captions, and nowhere else."""
 
     @abc.abstractmethod
-    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Bad]:
+    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Fields | Bad]:
         """Parses an annotation file in bounded memory.
 
         Raises:

@@ -19,7 +19,7 @@ from transforms import storage
 from transforms.errors import OutputError
 from transforms.sources import matching
 from transforms.sources.folder import Member
-from transforms.sources.parts import Bad, Caption, Image, Ref, is_image, stem
+from transforms.sources.parts import Bad, Caption, Fields, Image, Ref, is_image, stem
 from transforms.sources.planned import Entry, PlanFacts, write_plan
 from transforms.sources.spelling import backwards
 
@@ -44,7 +44,7 @@ class Draft:
         database.executescript(_TABLES)
         database.execute("BEGIN")  # one transaction, never committed: the database dies with the run
 
-    def add(self, parts: Iterable[Image | Caption | Bad]) -> None:
+    def add(self, parts: Iterable[Image | Caption | Fields | Bad]) -> None:
         """Adds what an annotation says, in its order."""
         execute = self._database.execute
         for position, part in enumerate(parts, self._num_parts):
@@ -53,7 +53,12 @@ class Draft:
                 ref = part.ref if isinstance(part.ref, str) else matching.stored_ref(part.ref)
                 execute("INSERT INTO captions VALUES (?, ?, ?, ?)", (position, ref, part.ordinal, part.text))
                 self.counters["repaired_captions"] += part.repaired
-                self.counters["captions_not_utf8"] += "\ufffd" in part.text
+                self.counters["captions_not_utf8"] += part.redecoded or "\ufffd" in part.text
+            elif isinstance(part, Fields):
+                execute(
+                    "INSERT OR IGNORE INTO fields VALUES (?, ?, ?)",
+                    (part.ref, part.key, json.dumps(part.metadata)),
+                )
             elif isinstance(part, Image):
                 path = posixpath.normpath(part.path)
                 values = (
@@ -86,8 +91,9 @@ class Draft:
     def list_captioned(self) -> None:
         """Lists the images that the captions name, for an annotation that has only captions."""
         self._database.execute(
-            "INSERT INTO records (position, ref, key, path) "
-            "SELECT min(position), ref, stem(ref), ref FROM captions GROUP BY ref"
+            "INSERT INTO records (position, ref, key, path, metadata) "
+            "SELECT min(position), captions.ref, coalesce(fields.key, stem(captions.ref)), captions.ref, metadata "
+            "FROM captions LEFT JOIN fields ON fields.ref = captions.ref GROUP BY captions.ref"
         )
 
     def list_files(self) -> None:
@@ -233,6 +239,7 @@ CREATE TABLE records (
     reason TEXT, message TEXT NOT NULL DEFAULT '', metadata TEXT, wanted INTEGER NOT NULL DEFAULT 1
 );
 CREATE TABLE captions (position INTEGER PRIMARY KEY, ref, ordinal INTEGER, text TEXT);
+CREATE TABLE fields (ref TEXT PRIMARY KEY, key TEXT, metadata TEXT) WITHOUT ROWID;
 CREATE TABLE files (
     path TEXT PRIMARY KEY, backwards TEXT, size_bytes INTEGER, offset INTEGER, packed_bytes INTEGER, crc32 INTEGER
 ) WITHOUT ROWID;

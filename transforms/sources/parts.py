@@ -38,12 +38,28 @@ class Caption(NamedTuple):
         ordinal: Its number among the captions of the image.
         text: The caption, as it stands.
         repaired: Whether its line was damaged in a way that could be undone.
+        redecoded: Whether it was in another encoding than UTF-8.
     """
 
     ref: Ref
     ordinal: int
     text: str
     repaired: bool = False
+    redecoded: bool = False
+
+
+class Fields(NamedTuple):
+    """What a line of captions says of its image beside them; the first line of an image counts.
+
+    Attributes:
+        ref: The image.
+        metadata: Values of the metadata columns.
+        key: The image's key; None for one made of its name.
+    """
+
+    ref: str
+    metadata: Sequence[str | None]
+    key: str | None
 
 
 class Bad(NamedTuple):
