@@ -16,6 +16,7 @@ import numpy as np
 
 from models.base import Model
 from models.compute import compute
+from models.errors import one_line
 from transforms.chunk import ChunkKey
 from transforms.cores import num_cores
 
@@ -128,7 +129,7 @@ class ModelRunner(Generic[Input, Output]):
         except _Bug:
             raise
         except Exception as error:
-            failure = Failure(_one_line(error), _is_out_of_memory(error))
+            failure = Failure(one_line(error, 500, with_type=True), _is_out_of_memory(error))
         del prepared  # and with it what lies on the device
         return self._after(failure, items)
 
@@ -138,7 +139,7 @@ class ModelRunner(Generic[Input, Output]):
         except _Bug:
             raise
         except Exception as error:
-            failure = Failure(_one_line(error), _is_out_of_memory(error))
+            failure = Failure(one_line(error, 500, with_type=True), _is_out_of_memory(error))
         return self._after(failure, items)
 
     def _predict(self, prepared: Any, num_inputs: int) -> list[Any]:
@@ -154,7 +155,7 @@ class ModelRunner(Generic[Input, Output]):
         try:
             return self._model.finish(predicted)
         except Exception as error:
-            return Failure(_one_line(error))
+            return Failure(one_line(error, 500, with_type=True))
 
     def _after(self, failure: Failure, items: list[Input]) -> list[Any]:
         if len(items) == 1:
@@ -191,10 +192,6 @@ def _pool() -> ThreadPoolExecutor:
 def _is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")  # a model without it has no device to fill
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500].removesuffix(": ")
 
 
 def _checked(output: Output, is_finite: bool) -> Output | Failure:
