@@ -7,14 +7,16 @@ import threading
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
 
 from transforms.raster import BadImage, Limits, Pixels, Raster
+from transforms.tiff import exif_orientation
 
 # ITU T.81 marker codes (table B.1): scans, the end, frames that libjpeg-turbo decodes, those without a length
 _SOS, _EOI = 0xDA, 0xD9
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
 _PROGRESSIVE = frozenset({0xC2, 0xCA})
+# An arithmetic coder leaves zeros at the end out, so that nobody can tell whether blocks are missing
+_ARITHMETIC = frozenset({0xC9, 0xCA})
 _OTHER_FRAMES = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
 _BARE = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
 _SCAN_OR_END = re.compile(rb"\xff[\xd9\xda]")
@@ -53,11 +55,13 @@ def decode_jpeg(data: bytes | memoryview, limits: Limits, shorter_px: int, longe
         pixels = _decode_scans(data, header, size)
     except ValueError:
         pixels = _decode_odd_scans(bytes(data), header, size)
-    orientation = _orientation(header.exif)
+    orientation = exif_orientation(header.exif)
     if orientation >= 5:
         width, height = height, width
     channels = pixels.shape[2]
-    if channels == 4 and header.is_adobe:  # Adobe stores the inks inverted
+    if (
+        channels == 4
+    ):  # Adobe stores the inks inverted, and all others do as Adobe, with its marker or without
         np.invert(pixels, out=pixels)
     return Raster(pixels[..., 0] if channels == 1 else pixels, width, height, orientation, header.profile)
 
@@ -85,7 +89,6 @@ class _JpegHeader:
         segments: (marker, start, end) of each segment; the last is the header of the first scan.
         exif: EXIF payload (EXIF 3.0, 4.7.2), or None.
         profile: ICC profile (ICC.1:2022, B.4), or None.
-        is_adobe: Whether Adobe's marker is there.
     """
 
     frame: int
@@ -96,12 +99,11 @@ class _JpegHeader:
     segments: list[tuple[int, int, int]]
     exif: bytes | None
     profile: bytes | None
-    is_adobe: bool
 
 
 def _jpeg_header(data: bytes | memoryview) -> _JpegHeader:
     """Reads a JPEG's header as libjpeg does, which passes over what stands between segments."""
-    frame, exif, is_adobe = None, None, False
+    frame, exif = None, None
     segments, profile = [], []
     position, end, marker = 2, len(data) - 4, 0
     while position <= end and marker != _SOS:
@@ -120,8 +122,6 @@ def _jpeg_header(data: bytes | memoryview) -> _JpegHeader:
             exif = bytes(data[start + 4 : position])
         elif marker == 0xE2 and data[start + 4 : start + 16] == b"ICC_PROFILE\0":
             profile.append(bytes(data[start + 16 : position]))
-        elif marker == 0xEE and data[start + 4 : start + 9] == b"Adobe":
-            is_adobe = True
         elif marker in _FRAMES and frame is None and start + 10 <= position <= len(data):
             frame = _jpeg_frame(marker, bytes(data[start + 4 : position]))
         elif marker in _OTHER_FRAMES:
@@ -131,7 +131,7 @@ def _jpeg_header(data: bytes | memoryview) -> _JpegHeader:
         raise BadImage(reason, f"a JPEG of {len(data)} bytes with an unreadable header")
     # each part of a profile begins with its number and their count
     parts = b"".join(part[2:] for part in sorted(profile, key=lambda part: part[:1]))
-    return _JpegHeader(*frame, segments, exif, parts or None, is_adobe)
+    return _JpegHeader(*frame, segments, exif, parts or None)
 
 
 def _jpeg_frame(marker: int, parameters: bytes) -> tuple[int, int, int, bytes, bytes]:
@@ -196,11 +196,14 @@ def _decode_scans(
 def _decode_odd_scans(data: bytes, header: _JpegHeader, size: tuple[int, int]) -> Pixels:
     """Decodes a JPEG that libjpeg warns of, unless it is damaged.
 
-    libjpeg tells its first warning only. So what it would warn of without harm is set right first, and what it
-    warns of then is damage, but for a few zeros after the last scan.
+    libjpeg tells its first warning only. So what it would warn of without harm is set right first, a missing end
+    marker among that, and what it warns of then is damage, but for a few zeros after the last scan.
     """
     is_cut = b"\xff\xd9" not in data[header.segments[-1][1] :]
     data = _without_oddities(data, header)
+    if is_cut and header.frame not in _ARITHMETIC:
+        # libjpeg warns of its absence, and then no more of missing blocks
+        data = data.rstrip(b"\xff") + b"\xff\xd9"
     try:
         return _decode_scans(data, header, size)
     except ValueError as error:
@@ -227,22 +230,10 @@ def _without_oddities(data: bytes, header: _JpegHeader) -> bytes:
         segment = bytearray(data[start:end])
         if marker == 0xE0 and segment[4:9] == b"JFIF\0" and len(segment) > 10:
             segment[9:11] = b"\1\1"
-        elif marker == 0xEE and segment[4:9] == b"Adobe" and len(segment) > 15 and segment[15] > 2:
-            segment[15] = 2 if len(header.components) == 4 else 1
+        elif marker == 0xEE and segment[4:9] == b"Adobe" and len(segment) > 15:
+            known = (0, 2) if len(header.components) == 4 else (0, 1)
+            segment[15] = segment[15] if segment[15] in known else known[1]
         elif marker == _SOS and header.frame not in _PROGRESSIVE:
             segment[-3:] = b"\0\x3f\0"
         parts.append(bytes(segment))
     return b"".join([*parts, data[header.segments[-1][2] :]])
-
-
-def _orientation(exif: bytes | None) -> int:
-    """Returns the EXIF orientation, 1 where there is none or it is broken."""
-    if not exif or (b"\x12\x01" not in exif and b"\x01\x12" not in exif):
-        return 1
-    try:
-        parsed = Image.Exif()
-        parsed.load(exif)
-        value = parsed.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF raises nearly anything: it must not cost the picture
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1

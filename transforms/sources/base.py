@@ -14,6 +14,9 @@ from typing import ClassVar, NamedTuple
 
 from transforms.errors import InputError
 
+MAX_IMAGE_BYTES = 256 << 20
+"""Most bytes of an encoded image, unless --max_image_bytes says otherwise: what is larger need not be read."""
+
 
 class Row(NamedTuple):
     """An image with its captions, as the source has them.
