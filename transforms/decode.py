@@ -16,7 +16,7 @@ def decode(data: bytes | memoryview, limits: Limits, shorter_px: int = 0, longer
 
     Alpha is laid over white, 16-bit samples are scaled to 8, palettes are looked up, of an animation the first
     frame is taken. A JPEG is decoded at 1/2, 1/4 or 1/8 scale as long as it stays at least as large as asked
-    for: libjpeg's reduced inverse DCT, which costs less and loses nothing visible.
+    for: libjpeg's reduced inverse DCT, which costs less and loses nothing visible; a large JPEG 2000 likewise.
 
     Args:
         data: The encoded image.
@@ -30,4 +30,4 @@ def decode(data: bytes | memoryview, limits: Limits, shorter_px: int = 0, longer
     limits.check_bytes(len(data))
     if bytes(data[:3]) == b"\xff\xd8\xff":
         return decode_jpeg(data, limits, shorter_px, longer_px)
-    return decode_pillow(bytes(data), limits)
+    return decode_pillow(bytes(data), limits, shorter_px, longer_px)

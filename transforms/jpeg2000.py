@@ -5,7 +5,10 @@ import struct
 from transforms.raster import BadImage, Limits
 
 _CODESTREAM = b"\xff\x4f\xff\x51"
+_CODING_STYLE, _COMPONENT_CODING_STYLE, _TILE = 0x52, 0x53, 0x90
 _MAX_COMPONENTS = 5
+# OpenJPEG needs some 15 bytes a pixel: pictures beyond this are decoded at a reduced scale where that is enough
+_LARGE_PIXELS = 1 << 24
 
 
 def check_codestream(data: bytes, limits: Limits) -> None:
@@ -23,6 +26,36 @@ def check_codestream(data: bytes, limits: Limits) -> None:
     (num_components,) = struct.unpack_from(">H", data, start + 40)
     if num_components > _MAX_COMPONENTS:
         raise BadImage("unsupported", f"JPEG 2000 of {num_components} components")
+
+
+def halvings(data: bytes, size: tuple[int, int], shorter_px: int, longer_px: int) -> int:
+    """Returns how often a large picture may be halved while it is decoded.
+
+    Args:
+        data: The file.
+        size: Width and height, in pixels.
+        shorter_px: The shorter side of the result need not be longer than this; 0 decodes in full.
+        longer_px: The same for the longer side.
+    """
+    if not (shorter_px or longer_px) or size[0] * size[1] <= _LARGE_PIXELS:
+        return 0
+    number = 0
+    while min(size) >> number + 1 >= max(1, shorter_px) and max(size) >> number + 1 >= longer_px:
+        number += 1
+    return min(number, _num_levels(data))
+
+
+def _num_levels(data: bytes) -> int:
+    """Returns the resolutions below the full one that all components have (A.6.1), 0 where that is not told."""
+    position = data.find(_CODESTREAM) + 2
+    while 2 <= position <= len(data) - 10:
+        marker = data[position + 1]
+        if marker == _CODING_STYLE:
+            return data[position + 9]
+        if marker in (_COMPONENT_CODING_STYLE, _TILE):
+            break
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return 0
 
 
 def profile_of(data: bytes) -> bytes | None:

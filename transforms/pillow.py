@@ -6,13 +6,15 @@ import importlib
 import io
 import struct
 import warnings
+from collections.abc import Iterator
 
+import cv2
 import numpy as np
 from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 from models.errors import one_line
 from transforms.gif import without_long_extensions
-from transforms.jpeg2000 import check_codestream, profile_of
+from transforms.jpeg2000 import check_codestream, halvings, profile_of
 from transforms.png import essential_parts
 from transforms.raster import BadImage, Limits, Pixels, Raster
 from transforms.signatures import image_format
@@ -25,10 +27,11 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the pool's threads are the parallelis
 _HEIF_OPTIONS = {"decode_threads": 1, "thumbnails": False, "depth_images": False, "aux_images": False}
 
 # Large images are converted in strips, so that no step holds all of them once more
-_STRIP_PIXELS = 4 << 20
+_STRIP_PIXELS = 1 << 20
+_WEBP_ANIMATION = 2  # a flag of its extended header
 
 
-def decode_pillow(data: bytes, limits: Limits) -> Raster:
+def decode_pillow(data: bytes, limits: Limits, shorter_px: int, longer_px: int) -> Raster:
     """Decodes an image that is no JPEG; `transforms.decode.decode` has the arguments.
 
     Raises:
@@ -54,23 +57,27 @@ def decode_pillow(data: bytes, limits: Limits) -> Raster:
             elif name == "PNG":
                 _scale_transparency(image, bits=data[24])
             profile = profile or image.info.get("icc_profile")
-            image.load()
-            limits.check(*image.size)
+            size = image.size
+            pixels = _still_webp(data) if name == "WEBP" else None
+            if pixels is None:
+                if name == "JPEG2000":
+                    image.reduce = halvings(data, size, shorter_px, longer_px)
+                image.load()
+                size = size if name == "JPEG2000" else image.size  # a TIFF is turned upright, a HEIF may lie
+                limits.check(*size)
+                pixels = _to_8_bit(image)
             orientation = _pillow_orientation(image)
-            pixels = _to_8_bit(image)
     except BadImage:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything
+        is_unread = isinstance(error, UnidentifiedImageError)  # it names the buffer and nothing else
         if "truncated" in str(error).lower() or _is_cut(data):
             reason = "truncated"
         else:
-            is_odd = name == "TIFF" and isinstance(error, UnidentifiedImageError)
-            reason = "unsupported" if is_odd else "corrupt"
-        said = one_line(error, with_type=True)
+            reason = "unsupported" if name == "TIFF" and is_unread else "corrupt"
+        said = "its header cannot be read" if is_unread else one_line(error, with_type=True)
         raise BadImage(reason, f"a {name} of {len(data)} bytes: {said}") from error
-    height, width = pixels.shape[:2]
-    if orientation >= 5:
-        width, height = height, width
+    width, height = size if orientation < 5 else size[::-1]
     return Raster(pixels, width, height, orientation, profile)
 
 
@@ -117,18 +124,42 @@ def _to_8_bit(image: Image.Image) -> Pixels:
         raise BadImage("unsupported", f"{image.format} with samples of more than 16 bits")
     is_inverted = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(262) == 0
     width, height = image.size
-    rows = max(1, _STRIP_PIXELS // width)
-    if rows >= height:
-        return _strip_to_8_bit(image, is_inverted)
     pixels: Pixels | None = None
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
+    for top, bottom in _strips(width, height):
         strip = _strip_to_8_bit(image.crop((0, top, width, bottom)), is_inverted)
         if pixels is None:
             pixels = np.empty((height, *strip.shape[1:]), np.uint8)
         pixels[top:bottom] = strip
     assert pixels is not None
     return pixels
+
+
+def _strips(width: int, height: int) -> Iterator[tuple[int, int]]:
+    """Yields the first row and the one behind the last of each strip."""
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
+
+
+def _still_webp(data: bytes) -> Pixels | None:
+    """Decodes a WebP that is no animation with OpenCV, which holds it once where Pillow holds it four times.
+
+    Returns:
+        (H, W, 3) RGB; None where it is an animation or damaged.
+    """
+    if data[12:16] == b"VP8X" and data[20] & _WEBP_ANIMATION:
+        return None
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR or BGRA
+    if pixels is None:
+        return None
+    opaque = pixels if pixels.shape[2] == 3 else np.empty((*pixels.shape[:2], 3), np.uint8)
+    for top, bottom in _strips(pixels.shape[1], pixels.shape[0]):
+        if opaque is pixels:
+            opaque[top:bottom] = pixels[top:bottom, :, ::-1]
+        else:
+            strip = Image.fromarray(np.ascontiguousarray(pixels[top:bottom, :, [2, 1, 0, 3]]), "RGBA")
+            opaque[top:bottom] = _strip_to_8_bit(strip, is_inverted=False)
+    return np.asarray(opaque, np.uint8)
 
 
 def _strip_to_8_bit(image: Image.Image, is_inverted: bool) -> Pixels:

@@ -1,5 +1,7 @@
 import io
+import struct
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -228,7 +230,38 @@ def test_threads_do_not_share_a_transform() -> None:
         return all(np.array_equal(to_srgb(colours(1), profile)[0], expected) for _ in range(50))
 
     for _ in range(2):
-        colour._converter.cache_clear()
         with ThreadPoolExecutor(4) as pool:
             assert all(pool.map(convert_often, range(4)))
-        assert colour._converter.cache_info().currsize == 4
+
+
+def test_what_is_kept_of_profiles_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set may have a profile of its own for each image, made by an attacker or by a scanner."""
+    converters = colour._Converters()
+    grey = grey_profile(gamma_curve(1.8))
+    for i in range(300):
+        assert converters.of(grey + i.to_bytes(2, "big") + bytes(100_000), 1) is not None
+        assert converters.of(b"junk" + i.to_bytes(2, "big") + bytes(100_000), 3) is None
+    kept = converters._kept.values()
+    assert converters._num_bytes == sum(conversion.num_bytes for conversion in kept) <= 16 << 20
+    assert len(kept) <= 256
+    made = []
+    monkeypatch.setattr(colour, "_conversion", lambda *args: made.append(args))
+    assert converters.of(grey + (299).to_bytes(2, "big") + bytes(100_000), 1) is not None
+    assert made == []
+
+
+def test_a_giant_profile_is_ignored() -> None:
+    profile = grey_profile(gamma_curve(1.8))
+    assert to_srgb(colours(1), profile + bytes(1_000_000))[1] is True
+    assert to_srgb(colours(1), profile + bytes(9_000_000))[1] is False
+
+
+def test_tags_of_the_same_bytes_cost_no_memory() -> None:
+    tags = [struct.pack(">4sII", b"%04d" % i, 0, 4_000_000) for i in range(100)]
+    profile = bytes(128) + struct.pack(">I", 100) + b"".join(tags) + bytes(4_000_000)
+    tracemalloc.start()
+    try:
+        assert len(colour._tags(profile)) == 100
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
