@@ -129,9 +129,20 @@ def _jpeg_header(data: bytes | memoryview) -> _JpegHeader:
     if frame is None or marker != _SOS or position > len(data):
         reason = "truncated" if b"\xff\xd9" not in bytes(data[-64:]) else "corrupt"
         raise BadImage(reason, f"a JPEG of {len(data)} bytes with an unreadable header")
-    # each part of a profile begins with its number and their count
-    parts = b"".join(part[2:] for part in sorted(profile, key=lambda part: part[:1]))
-    return _JpegHeader(*frame, segments, exif, parts or None)
+    return _JpegHeader(*frame, segments, exif, _joined_profile(profile))
+
+
+def _joined_profile(parts: list[bytes]) -> bytes | None:
+    """Returns an ICC profile from its parts, or None where there is none, or not all of it.
+
+    Args:
+        parts: In any order; each begins with its number, from 1, and their count.
+    """
+    parts = sorted(parts, key=lambda part: part[:1])
+    is_whole = [part[:2] for part in parts] == [
+        bytes([i, len(parts)]) for i in range(1, min(len(parts), 255) + 1)
+    ]
+    return b"".join(part[2:] for part in parts) or None if is_whole else None
 
 
 def _jpeg_frame(marker: int, parameters: bytes) -> tuple[int, int, int, bytes, bytes]:
@@ -222,12 +233,15 @@ def _decode_odd_scans(data: bytes, header: _JpegHeader, size: tuple[int, int]) -
 def _without_oddities(data: bytes, header: _JpegHeader) -> bytes:
     """Returns a JPEG without that in its header which libjpeg warns of although no pixel is wrong.
 
-    That is bytes between segments, versions of JFIF and colour transforms of Adobe that do not exist, and the
-    parameters of a sequential scan, which mean nothing (ITU T.81, B.2.3) and are anything from some cameras.
+    That is bytes between segments, profiles that lack a part, versions of JFIF and colour transforms of Adobe that do
+    not exist, and the parameters of a sequential scan, which mean nothing (ITU T.81, B.2.3) and are anything from
+    some cameras.
     """
     parts = [b"\xff\xd8"]
     for marker, start, end in header.segments:
         segment = bytearray(data[start:end])
+        if marker == 0xE2 and segment[4:16] == b"ICC_PROFILE\0":
+            continue
         if marker == 0xE0 and segment[4:9] == b"JFIF\0" and len(segment) > 10:
             segment[9:11] = b"\1\1"
         elif marker == 0xEE and segment[4:9] == b"Adobe" and len(segment) > 15:

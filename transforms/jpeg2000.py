@@ -2,7 +2,10 @@
 
 import struct
 
-from transforms.raster import BadImage, Limits
+import cv2
+import numpy as np
+
+from transforms.raster import BadImage, Limits, Pixels
 
 _CODESTREAM = b"\xff\x4f\xff\x51"
 _CODING_STYLE, _COMPONENT_CODING_STYLE, _TILE = 0x52, 0x53, 0x90
@@ -43,6 +46,39 @@ def halvings(data: bytes, size: tuple[int, int], shorter_px: int, longer_px: int
     while min(size) >> number + 1 >= max(1, shorter_px) and max(size) >> number + 1 >= longer_px:
         number += 1
     return min(number, _num_levels(data))
+
+
+def is_deep(data: bytes) -> bool:
+    """Tells whether several components have samples of more than 8 bits: Pillow makes black of their white."""
+    start = data.find(_CODESTREAM)
+    num_components, depth = struct.unpack_from(">HB", data, start + 40)
+    return num_components > 1 and (depth & 0x7F) >= 8
+
+
+def decode_deep(data: bytes, mode: str) -> Pixels:
+    """Decodes samples of more than 8 bits with OpenCV, which takes no notice of damage: Pillow must have found none.
+
+    Args:
+        data: The file.
+        mode: Pillow's name of its colours.
+
+    Returns:
+        (H, W, 3) RGB or (H, W, 4) RGBA, uint8.
+
+    Raises:
+        BadImage: OpenCV knows no such components.
+    """
+    bits = (data[data.find(_CODESTREAM) + 42] & 0x7F) + 1
+    samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR or BGRA
+    if mode not in ("RGB", "RGBA") or samples is None or samples.ndim != 3 or samples.dtype != np.uint16:
+        raise BadImage("unsupported", f"JPEG 2000 of several components of {bits} bits")
+    pixels = np.empty(samples.shape, np.uint8)
+    most = 2**bits - 1
+    for row, of_samples in zip(pixels, samples, strict=True):  # one by one, so that none of it is large
+        row[:] = (np.minimum(of_samples, most).astype(np.uint32) * 255 + most // 2) // most
+    return np.asarray(
+        cv2.cvtColor(pixels, [cv2.COLOR_BGR2RGB, cv2.COLOR_BGRA2RGBA][pixels.shape[2] - 3]), np.uint8
+    )
 
 
 def _num_levels(data: bytes) -> int:

@@ -14,7 +14,7 @@ from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, TiffImagePlugin, Uni
 
 from models.errors import one_line
 from transforms.gif import without_long_extensions
-from transforms.jpeg2000 import check_codestream, halvings, profile_of
+from transforms.jpeg2000 import check_codestream, decode_deep, halvings, is_deep, profile_of
 from transforms.png import essential_parts
 from transforms.raster import BadImage, Limits, Pixels, Raster
 from transforms.signatures import image_format
@@ -39,34 +39,8 @@ def decode_pillow(data: bytes, limits: Limits, shorter_px: int, longer_px: int) 
     """
     name = image_format(data)
     _check_is_read(name)
-    profile = None
     try:
-        if name == "PNG":
-            data, profile = essential_parts(data)
-        elif name == "GIF":
-            data = without_long_extensions(data)
-        elif name == "JPEG2000":
-            check_codestream(data, limits)
-            profile = profile_of(data)
-        elif name in ("TIFF", "AVIF", "HEIF"):
-            check_directories(data)
-        with Image.open(io.BytesIO(data), formats=[name]) as image:
-            limits.check(*image.size)
-            if isinstance(image, TiffImagePlugin.TiffImageFile):
-                check_tags(image.tag_v2, len(data), limits)
-            elif name == "PNG":
-                _scale_transparency(image, bits=data[24])
-            profile = profile or image.info.get("icc_profile")
-            size = image.size
-            pixels = _still_webp(data) if name == "WEBP" else None
-            if pixels is None:
-                if name == "JPEG2000":
-                    image.reduce = halvings(data, size, shorter_px, longer_px)
-                image.load()
-                size = size if name == "JPEG2000" else image.size  # a TIFF is turned upright, a HEIF may lie
-                limits.check(*size)
-                pixels = _to_8_bit(image)
-            orientation = _pillow_orientation(image)
+        return _READERS.get(name, _read)(name, data, limits, (shorter_px, longer_px))
     except BadImage:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything
@@ -77,6 +51,63 @@ def decode_pillow(data: bytes, limits: Limits, shorter_px: int, longer_px: int) 
             reason = "unsupported" if name == "TIFF" and is_unread else "corrupt"
         said = "its header cannot be read" if is_unread else one_line(error, with_type=True)
         raise BadImage(reason, f"a {name} of {len(data)} bytes: {said}") from error
+
+
+def _read(name: str, data: bytes, limits: Limits, _: tuple[int, int]) -> Raster:
+    if name == "GIF":
+        data = without_long_extensions(data)
+    elif name in ("TIFF", "AVIF", "HEIF"):
+        check_directories(data)
+    with Image.open(io.BytesIO(data), formats=[name]) as image:
+        limits.check(*image.size)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            check_tags(image.tag_v2, len(data), limits)
+        profile = image.info.get("icc_profile")
+        image.load()
+        limits.check(*image.size)  # a HEIF may lie
+        return _raster(_to_8_bit(image), image, image.size, profile)
+
+
+def _read_png(name: str, data: bytes, limits: Limits, _: tuple[int, int]) -> Raster:
+    data, profile = essential_parts(data)
+    with Image.open(io.BytesIO(data), formats=[name]) as image:
+        limits.check(*image.size)
+        _scale_transparency(image, bits=data[24])
+        image.load()
+        return _raster(_to_8_bit(image), image, image.size, profile)
+
+
+def _read_webp(name: str, data: bytes, limits: Limits, _: tuple[int, int]) -> Raster:
+    with Image.open(io.BytesIO(data), formats=[name]) as image:
+        limits.check(*image.size)
+        profile = image.info.get("icc_profile")
+        pixels = _still_webp(data)
+        if pixels is None:
+            image.load()
+            pixels = _to_8_bit(image)
+        return _raster(pixels, image, image.size, profile)
+
+
+def _read_jpeg2000(name: str, data: bytes, limits: Limits, enough_px: tuple[int, int]) -> Raster:
+    check_codestream(data, limits)
+    with Image.open(io.BytesIO(data), formats=[name]) as image:
+        size = image.size
+        limits.check(*size)
+        if is_deep(data):
+            image.load()  # for its damage
+            pixels = _to_8_bit(Image.fromarray(decode_deep(data, image.mode)))
+        else:
+            image.reduce = halvings(data, size, *enough_px)
+            image.load()
+            pixels = _to_8_bit(image)
+        return _raster(pixels, image, size, profile_of(data))
+
+
+_READERS = {"PNG": _read_png, "WEBP": _read_webp, "JPEG2000": _read_jpeg2000}
+
+
+def _raster(pixels: Pixels, image: Image.Image, size: tuple[int, int], profile: bytes | None) -> Raster:
+    orientation = _pillow_orientation(image)
     width, height = size if orientation < 5 else size[::-1]
     return Raster(pixels, width, height, orientation, profile)
 

@@ -9,7 +9,8 @@ from transforms.raster import MAX_PROFILE_BYTES, BadImage
 _SIGNATURE_BYTES = 8
 # An orientation may stand in these texts: Adobe's XMP, and the EXIF of ImageMagick before PNG had a chunk for it
 _MAX_TEXT_BYTES = {b"XML:com.adobe.xmp": 1 << 19, b"Raw profile type exif": 1 << 17}
-_MAX_TRANSPARENCY_BYTES = 256
+# By type of colour: grey, RGB, palette (11.3.1.1)
+_TRANSPARENCY_BYTES = {0: (2,), 2: (6,), 3: range(1, 257)}
 _MAX_EXIF_BYTES = 1 << 20
 
 
@@ -37,6 +38,8 @@ def essential_parts(data: bytes) -> PngParts:
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
+        if end > len(data) and kind[:1].islower():  # what is left of a text, say
+            position, is_whole = len(data), False
         if end > len(data) or kind == b"IEND":
             break
         is_critical, is_sound = kind[:1].isupper(), True
@@ -51,7 +54,7 @@ def essential_parts(data: bytes) -> PngParts:
         content = view[position + 8 : end - 4]
         if kind == b"iCCP" and is_sound and profile is None:
             profile = _profile(bytes(content))
-        if is_critical or (is_sound and kind not in seen and _shows(kind, content)):
+        if is_critical or (is_sound and kind not in seen and _shows(kind, content, data[25])):
             kept.append(view[position:end])
         else:
             is_whole = False
@@ -61,10 +64,10 @@ def essential_parts(data: bytes) -> PngParts:
     return PngParts(data if is_whole else b"".join([*kept, view[position:]]), profile)
 
 
-def _shows(kind: bytes, content: memoryview) -> bool:
+def _shows(kind: bytes, content: memoryview, colour_type: int) -> bool:
     """Tells whether an ancillary chunk changes what is decoded."""
     if kind == b"tRNS":
-        return 0 < len(content) <= _MAX_TRANSPARENCY_BYTES
+        return len(content) in _TRANSPARENCY_BYTES.get(colour_type, ())
     if kind == b"eXIf":
         return len(content) <= _MAX_EXIF_BYTES
     if kind not in (b"tEXt", b"zTXt", b"iTXt"):
