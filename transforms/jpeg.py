@@ -18,11 +18,14 @@ _PROGRESSIVE = frozenset({0xC2, 0xCA})
 # An arithmetic coder leaves zeros at the end out, so that nobody can tell whether blocks are missing
 _ARITHMETIC = frozenset({0xC9, 0xCA})
 _OTHER_FRAMES = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
-_BARE = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
+# A marker that has a length, or the end; what stands before it, fill bytes among that, is passed over
+_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _SCAN_OR_END = re.compile(rb"\xff[\xd9\xda]")
 _COLOUR_SPACES = {1: "GRAY", 3: "RGB", 4: "CMYK"}
 # More passes over the picture than any encoder makes are an attack: each costs time and hardly a byte
 _MAX_SCANS = 100
+# More segments before the first scan than 256 MB of metadata fill
+_MAX_SEGMENTS = 10_000
 # Some encoders align the end marker with zeros: fewer than this are no damage
 _MAX_PADDING_BYTES = 64
 
@@ -104,18 +107,16 @@ class _JpegHeader:
 def _jpeg_header(data: bytes | memoryview) -> _JpegHeader:
     """Reads a JPEG's header as libjpeg does, which passes over what stands between segments."""
     frame, exif = None, None
-    segments, profile = [], []
+    segments: list[tuple[int, int, int]] = []
+    profile: list[bytes] = []
     position, end, marker = 2, len(data) - 4, 0
-    while position <= end and marker != _SOS:
+    while marker != _SOS and (match := _SEGMENT.search(data, position)) and match.start() <= end:
+        position = match.start()
         marker = data[position + 1]
-        if data[position] != 0xFF or marker == 0xFF:
-            position += 1
-            continue
-        if marker in _BARE:
-            position += 2
-            continue
         if marker == _EOI:
             break
+        if len(segments) == _MAX_SEGMENTS:
+            raise BadImage("corrupt", f"a JPEG of more than {_MAX_SEGMENTS} segments before its first scan")
         start, position = position, position + 2 + (data[position + 2] << 8 | data[position + 3])
         segments.append((marker, start, position))
         if marker == 0xE1 and exif is None and data[start + 4 : start + 10] == b"Exif\0\0":
@@ -177,8 +178,8 @@ def _check_scans(data: bytes | memoryview, header: _JpegHeader) -> None:
             if component in missing_bits:
                 missing_bits[component][first : last + 1] = approximation & 15
         num_scans += 1
-    if num_scans > _MAX_SCANS:
-        raise BadImage("corrupt", f"{header.width}x{header.height} JPEG of {num_scans} scans")
+        if num_scans > _MAX_SCANS:
+            raise BadImage("corrupt", f"{header.width}x{header.height} JPEG of more than {_MAX_SCANS} scans")
     if any(bits.any() for bits in missing_bits.values()):
         raise BadImage("truncated", f"{header.width}x{header.height} JPEG that ends after {num_scans} scans")
 

@@ -72,13 +72,13 @@ def decode_deep(data: bytes, mode: str) -> Pixels:
     samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR or BGRA
     if mode not in ("RGB", "RGBA") or samples is None or samples.ndim != 3 or samples.dtype != np.uint16:
         raise BadImage("unsupported", f"JPEG 2000 of several components of {bits} bits")
-    pixels = np.empty(samples.shape, np.uint8)
+    pixels: Pixels = np.empty(samples.shape, np.uint8)
     most = 2**bits - 1
-    for row, of_samples in zip(pixels, samples, strict=True):  # one by one, so that none of it is large
-        row[:] = (np.minimum(of_samples, most).astype(np.uint32) * 255 + most // 2) // most
-    return np.asarray(
-        cv2.cvtColor(pixels, [cv2.COLOR_BGR2RGB, cv2.COLOR_BGRA2RGBA][pixels.shape[2] - 3]), np.uint8
-    )
+    for i in range(len(samples)):  # row by row, so that nothing else is large
+        row = np.minimum(samples[i], most).astype(np.uint32)
+        pixels[i] = (row * 255 + most // 2) // most
+    conversion = cv2.COLOR_BGR2RGB if pixels.shape[-1] == 3 else cv2.COLOR_BGRA2RGBA
+    return np.asarray(cv2.cvtColor(pixels, conversion), np.uint8)
 
 
 def _num_levels(data: bytes) -> int:

@@ -97,7 +97,7 @@ def _read_jpeg2000(name: str, data: bytes, limits: Limits, enough_px: tuple[int,
             image.load()  # for its damage
             pixels = _to_8_bit(Image.fromarray(decode_deep(data, image.mode)))
         else:
-            image.reduce = halvings(data, size, *enough_px)
+            setattr(image, "reduce", halvings(data, size, *enough_px))  # noqa: B010 - elsewhere it is a method
             image.load()
             pixels = _to_8_bit(image)
         return _raster(pixels, image, size, profile_of(data))

@@ -12,6 +12,8 @@ _MAX_TEXT_BYTES = {b"XML:com.adobe.xmp": 1 << 19, b"Raw profile type exif": 1 <<
 # By type of colour: grey, RGB, palette (11.3.1.1)
 _TRANSPARENCY_BYTES = {0: (2,), 2: (6,), 3: range(1, 257)}
 _MAX_EXIF_BYTES = 1 << 20
+# Writers fill at least a kilobyte before they begin another
+_MAX_CHUNKS = 200_000
 
 
 class PngParts(NamedTuple):
@@ -35,7 +37,11 @@ def essential_parts(data: bytes) -> PngParts:
     view, position = memoryview(data), _SIGNATURE_BYTES
     kept, profile, is_whole = [view[:position]], None, True
     seen: set[bytes] = set()
+    num_chunks = 0
     while position + 12 <= len(data):
+        num_chunks += 1
+        if num_chunks > _MAX_CHUNKS:
+            raise BadImage("corrupt", f"PNG of more than {_MAX_CHUNKS} chunks")
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
         if end > len(data) and kind[:1].islower():  # what is left of a text, say

@@ -17,9 +17,18 @@ _VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8,
 _MAX_OVERLAP = 4
 
 
-class _Value(NamedTuple):
-    """Where a value lies that does not fit its entry of a directory."""
+# Numbers, as of where strips start, become Python's, of ten times the size: no picture within bounds has so many
+_MAX_NUMBERS_BYTES = 4 << 20
+# More tags than TIFF can count, which BigTIFF can
+_MAX_TAGS = 1 << 16
+# More headers in a file of boxes than chance and its EXIF make
+_MAX_HEADERS = 20
 
+
+class _Value(NamedTuple):
+    """A value of a directory that does not fit its entry: whether it is of numbers, and where it lies."""
+
+    is_numbers: bool
     offset: int
     num_bytes: int
 
@@ -35,13 +44,13 @@ def _values(data: bytes | memoryview) -> Iterator[_Value]:
     order, is_big = "<" if head.startswith(b"II") else ">", b"+" in head[2:]
     offset, number = struct.Struct(order + "IQ"[is_big]), struct.Struct(order + "HQ"[is_big])
     (start,) = offset.unpack_from(data, offset.size)
-    for i in range(number.unpack_from(data, start)[0]):
+    for i in range(min(number.unpack_from(data, start)[0], _MAX_TAGS)):
         entry = start + number.size + i * (4 + 2 * offset.size)
         (kind,) = struct.unpack_from(order + "H", data, entry + 2)
         (count,), (value,) = (offset.unpack_from(data, entry + 4 + offset.size * field) for field in (0, 1))
         num_bytes = count * _VALUE_BYTES.get(kind, 1)
         if num_bytes > offset.size:
-            yield _Value(value, num_bytes)
+            yield _Value(kind in _VALUE_BYTES, value, num_bytes)
 
 
 def is_cut_tiff(data: bytes) -> bool:
@@ -57,7 +66,10 @@ def is_bomb(data: bytes | memoryview) -> bool:
     num_bytes = 0
     try:
         for value in _values(data):
-            num_bytes += min(value.num_bytes, max(0, len(data) - value.offset))
+            there = min(value.num_bytes, max(0, len(data) - value.offset))
+            if value.is_numbers and there > _MAX_NUMBERS_BYTES:
+                return True
+            num_bytes += there
             if num_bytes > _MAX_OVERLAP * len(data):
                 return True
     except (struct.error, OverflowError):
@@ -74,11 +86,10 @@ def check_directories(data: bytes) -> None:
     To be called before Pillow opens the file, which reads these at once.
     """
     view, is_tiff = memoryview(data), _HEADER.match(data)
-    starts = [0] if is_tiff else [match.start() for match in _HEADER.finditer(data)]
-    if any(is_bomb(view[start:]) for start in starts):
-        raise BadImage(
-            "corrupt", f"{len(data)} bytes with tags that are longer than {_MAX_OVERLAP} times that"
-        )
+    headers = itertools.islice(_HEADER.finditer(data), 1 if is_tiff else _MAX_HEADERS + 1)
+    starts = [match.start() for match in headers]
+    if len(starts) > _MAX_HEADERS or any(is_bomb(view[start:]) for start in starts):
+        raise BadImage("corrupt", f"{len(data)} bytes with tags that no writer makes so long")
 
 
 def check_tags(tags: Any, num_bytes: int, limits: Limits) -> None:

@@ -1077,6 +1077,24 @@ def test_headers_that_lie_are_rejected(name: str) -> None:
     assert reason_of(lying_files()[name], Limits(min_side_px=1)) is not None
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("filling", "reason"),
+    [
+        (b"\xff" * 50_000_000, None),
+        (bytes(50_000_000), None),
+        (b"\xff\xd0" * 20_000_000, None),
+        (b"\xff\xfe\0\2" * 5_000_000, "corrupt"),
+        (b"\xff\xfe\0\0" * 5_000_000, "corrupt"),
+        (b"\xff\xfe\0\2" * 9_000, None),
+    ],
+    ids=["fill bytes", "zeros", "restart markers", "segments", "segments of no length", "fewer segments"],
+)
+def test_a_header_of_millions_of_parts_is_walked_quickly(filling: bytes, reason: str | None) -> None:
+    data = JPEGS["4:2:0 baseline"]
+    assert reason_of(data[:2] + b"\xff\xfe\0\2" + filling + data[2:]) == reason
+
+
 def test_bombs_cost_no_memory(tmp_path: Path) -> None:
     paths = []
     for name, data in {**bombs(), **heavy_files(), **lying_files()}.items():

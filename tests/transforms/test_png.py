@@ -138,6 +138,13 @@ def test_damage_behind_the_pixels_costs_nothing() -> None:
         assert by_opencv is None or np.array_equal(by_opencv[..., ::-1], picture())
 
 
+def test_millions_of_chunks_are_not_read() -> None:
+    with pytest.raises(BadImage, match="chunks") as raised:
+        decoded_with(png_chunk(b"tIME", b"") * 200_000)
+    assert raised.value.reason == "corrupt"
+    assert np.array_equal(decoded_with(png_chunk(b"tIME", b"") * 20_000).pixels, picture())
+
+
 def test_apples_own_form_is_named() -> None:
     data = png(SIZE, 8, 2, png_rows(picture()))
     with pytest.raises(BadImage, match="CgBI") as raised:

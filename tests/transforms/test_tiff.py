@@ -34,6 +34,21 @@ def test_tags_that_overlap_are_found(is_big: bool) -> None:
     assert raised.value.reason == "corrupt"
 
 
+def test_millions_of_numbers_are_found() -> None:
+    for kind, expected in ((3, True), (4, True), (1, False), (7, False)):
+        entry = struct.pack("<HHII", 0x112, kind, 5_000_000 // {3: 2, 4: 4}.get(kind, 1), 100)
+        assert is_bomb(b"II*\0\x08\0\0\0\1\0" + entry + bytes(6_000_000)) is expected
+
+
+@pytest.mark.timeout(60)
+def test_millions_of_tags_and_headers_cost_no_time() -> None:
+    tags = b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 1 << 40) + b"\xe8\3\1\0\1\0\0\0" * 2_500_000
+    assert not is_bomb(tags)
+    avif = save(picture(), "AVIF")
+    with pytest.raises(BadImage, match="no writer"):
+        decode(avif + b"II*\0\x08\0\0\0" * 2_000_000, ANY)
+
+
 def test_the_tags_of_writers_are_no_bomb() -> None:
     for data in (
         save(picture(), "TIFF", exif=exif(6), icc_profile=bytes(10_000)),
