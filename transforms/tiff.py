@@ -1,5 +1,6 @@
 """TIFF 6.0, and EXIF, which is one: what their first directory says, before anything is decoded."""
 
+import itertools
 import operator
 import re
 import struct
