@@ -155,6 +155,8 @@ def _to_8_bit(image: Image.Image) -> Pixels:
         raise BadImage("unsupported", f"{image.format} with samples of more than 16 bits")
     is_inverted = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(262) == 0
     width, height = image.size
+    if width * height <= _STRIP_PIXELS:
+        return _strip_to_8_bit(image, is_inverted)
     pixels: Pixels | None = None
     for top, bottom in _strips(width, height):
         strip = _strip_to_8_bit(image.crop((0, top, width, bottom)), is_inverted)
