@@ -57,7 +57,6 @@ setup(
         "gensim>=4.3.3",
         "google-crc32c>=1.5",
         "huggingface-hub>=0.30",
-        "ijson>=3.3",
         "matplotlib>=3.9",
         "nltk>=3.9",
         "numpy>=1.26",
@@ -73,6 +72,7 @@ setup(
         "torchvision>=0.20",
         "tqdm>=4.66",
         "transformers>=4.56",
+        "zstandard>=0.22",
     ],
     extras_require={
         "demo": DEMO,

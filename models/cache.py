@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import fsspec
 
-from models.errors import ModelError, one_line
+from models.errors import ModelError, ModelOutageError, one_line
 from models.remote import open_store
 
 # What models are made of. Pickles are not in it, nor what other frameworks read (ONNX, OpenVINO, TensorFlow).
@@ -68,7 +68,7 @@ def fetch(url: str) -> Path:
     except FileNotFoundError as error:
         raise ModelError(f"{url} is not there. Expected a model's file or folder: check the URL.") from error
     except Exception as error:  # each store has its own
-        raise ModelError(
+        raise ModelOutageError(
             f"{url} cannot be read: {one_line(error)}. Check its name and your rights to it."
         ) from error
     if not files:
@@ -106,7 +106,7 @@ def _list_file(fs: fsspec.AbstractFileSystem, path: str) -> list[_RemoteFile]:
 def _list_folder(fs: fsspec.AbstractFileSystem, path: str) -> list[_RemoteFile]:
     root = path.rstrip("/") + "/"
     files = []
-    for found, info in sorted(fs.find(path, detail=True).items()):
+    for found, info in sorted(fs.find(path, detail=True, on_error="raise").items()):
         name = found[found.index(root.lstrip("/")) + len(root.lstrip("/")) :]
         if is_model_file(name):
             files.append(_remote_file(info, name))
@@ -172,7 +172,7 @@ def _fetch_file(
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _FULL:
             _refuse(cache_folder(), needed_bytes, error)
-        raise ModelError(
+        raise ModelOutageError(
             f"{url} cannot be read at {file.name}: {one_line(error)}. Run again once the storage answers."
         ) from error
     size_bytes = local.stat().st_size

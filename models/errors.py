@@ -2,9 +2,22 @@
 
 import re
 
+from models.location import redacted
+
 
 class ModelError(Exception):
-    """A model, or a file of one, that cannot be used: one paragraph with the value, what is expected, the remedy."""
+    """A model, or a file of one, that cannot be used: one paragraph with the value, what is expected, the remedy.
+
+    Args:
+        message: The paragraph; URLs in it lose their users, passwords and signatures.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
+
+
+class ModelOutageError(ModelError):
+    """A model that its storage does not give now, and may give at a second try."""
 
 
 class FlagError(ModelError):
@@ -25,5 +38,5 @@ def one_line(error: BaseException, max_chars: int = 300, with_type: bool = False
         with_type: Begin with the name of the error's class.
     """
     message, name = " ".join(str(error)[:10_000].split()), type(error).__name__
-    message = _TEMPORARY.sub("a temporary file", _ADDRESS.sub("", message))
+    message = redacted(_TEMPORARY.sub("a temporary file", _ADDRESS.sub("", message)))
     return (f"{name}: {message}" if with_type and message else message or name)[:max_chars]

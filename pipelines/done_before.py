@@ -5,13 +5,14 @@ from collections.abc import Iterator
 
 from fsspec.core import has_magic
 
+from models.location import redacted
 from pipelines.job import is_same_place
 from pipelines.options import ModelJobOptions
 from transforms.done_keys import write_done_keys
 from transforms.errors import InputError
 from transforms.finish import read_success
 from transforms.output_layout import MODEL_STAGES, data_files
-from transforms.storage import exists, input_errors, is_folder, join, locate
+from transforms.storage import exists, glob, input_errors, join, locate
 
 
 def check_earlier(options: ModelJobOptions, dataset: str, plan_folder: str) -> None:
@@ -77,10 +78,16 @@ def _earlier_outputs(options: ModelJobOptions) -> list[str]:
             fs, path = locate(url)
             if has_magic(path):
                 fs.invalidate_cache()
-                named = [str(fs.unstrip_protocol(name)) for name in fs.glob(path) if is_folder(fs, name)]
+                matches = glob(fs, path).items()
+                named = [
+                    str(fs.unstrip_protocol(name)) for name, info in matches if info["type"] == "directory"
+                ]
                 found.update(dict.fromkeys(named))
                 if not named:
-                    print(f"diptych: --skip_done_in {url} names no earlier output yet.", file=sys.stderr)
+                    print(
+                        f"diptych: --skip_done_in {redacted(url)} names no earlier output yet.",
+                        file=sys.stderr,
+                    )
             else:
                 found[url] = None
     return [root for root in found if not is_same_place(root, options.output)]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from models.errors import one_line
+from models.location import redacted
 from models.scores import score_captions
 from models.tokens import tokenize
 from transforms.errors import InputError, OptionError, OutputError
@@ -22,7 +23,7 @@ from transforms.output_layout import JOB, SUCCESS, data_files, read_json
 from transforms.references import References, read_references
 from transforms.sink import DAMAGE
 from transforms.sources.parts import Ref
-from transforms.storage import input_errors, join, locate, output_errors
+from transforms.storage import input_errors, join, locate, output_errors, upload
 
 _NAMES = {
     "bleu_1": "BLEU-1",
@@ -127,8 +128,8 @@ def evaluate_captions(options: EvaluateOptions) -> dict[str, Any]:
     if not pairs and (file or not options.results):
         raise _no_pair(options, unique, file or None)
     report = {
-        "input": options.input,
-        "references": options.references or join(options.input, "captions"),
+        "input": redacted(options.input),
+        "references": redacted(options.references or join(options.input, "captions")),
         "scores": _score(pairs) if pairs else None,
         "num_scored": len(pairs),
         "num_references": sum(len(row) for _, row in pairs),
@@ -232,7 +233,7 @@ def write_json(url: str, value: Any) -> None:
     """
     with output_errors(url):
         fs, path = locate(url)
-        fs.pipe_file(path, (json.dumps(value, indent=1) + "\n").encode())
+        upload(fs, path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def table(report: Mapping[str, Any]) -> str:

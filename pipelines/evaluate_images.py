@@ -17,6 +17,7 @@ import torch
 from models.base import CaptionOptions, TextOptions, TextVector
 from models.errors import ModelError, one_line
 from models.image_scores import Distances, Features, pairwise_distances
+from models.location import redacted
 from models.matching import cosines
 from models.pixels import decode_pixels, resize_square
 from models.spec import CAPTION_KINDS, TEXT_KINDS, ModelSpec, load_model
@@ -151,8 +152,8 @@ def _evaluate(options: EvaluateImagesOptions, features: Features) -> dict[str, A
         pixels = _decode([row.data for row in batch], size_px)
         distances.add(features(_resize(pixels, features.size_px)), real=True)
     return {
-        "input": join(options.input, options.dataset),
-        "references": join(options.references or options.input, "images"),
+        "input": redacted(join(options.input, options.dataset)),
+        "references": redacted(join(options.references or options.input, "images")),
         "features": features.name,
         "size_px": size_px,
         "num_made": distances.counts[False],

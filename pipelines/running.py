@@ -15,7 +15,8 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from tqdm import tqdm
 
 from models.errors import one_line
-from pipelines.dataflow import dataflow_flags
+from models.location import redacted
+from pipelines.dataflow import dataflow_flags, ended_on_dataflow
 from pipelines.flink import cancel_on_flink, check_flink, failures_told, flink_flags, size_for_flink
 from pipelines.job import State
 from transforms import errors
@@ -76,15 +77,19 @@ def run_pipeline(pipeline: beam.Pipeline, num_shards: int, quiet: bool) -> None:
     """
     size_for_flink(pipeline, num_shards)
     progress.start()
-    with _shown(num_shards, quiet), failures_told(pipeline, _reason):
+    with _shown(num_shards, quiet), failures_told(pipeline, _reason, _permanent_error) as watch:
         try:
-            pipeline.run().wait_until_finish()
+            result = pipeline.run()
+            with ended_on_dataflow(result, _permanent_error, watch):
+                result.wait_until_finish()
         except KeyboardInterrupt:
             cancel_on_flink(pipeline)
             raise
         except errors.DiptychError as error:
             raise type(error)(_STEP.sub("", str(error))) from error
         except Exception as error:
+            if watch.error is not None:
+                raise watch.error from error
             if found := _worker_error(str(error)) or _runner_error(pipeline, error):
                 raise found from error
             raise
@@ -104,12 +109,18 @@ def _worker_error(text: str) -> errors.DiptychError | None:
     return getattr(errors, name, errors.DiptychError)(message)
 
 
+def _permanent_error(text: str) -> errors.DiptychError | None:
+    """Returns the project's own error in the text of a runner's where a second try cannot mend it, else None."""
+    error = _worker_error(text)
+    return error if error is not None and error.is_permanent else None
+
+
 def _reason(trace: str) -> str:
     """Returns what the stack trace of a runner says in a line."""
     if error := _worker_error(trace):
         return str(error)
     causes = re.findall(r"^Caused by: (.*)", trace, re.M)
-    return (causes or trace.strip().splitlines() or ["it does not say why"])[-1][:1000]
+    return redacted((causes or trace.strip().splitlines() or ["it does not say why"])[-1])[:1000]
 
 
 def _runner_error(pipeline: beam.Pipeline, error: Exception) -> errors.DiptychError | None:

@@ -1,18 +1,22 @@
 """How many rows a model may fail on: a bad row costs a row, a bad model must not cost all of them."""
 
+import collections
 import dataclasses
 import threading
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from transforms.errors import DiptychError
+from transforms.errors import FailureLimitError
 from transforms.schemas import REASONS
 from transforms.storage import input_errors, join, locate
 
 MODEL_ERROR = "model_error"
 # Before so many rows were seen, their share says nothing
 _FEWEST_ROWS = 20
+# While a job runs, the share is that of so many rows, those that were seen last
+_RECENT_ROWS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +31,8 @@ class FailureLimit:
     stage: str
     max_rate: float
 
-    def is_passed(self, failures: int, rows: int) -> bool:
-        """Tells, while a job runs, whether it fails on too many of the rows that it has seen."""
+    def exceeded(self, failures: int, rows: int) -> bool:
+        """Tells, while a job runs, whether a model fails on too many of some rows."""
         return failures > self.max_rate * rows and (rows >= _FEWEST_ROWS or self.max_rate == 0)
 
     def check_totals(self, rejected: Mapping[str, int], written: int, root: str) -> None:
@@ -40,7 +44,7 @@ class FailureLimit:
             root: The output folder, to look there for what went wrong.
 
         Raises:
-            DiptychError: The model failed on too many.
+            FailureLimitError: The model failed on too many.
         """
         failures = rejected.get(MODEL_ERROR, 0)
         own = {reason: count for reason, count in rejected.items() if reason in REASONS[self.stage]}
@@ -48,34 +52,50 @@ class FailureLimit:
         if failures > self.max_rate * rows and (failures > 1 or rows == 1 or self.max_rate == 0):
             raise self.error(_first_message(root, self.stage), failures, rows)
 
-    def error(self, first: str, failures: int, rows: int) -> DiptychError:
+    def error(self, first: str, failures: int, rows: int) -> FailureLimitError:
         """Returns the error to stop a job with."""
-        return DiptychError(
+        return FailureLimitError(
             f"The model fails on {failures} of {rows} rows, more than --max_failure_rate {self.max_rate:g} of them. "
             f"The first: {first}. Mend what is wrong, with --overwrite where rows were rejected for it, or allow more."
         )
 
 
+class _Counted(NamedTuple):
+    """What a model made of some rows: how many, of how many it failed, and the first message."""
+
+    rows: int
+    failures: int
+    first: str
+
+
 class FailureCount:
-    """Counts the failures of one process, in any of its threads."""
+    """Counts the failures of one process, in any of its threads, among the rows that it saw last.
+
+    A model that goes bad after a million good rows is noticed as soon as one that was bad from the start.
+    """
 
     def __init__(self, limit: FailureLimit) -> None:
         self._limit, self._lock = limit, threading.Lock()
+        self._recent: collections.deque[_Counted] = collections.deque()
         self._failures = self._rows = 0
-        self._first = ""
 
     def add(self, rows: int, messages: list[str]) -> None:
         """Counts rows, and of them those that failed.
 
         Raises:
-            DiptychError: These are too many.
+            FailureLimitError: These are too many.
         """
         with self._lock:
+            self._recent.append(_Counted(rows, len(messages), messages[0] if messages else ""))
             self._rows += rows
             self._failures += len(messages)
-            self._first = self._first or (messages[0] if messages else "")
-            if messages and self._limit.is_passed(self._failures, self._rows):
-                raise self._limit.error(self._first, self._failures, self._rows)
+            while self._rows - self._recent[0].rows >= _RECENT_ROWS:
+                oldest = self._recent.popleft()
+                self._rows -= oldest.rows
+                self._failures -= oldest.failures
+            if messages and self._limit.exceeded(self._failures, self._rows):
+                first = next(counted.first for counted in self._recent if counted.failures)
+                raise self._limit.error(first, self._failures, self._rows)
 
 
 def _first_message(root: str, stage: str) -> str:

@@ -7,7 +7,6 @@ finish what came of the last; so a model loses nothing against the bare loop ove
 import collections
 import functools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -19,6 +18,7 @@ from models.compute import compute
 from models.errors import one_line
 from transforms.chunk import ChunkKey
 from transforms.cores import num_cores
+from transforms.device_errors import device_error, is_of_machine, is_out_of_device_memory, model_error
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -41,6 +41,10 @@ class Failure(NamedTuple):
 
 class _Bug(AssertionError):
     """A model that breaks its contract: no row is at fault."""
+
+
+# A chunk that is begun in a bundle that fails is never asked for; of more than so many, the oldest are such
+_MOST_BEGUN = 64
 
 
 class _Work(NamedTuple):
@@ -69,6 +73,7 @@ class ModelRunner(Generic[Input, Output]):
         self._model = model
         self._batch_size = batch_size or model.batch_size
         self._begun: dict[ChunkKey, _Work] = {}
+        self._good: Input | None = None
         self._finishes = type(model).finish is not Model.finish
 
     @property
@@ -79,17 +84,29 @@ class ModelRunner(Generic[Input, Output]):
     def begin(self, key: ChunkKey, inputs: Sequence[Input]) -> None:
         """Starts to prepare the inputs of a chunk, which `run` will be given later."""
         self._begun[key] = self._work(inputs)
+        for oldest in list(self._begun)[:-_MOST_BEGUN]:
+            self.forget(oldest)
+
+    def forget(self, key: ChunkKey) -> None:
+        """Lets go of a chunk that was begun, if it was; `run` can do it all the same."""
+        if work := self._begun.pop(key, None):
+            for _, prepared in work.pending:
+                prepared.cancel()
 
     def run(
         self, inputs: Sequence[Input] | Callable[[], Sequence[Input]], key: ChunkKey | None = None
     ) -> list[Output | Failure]:
         """Returns what the model makes of each input, in their order.
 
-        Out of memory, micro-batches are halved, and stay so. Any other error is followed down to the row at fault.
+        Out of memory, micro-batches are halved, and stay so. Any other error is followed down to the row at fault; no
+        row is, where the model fails on all of a micro-batch and on one that it could do before.
 
         Args:
             inputs: The inputs, or what gives them where they were not begun.
             key: The chunk that `begin` was given.
+
+        Raises:
+            DeviceError: The device, its libraries or the machine's memory failed.
         """
         work = self._begun.pop(key, None) if key else None
         work = work or self._work(inputs() if callable(inputs) else inputs)
@@ -98,9 +115,27 @@ class ModelRunner(Generic[Input, Output]):
             ordinals, prepared = work.pending.popleft()
             self._prepare_next(work)
             items = [work.inputs[ordinal] for ordinal in ordinals]
-            for ordinal, result in zip(ordinals, self._results(items, prepared), strict=True):
+            batch = self._results(items, prepared)
+            self._check(items, batch)
+            for ordinal, result in zip(ordinals, batch, strict=True):
                 results[ordinal] = result
         return [result.result() if isinstance(result, Future) else result for result in results]
+
+    def _check(self, items: list[Input], results: list[Any]) -> None:
+        """Keeps an input that the model can do, and tries it again when the model fails on all of a micro-batch.
+
+        Raises:
+            DeviceError: The model fails on that one too, by now.
+        """
+        good = next(
+            (item for item, result in zip(items, results, strict=True) if not _is_failure(result)), None
+        )
+        if good is not None:
+            self._good = good
+        elif items and self._good is not None:
+            [again] = self._run_now([self._good])
+            if _is_failure(again):
+                raise model_error(results[0].message, again.message)
 
     def _work(self, inputs: Sequence[Input]) -> _Work:
         costs = [self._model.cost(item) for item in inputs]
@@ -126,20 +161,16 @@ class ModelRunner(Generic[Input, Output]):
             return self._halves(items)
         try:
             return self._predict(prepared.result(), len(items))
-        except _Bug:
-            raise
         except Exception as error:
-            failure = Failure(one_line(error, 500, with_type=True), _is_out_of_memory(error))
+            failure = _failure(error)
         del prepared  # and with it what lies on the device
         return self._after(failure, items)
 
     def _run_now(self, items: list[Input]) -> list[Any]:
         try:
             return self._predict(self._model.prepare(items), len(items))
-        except _Bug:
-            raise
         except Exception as error:
-            failure = Failure(one_line(error, 500, with_type=True), _is_out_of_memory(error))
+            failure = _failure(error)
         return self._after(failure, items)
 
     def _predict(self, prepared: Any, num_inputs: int) -> list[Any]:
@@ -155,7 +186,7 @@ class ModelRunner(Generic[Input, Output]):
         try:
             return self._model.finish(predicted)
         except Exception as error:
-            return Failure(one_line(error, 500, with_type=True))
+            return _failure(error)
 
     def _after(self, failure: Failure, items: list[Input]) -> list[Any]:
         if len(items) == 1:
@@ -189,9 +220,17 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_LOOKAHEAD, thread_name_prefix="prepare")
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # a model without it has no device to fill
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+def _failure(error: Exception) -> Failure:
+    """Returns what an error makes of the rows that it comes of; raises it where it is none of theirs."""
+    if isinstance(error, _Bug):
+        raise error
+    if is_of_machine(error):
+        raise device_error(one_line(error, 500, with_type=True)) from error
+    return Failure(one_line(error, 500, with_type=True), is_out_of_device_memory(error))
+
+
+def _is_failure(result: Any) -> bool:
+    return isinstance(result, Failure)
 
 
 def _checked(output: Output, is_finite: bool) -> Output | Failure:

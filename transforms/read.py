@@ -11,11 +11,12 @@ import pyarrow as pa
 from apache_beam.pvalue import DoOutputsTuple, PCollection, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
+from models.location import redacted
 from transforms.binary import BinaryBuilder
 from transforms.chunk import Chunk, ChunkKey, Reject, add_counts, concat, reject_batch
 from transforms.progress import progress
 from transforms.schemas import RAW_TEXT, raw_schema
-from transforms.sink import Commit, Sink, committed
+from transforms.sink import Commit, Sink, committed, read_commit
 from transforms.sources.base import Lost, Record, Row, Shard
 from transforms.sources.texts import TextShard
 
@@ -105,7 +106,7 @@ class _ChunkBuilder:
             self._num_other_bytes += sum(map(len, record.captions))
             self._rows.append(record._replace(image=b""))  # it is in the column now
         else:
-            self._rejects.append(Reject(*record[:5]))
+            self._rejects.append(Reject(*record[:3], redacted(record.message), record.data))
             self._num_other_bytes += len(record.data or b"")
 
     def finish(self, last: bool) -> Chunk:
@@ -195,21 +196,20 @@ class _Read(beam.DoFn):
 
     def process(self, shard: Shard) -> Iterator[Any]:  # a union of outputs would become the type of each
         # as far as all data sets are: what one of them has beyond that is written again, the same
-        commits = list(zip(*(committed(sink, shard.name, shard.input) for sink in self._sinks), strict=False))
-        retries = (index for index, parts in enumerate(commits) if self._is_to_retry(parts))
-        num_done = next(retries, len(commits))
-        done = [parts[0] for parts in commits[:num_done]]
-        for parts in commits[:num_done]:
-            yield from _found(parts)
+        done = []
+        for commits in zip(*(committed(sink, shard.name, shard.input) for sink in self._sinks), strict=False):
+            if self._is_to_retry(commits):
+                break
+            done.append(commits[0])
+            yield from _found(commits)
         if not (done and done[-1].last):
-            yield from self._chunks(shard, done, dict(enumerate(commits[num_done:], num_done)))
+            yield from self._chunks(shard, done)
         progress.reading(shard.name, 1.0)
 
-    def _chunks(
-        self, shard: Shard, done: list[Commit], later: dict[int, tuple[Commit, ...]]
-    ) -> Iterator[Any]:
-        """Yields the chunks after those that are done; of later ones, the commits of those that need not be made."""
+    def _chunks(self, shard: Shard, done: list[Commit]) -> Iterator[Any]:
+        """Yields the chunks after those that are done; of those that are committed later, the commits."""
         records, num_bytes = sum(commit.records for commit in done), 0
+        has_files = all(sink.has_files for sink in self._sinks)
         if isinstance(shard, TextShard):
             chunks = read_text_chunks(shard, self._chunk_rows, done)
         else:
@@ -217,24 +217,29 @@ class _Read(beam.DoFn):
         for chunk in read_ahead(chunks):
             records += chunk.num_records
             num_bytes += chunk.rows.nbytes
-            parts = later.pop(chunk.key.index, None)
-            if parts and chunk.num_records != parts[0].records:
-                later.clear()  # images that are there by now end a chunk earlier: what follows has other rows
-            elif parts and not self._is_to_retry(parts):
-                yield from _found(parts)
-                continue
-            yield chunk
+            commits = self._commits(chunk) if has_files else []
+            # an image that is there by now may end a chunk earlier: what follows it has other rows then
+            has_files = has_files and all(commit.records == chunk.num_records for commit in commits)
+            if commits and has_files and not self._is_to_retry(commits):
+                yield from _found(commits)
+            else:
+                yield chunk
             progress.reading(shard.name, _fraction(shard, records, num_bytes))
 
-    def _is_to_retry(self, parts: Sequence[Commit]) -> bool:
-        return any(map(Sink.is_to_retry, self._sinks, parts))
+    def _commits(self, chunk: Chunk) -> list[Commit]:
+        """Returns the commits of a chunk if all data sets have one, else none."""
+        commits = [read_commit(sink, chunk.key, chunk.input) for sink in self._sinks]
+        return [commit for commit in commits if commit] if all(commits) else []
+
+    def _is_to_retry(self, commits: Sequence[Commit]) -> bool:
+        return any(map(Sink.is_to_retry, self._sinks, commits))
 
 
-def _found(parts: Sequence[Commit]) -> Iterator[Any]:
+def _found(commits: Sequence[Commit]) -> Iterator[Any]:
     """Yields the commits of a chunk that an earlier run wrote."""
-    first = parts[0]
+    first = commits[0]
     progress.committed(first.shard, first.index, first.read, first.rejects(), resumed=True)
-    for commit in parts:
+    for commit in commits:
         yield TaggedOutput("committed", commit)
 
 

@@ -26,7 +26,7 @@ from transforms.errors import InputError, OutputError
 from transforms.fingerprint import digest
 from transforms.output_layout import SCRATCH, read_json
 from transforms.progress import progress
-from transforms.schemas import REJECTS, huggingface_info
+from transforms.schemas import REASONS, REJECTS, huggingface_info
 from transforms.storage import delete, input_errors, is_absence, join, locate, write_whole
 
 
@@ -69,6 +69,8 @@ class Sink:
         schema: Schema of the rows.
         claim: The record by which the job owns the data set; None where nothing is claimed.
         retry_rejects: Reasons of rejects for which a chunk that is committed is made again.
+        has_files: Whether an earlier run left data files.
+        orphans: Files of rejects below `root` without a data file: of chunks that a run had begun when it was killed.
     """
 
     root: str
@@ -77,6 +79,8 @@ class Sink:
     schema: pa.Schema
     claim: Claim | None = None
     retry_rejects: tuple[str, ...] = ()
+    has_files: bool = False
+    orphans: frozenset[str] = frozenset()
 
     def is_to_retry(self, commit: "Commit") -> bool:
         """Tells whether a committed chunk is to be made again, for the rows that were rejected."""
@@ -135,8 +139,8 @@ def commit_chunk(sink: Sink, chunk: Chunk) -> Commit:
         raise AssertionError(f"the rows of {chunk.key} have schema {chunk.rows.schema}, not {sink.schema}")
     commit = _commit(sink, chunk)
     name = chunk.key.file_name()
-    if sink.retry_rejects:
-        _delete_chunk(sink, chunk)
+    if sink.has_files or sink.orphans:
+        _delete_earlier(sink, chunk, commit)
     scratch = join(SCRATCH, sink.job["fingerprint"])
     stages = chunk.rejects.column("stage")
     for stage in commit.rejected:
@@ -150,13 +154,18 @@ def commit_chunk(sink: Sink, chunk: Chunk) -> Commit:
     return commit
 
 
-def _delete_chunk(sink: Sink, chunk: Chunk) -> None:
-    """Deletes what an earlier run committed for a chunk, the commit first: killed here, the chunk is simply missing."""
-    if commit := read_commit(sink, chunk.key, chunk.input):
-        name = chunk.key.file_name()
-        delete(
-            sink.root, (f"{sink.dataset}/{name}", *(f"rejects/{stage}/{name}" for stage in commit.rejected))
-        )
+def _delete_earlier(sink: Sink, chunk: Chunk, commit: Commit) -> None:
+    """Deletes what an earlier run left of a chunk and what is not written over now.
+
+    The commit goes first: killed after that, the chunk is simply missing, and its rejects are orphans.
+    """
+    name = chunk.key.file_name()
+    paths = {f"rejects/{stage}/{name}" for stage in REASONS} & sink.orphans
+    if sink.has_files and (earlier := read_commit(sink, chunk.key, chunk.input)):
+        paths |= {f"rejects/{stage}/{name}" for stage in earlier.rejected}
+        if earlier != commit:
+            delete(sink.root, (f"{sink.dataset}/{name}",))
+    delete(sink.root, sorted(paths - {f"rejects/{stage}/{name}" for stage in commit.rejected}))
 
 
 def _commit(sink: Sink, chunk: Chunk) -> Commit:

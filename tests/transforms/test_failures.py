@@ -24,7 +24,7 @@ from transforms.sink import Sink, commit_chunk
 def test_while_it_runs_a_job_needs_some_rows_to_tell(
     failures: int, rows: int, rate: float, expected: bool
 ) -> None:
-    assert FailureLimit("embed", rate).is_passed(failures, rows) is expected
+    assert FailureLimit("embed", rate).exceeded(failures, rows) is expected
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,21 @@ def test_the_count_names_the_first() -> None:
     count.add(5, [])
     with pytest.raises(DiptychError, match=r"fails on 3 of 25 rows, .* The first: first"):
         count.add(5, ["third"])
+
+
+def test_a_model_that_goes_bad_late_is_noticed_as_soon() -> None:
+    count = FailureCount(FailureLimit("embed", 0.1))
+    for _ in range(4000):
+        count.add(25, [])
+    for number in range(4):
+        count.add(25, [f"trouble {number}"] * 25)
+    with pytest.raises(DiptychError, match=r"fails on 125 of 1000 rows, .* The first: trouble 0"):
+        count.add(25, ["trouble 4"] * 25)
+
+
+def test_failures_that_are_spread_out_stay_below_the_limit() -> None:
+    count = FailureCount(FailureLimit("embed", 0.1))
+    for number in range(10_000):
+        count.add(25, [f"trouble {number}"] * (2 + number % 2))
+    assert not count._limit.exceeded(count._failures, count._rows)
+    assert count._rows <= 1025

@@ -1,8 +1,10 @@
+import errno
 import itertools
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from models.base import Captions, Model, TextVector
 from transforms import micro_batches
 from transforms.chunk import ChunkKey
+from transforms.errors import DeviceError
 from transforms.micro_batches import Failure, ModelRunner, run_model
 
 
@@ -165,6 +168,153 @@ class TestFailures:
 
         with pytest.raises(AssertionError, match="gave 3 results for 4 inputs"):
             run_model(Loses(), list("abcd"))
+
+
+class Dies(Lengths):
+    """A model whose device dies: from then on every call fails, as after a sticky CUDA error.
+
+    Attributes:
+        after: Calls that go well.
+        error: What each later call raises.
+    """
+
+    def __init__(self, after: int, error: Exception) -> None:
+        super().__init__()
+        self.after, self.error = after, error
+
+    def predict(self, prepared: list[str]) -> list[TextVector]:
+        if len(self.predicted) >= self.after:
+            self.predicted.append(prepared)
+            raise self.error
+        return super().predict(prepared)
+
+
+SYSTEM_ERRORS = [
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("NCCL Error 2: unhandled system error"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:83] DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("std::bad_alloc"),
+    RuntimeError("can't start new thread"),
+    RuntimeError("HIP error: unspecified launch failure"),
+    RuntimeError("driver shutting down"),
+    MemoryError(),
+    np._core._exceptions._ArrayMemoryError((1 << 40,), np.dtype("u1")),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EMFILE, "Too many open files"),
+    ConnectionResetError("reset"),
+    ModuleNotFoundError("No module named 'x'"),
+    BrokenProcessPool("a worker died"),
+]
+
+
+class TestMachine:
+    @pytest.mark.parametrize("error", SYSTEM_ERRORS, ids=lambda error: f"{type(error).__name__}-{error}"[:40])
+    def test_its_errors_end_the_job_at_once_and_blame_no_row(self, error):
+        model = Dies(2, error)
+        with pytest.raises(DeviceError, match=r"^The model cannot go on: .* run the same command again"):
+            ModelRunner(model).run(list("abcdefghijkl"))
+        assert len(model.predicted) == 3
+
+    @pytest.mark.parametrize("error", SYSTEM_ERRORS[:3], ids=str)
+    def test_so_do_those_of_the_threads_that_prepare_and_finish(self, error, monkeypatch):
+        def fail(*_: object) -> None:
+            raise error
+
+        for name in ("prepare", "finish"):
+            model = Finishes()
+            model.threads = set()
+            monkeypatch.setattr(model, name, fail)
+            monkeypatch.setattr(Finishes, name, fail)
+            with pytest.raises(DeviceError, match="cannot go on"):
+                ModelRunner(model).run(list("abc"))
+            monkeypatch.undo()
+
+    def test_one_that_is_wrapped_is_seen(self):
+        class Wraps(Lengths):
+            def predict(self, prepared: list[str]) -> list[TextVector]:
+                try:
+                    raise RuntimeError("CUDA error: unknown error")
+                except RuntimeError as error:
+                    raise ValueError("cannot caption this") from error
+
+        with pytest.raises(DeviceError):
+            run_model(Wraps(), ["a"])
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ValueError("a CUDA error of yours"),
+            RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+            RuntimeError("expected scalar type Half but found Float"),
+            IndexError("index out of range in self"),
+            OSError("image file is truncated"),
+            KeyError("pixel_values"),
+        ],
+        ids=str,
+    )
+    def test_errors_of_a_row_cost_the_row(self, error):
+        class Fails(Lengths):
+            def predict(self, prepared: list[str]) -> list[TextVector]:
+                if "bad" in prepared:
+                    raise error
+                return super().predict(prepared)
+
+        assert lengths_of(run_model(Fails(), ["a", "bad", "b"])) == [1, None, 1]
+
+    def test_a_fault_that_has_no_words_shows_on_a_row_that_was_done_before(self):
+        model = Dies(3, RuntimeError("unlucky"))
+        runner = ModelRunner(model)
+        assert lengths_of(runner.run(list("abcdefgh"))) == [1] * 8
+        with pytest.raises(DeviceError, match=r"every row .*unlucky.*could do before .*unlucky"):
+            runner.run(list("abcdefgh"))
+
+    def test_numbers_that_are_not_finite_for_all_show_so_as_well(self):
+        model = Lengths()
+        runner = ModelRunner(model)
+        runner.run(["a"])
+        model.vector = lambda text: TextVector(np.array([math.nan], np.float32))  # type: ignore[method-assign]
+        with pytest.raises(DeviceError, match="not finite"):
+            runner.run(["b", "c"])
+
+    @pytest.mark.parametrize("number", [1, 2, 4])
+    def test_a_whole_micro_batch_of_bad_rows_costs_these_alone(self, number):
+        runner = ModelRunner(Lengths(), number)
+        texts = ["a"] * number + ["bad"] * number + ["b"] * number
+        assert lengths_of(runner.run(texts)) == [1] * number + [None] * number + [1] * number
+
+    def test_of_100_000_rows_after_it_none_is_rejected(self):
+        model = Dies(1000, RuntimeError("CUDA error: unspecified launch failure"))
+        runner = ModelRunner(model, 8)
+
+        def run_all() -> None:
+            for _ in range(1000):
+                assert not any(isinstance(result, Failure) for result in runner.run(["x"] * 100))
+
+        with pytest.raises(DeviceError):
+            run_all()
+
+
+class TestBegun:
+    def test_a_chunk_that_is_forgotten_leaves_nothing(self):
+        runner = ModelRunner(Lengths())
+        runner.begin(ChunkKey("a", 0), ["a"])
+        runner.forget(ChunkKey("a", 0))
+        runner.forget(ChunkKey("a", 1))
+        assert runner._begun == {}
+        assert lengths_of(runner.run(lambda: ["bb"], ChunkKey("a", 0))) == [2]
+
+    def test_of_bundles_that_failed_only_so_many_are_kept(self):
+        runner = ModelRunner(Lengths())
+        for index in range(500):
+            runner.begin(ChunkKey("a", index), ["a"])
+        assert len(runner._begun) == micro_batches._MOST_BEGUN
+        assert lengths_of(runner.run(lambda: ["bb"], ChunkKey("a", 0))) == [2]
+        assert lengths_of(runner.run(lambda: [], ChunkKey("a", 499))) == [1]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

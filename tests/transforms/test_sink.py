@@ -256,6 +256,12 @@ class TestReadCommit:
         with pytest.raises(OutputError, match=r"says that it is images/shard-00000.parquet"):
             read_commit(sink, ChunkKey("shard", 1), "")
 
+    def test_a_file_that_was_read_from_another_input_is_named_with_both(self, tmp_path):
+        sink = sink_of(tmp_path)
+        commit_chunk(sink, dataclasses.replace(chunk_of(), input="A.tar"))
+        with pytest.raises(OutputError, match=r"was read from 'A\.tar', and this chunk is from 'a\.tar'"):
+            read_commit(sink, ChunkKey("shard", 0), "a.tar")
+
     def test_a_file_of_another_data_set_is_named(self, tmp_path):
         sink = sink_of(tmp_path)
         commit_chunk(sink, chunk_of())

@@ -1,5 +1,6 @@
 """Input of every format to shards: finds out what an input is and opens the source that reads it."""
 
+import collections
 import dataclasses
 import os
 import re
@@ -8,6 +9,7 @@ from typing import Any
 
 import fsspec
 
+from models.location import redacted
 from transforms.errors import InputError, OptionError
 from transforms.output_layout import JOB
 from transforms.sources.annotations import AnnotationSource
@@ -15,6 +17,7 @@ from transforms.sources.base import ColumnNames, Source
 from transforms.sources.coco import CocoSource
 from transforms.sources.files import FilesSource
 from transforms.sources.flickr30k import Flickr30kSource
+from transforms.sources.json_stream import read_head
 from transforms.sources.karpathy import KarpathySource
 from transforms.sources.parquet import ParquetSource
 from transforms.sources.prompts import PromptsSource
@@ -70,8 +73,13 @@ def open_source(
             f"{inputs[0]} holds prompts, which have no images. Prompts go with `diptych embed` and `diptych generate`."
         )
     files = sorted({file for _, urls, _ in found for file in urls})
+    names = collections.Counter(map(redacted, files))
+    if twice := sorted(name for name, count in names.items() if count > 1):
+        raise OptionError(
+            f"{twice[0]} is given {names[twice[0]]} times, under several signatures or users. Give each input once."
+        )
     root = found[0][2] if len(found) == 1 else _common_folder(files)
-    return _open(formats[0], tuple(files), root, options)
+    return _open(formats[0], tuple(files), root, options, texts_only)
 
 
 def output_of(url: str) -> str | None:
@@ -87,7 +95,7 @@ def output_of(url: str) -> str | None:
     return found and fs.unstrip_protocol(found)
 
 
-def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions) -> Source:
+def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions, texts_only: bool) -> Source:
     if options.split and format != "karpathy":
         raise OptionError(
             f"--split {options.split} goes with a Karpathy file; the input is of format {format}."
@@ -110,7 +118,7 @@ def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions)
     if "metadata_columns" in kind.column_flags:
         values["metadata_columns"] = options.metadata_columns
     if issubclass(kind, AnnotationSource):
-        values["images"] = options.images
+        values |= {"images": options.images, "texts_only": texts_only}
     if issubclass(kind, KarpathySource):
         values["split"] = options.split
     return kind(urls, root, **values)
@@ -127,7 +135,7 @@ _SOURCES: dict[str, Any] = {
     "prompts": PromptsSource,
 }
 _KINDS = {
-    "webdataset": re.compile(r"\.(tar|tar\.gz|tgz)$", re.I),
+    "webdataset": re.compile(r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst)$", re.I),
     "tfrecord": re.compile(r"\.(tfrecords?|tfrec)(\.gz)?$|\.tfrecord-\d+-of-\d+$", re.I),
     "parquet": re.compile(r"\.parquet$", re.I),
     "flickr30k": re.compile(
@@ -136,8 +144,8 @@ _KINDS = {
     "prompts": re.compile(r"\.(jsonl|ndjson|tsv)(\.gz)?$", re.I),
     "files": re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.I),
 }
-_COCO_NAME = re.compile(r"^captions_.*\.json$", re.I)
-_KARPATHY_NAME = re.compile(r"^dataset_.*\.json$", re.I)
+_COCO_NAME = re.compile(r"^captions_.*\.json(\.gz)?$", re.I)
+_KARPATHY_NAME = re.compile(r"^dataset_.*\.json(\.gz)?$", re.I)
 _ANNOTATIONS = ("coco", "karpathy", "flickr30k")
 # A folder with several of these is read by the first: img2dataset puts a Parquet of metadata beside each tar
 _RECORDS = ("webdataset", "tfrecord", "parquet", "files")
@@ -147,7 +155,7 @@ def _find(url: str, format: str) -> tuple[str, list[str], str]:
     """Returns the format, the files and the root of one input."""
     fs, path = locate(url)
     with input_errors(url):
-        if fsspec.core.has_magic(path) and not exists(fs, path):
+        if fsspec.core.has_magic(_without_query(path)) and not exists(fs, path):
             files = [name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"]
             prefix = re.split(r"[*?\[]", path, maxsplit=1)[0]
             root = os.path.dirname(prefix)
@@ -155,7 +163,7 @@ def _find(url: str, format: str) -> tuple[str, list[str], str]:
             return _find_in_folder(fs, path, format)
         else:
             fs.info(path)
-            files, root = [path], os.path.dirname(path)
+            files, root = [path], os.path.dirname(_without_query(path))
     if not files:
         raise InputError(
             f"{url} matches no file. Expected a path, a URL, a glob or a folder with data: check it."
@@ -173,11 +181,11 @@ def _find(url: str, format: str) -> tuple[str, list[str], str]:
 
 def _kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
     """Returns the format of a file, from its name and, of JSON, its first bytes."""
-    name = os.path.basename(path)
-    if name.lower().endswith(".json"):
+    name = os.path.basename(_without_query(path))
+    if name.lower().endswith((".json", ".json.gz")):
         with fs.open(path, "rb") as file:
-            head = file.read(1 << 16)
-        return "karpathy" if b'"sentences"' in head or b'"sentids"' in head else "coco"
+            head = read_head(file)
+        return "karpathy" if '"sentences"' in head or '"sentids"' in head else "coco"
     if name.lower().endswith((".csv", ".txt")):
         with fs.open(path, "rb") as file:
             return "flickr30k" if _names_images(file.read(1 << 12)) else "prompts"
@@ -260,7 +268,19 @@ def _sort_by_kind(files: Sequence[str]) -> dict[str, list[str]]:
     return by_kind
 
 
+def _without_query(path: str) -> str:
+    """Returns the path of a file without the query that its URL may end in, where paths are URLs.
+
+    A question mark that no `NAME=` follows is one of a pattern.
+    """
+    return _QUERY.split(path, maxsplit=1)[0] if path.startswith(("http://", "https://")) else path
+
+
+_QUERY = re.compile(r"\?(?=[\w.~%+-]+=)|#")
+
+
 def _common_folder(files: Sequence[str]) -> str:
+    files = [_without_query(file) for file in files]
     protocol, separator, _ = files[0].rpartition("://")
     shared = os.path.commonpath([os.path.dirname(file.rpartition("://")[2]) for file in files])
     return f"{protocol}{separator}{shared}"

@@ -14,8 +14,10 @@ from typing import ClassVar, NamedTuple
 
 from transforms.errors import InputError
 
+# The largest file that is read as an image, and as a text that goes with one. A larger one costs its row, not the
+# memory of the job: a text may take twenty times its size while its JSON is parsed.
 MAX_IMAGE_BYTES = 256 << 20
-"""Most bytes of an encoded image, unless --max_image_bytes says otherwise: what is larger need not be read."""
+MAX_TEXT_BYTES = 4 << 20
 
 
 class Row(NamedTuple):
@@ -203,7 +205,7 @@ def shard_names(paths: Iterable[str]) -> list[str]:
     """
     paths = list(paths)
     plain = [_DATA_EXTENSION.sub("", path).replace("/", "__") for path in paths]
-    safe = [re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_MAX_NAME_CHARS].lstrip("._") or "_" for name in plain]
+    safe = [re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_MAX_NAME_CHARS].lstrip("._") or "shard" for name in plain]
     uses = collections.Counter(name.lower() for name in safe)
     names = []
     for path, before, name in zip(paths, plain, safe, strict=True):
@@ -213,17 +215,18 @@ def shard_names(paths: Iterable[str]) -> list[str]:
         names.append(name)
     path_of: dict[str, str] = {}
     for path, name in zip(paths, names, strict=True):
-        if (other := path_of.setdefault(name.lower(), path)) is not path:
+        if name.lower() in path_of:
             raise InputError(
-                f"The inputs {other!r} and {path!r} would both be written as {name}-00000.parquet, and the rows of one "
-                "would be lost. Give each input once; rename one of them if they are two files."
+                f"The inputs {path_of[name.lower()]!r} and {path!r} would both be written as {name}-00000.parquet, and "
+                "the rows of one would be lost. Give each input once; rename one of them if they are two files."
             )
+        path_of[name.lower()] = path
     return names
 
 
 # With the digest, the number of a plan's part and that of a chunk, a name stays below the 255 bytes of most disks
 _MAX_NAME_CHARS, _DIGEST_CHARS = 120, 32
 _DATA_EXTENSION = re.compile(
-    r"\.(tar\.gz|tgz|tar|parquet|tfrecords?(\.gz)?|tfrec|json|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
+    r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst|parquet|tfrecords?(\.gz)?|tfrec|json(\.gz)?|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
     re.I,
 )

@@ -17,9 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from transforms import storage
 from transforms.errors import OutputError
+from transforms.sources import matching
 from transforms.sources.folder import Member
-from transforms.sources.parts import Bad, Caption, Image, is_image, stem
+from transforms.sources.parts import Bad, Caption, Image, Ref, is_image, stem
 from transforms.sources.planned import Entry, PlanFacts, write_plan
+from transforms.sources.spelling import backwards
 
 
 class Draft:
@@ -34,10 +36,11 @@ class Draft:
         self._database = database
         self._folder = folder
         self._num_parts = 0
+        self._num_files = 0
         database.create_function("stem", 1, stem, deterministic=True)
         database.create_function("root", 1, lambda path: posixpath.splitext(path)[0], deterministic=True)
-        database.create_function("basename", 1, posixpath.basename, deterministic=True)
         database.create_function("is_image", 1, is_image, deterministic=True)
+        matching.add_functions(database)
         database.executescript(_TABLES)
         database.execute("BEGIN")  # one transaction, never committed: the database dies with the run
 
@@ -47,17 +50,17 @@ class Draft:
         for position, part in enumerate(parts, self._num_parts):
             self._num_parts = position + 1
             if isinstance(part, Caption):
-                execute(
-                    "INSERT INTO captions VALUES (?, ?, ?, ?)", (position, part.ref, part.ordinal, part.text)
-                )
+                ref = part.ref if isinstance(part.ref, str) else matching.stored_ref(part.ref)
+                execute("INSERT INTO captions VALUES (?, ?, ?, ?)", (position, ref, part.ordinal, part.text))
                 self.counters["repaired_captions"] += part.repaired
+                self.counters["captions_not_utf8"] += "\ufffd" in part.text
             elif isinstance(part, Image):
                 path = posixpath.normpath(part.path)
                 values = (
                     position,
                     part.row,
-                    part.ref,
-                    stem(path),
+                    part.ref if isinstance(part.ref, str) else matching.stored_ref(part.ref),
+                    stem(path) if part.key is None else part.key,
                     path,
                     json.dumps(part.metadata),
                     part.wanted,
@@ -75,8 +78,9 @@ class Draft:
             except UnicodeEncodeError:
                 nameless.append(os.fsencode(member.path).decode("utf-8", "backslashreplace"))
                 continue
-            values = (member.path, posixpath.basename(member.path), *member[1:])
-            self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", values)
+            self._num_files += 1
+            values = (member.path, backwards(member.path), *member[1:])
+            self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", values)
         return nameless
 
     def list_captioned(self) -> None:
@@ -93,18 +97,27 @@ class Draft:
         """
         self._database.execute(_LIST_FILES, (self._num_parts,))
 
+    def assume_files(self) -> None:
+        """Takes each image for there, for a job that needs none."""
+        self._database.execute("UPDATE records SET file = respell(path) WHERE path IS NOT NULL")
+
     def settle(self) -> None:
         """Decides which rows are lost: the later of two with one id or key, and what has no image or entry.
+
+        Captions whose ids differ from the images' in type alone are theirs, and entries of one file are one row.
 
         Messages say nothing of where the data set is, so that rejects are the same wherever it is.
         """
         for index in _INDEXES:
             self._database.execute(index)
-        self._database.execute(_LOSE_UNKNOWN)
-        self._database.execute(_LOSE_SAME_REF)
-        self._database.execute(_FIND_FILES)
+        self.counters["ids_of_other_type"] += matching.match_refs(self._database)
+        self.counters["entries_joined"] += matching.join_same_ref(self._database)
+        self.counters["similar_file_names"] += matching.find_files(self._database)
+        self.counters["entries_joined"] += matching.join_same_file(self._database)
         self._database.execute(_LOSE_MISSING)
         self._database.execute(_LOSE_SAME_KEY)
+        # An archive may have a path twice; the last is the one that unpacking it would leave.
+        self.counters["repeated_files"] = self._num_files - self._count("files")
         self.counters["unlisted_images"] = self._count(
             "files WHERE is_image(path) AND path NOT IN (SELECT file FROM records WHERE file IS NOT NULL)"
         )
@@ -116,13 +129,19 @@ class Draft:
             self._count("records WHERE wanted AND file IS NOT NULL"),
         )
 
+    def refs(self) -> Iterator[tuple[str, Ref]]:
+        """Yields the key of each row that has one and is not lost, with what the annotation calls it."""
+        query = "SELECT key, ref FROM records WHERE wanted AND reason IS NULL ORDER BY position"
+        for key, ref in self._database.execute(query):
+            yield key, matching.original_ref(ref)
+
     def files(self) -> Iterator[tuple[str, int]]:
         """Yields the path and size in bytes of each file, in the order of the bytes of their paths."""
         yield from self._database.execute("SELECT path, size_bytes FROM files ORDER BY path")
 
     def entries(self) -> Iterator[Entry]:
         """Yields the rows of the plan in order."""
-        columns = "row, ref, key, reason, message, metadata, file, size_bytes, offset, packed_bytes"
+        columns = "row, ref, key, reason, message, metadata, file, size_bytes, offset, packed_bytes, crc32"
         rows = self._database.execute(f"SELECT {columns} {_WANTED} ORDER BY {_ORDER}")
         query = "SELECT text FROM captions WHERE ref = ? ORDER BY ordinal, position"
         for ordinal, (row, ref, key, reason, message, metadata, *member) in enumerate(rows):
@@ -215,7 +234,7 @@ CREATE TABLE records (
 );
 CREATE TABLE captions (position INTEGER PRIMARY KEY, ref, ordinal INTEGER, text TEXT);
 CREATE TABLE files (
-    path TEXT PRIMARY KEY, name TEXT, size_bytes INTEGER, offset INTEGER, packed_bytes INTEGER
+    path TEXT PRIMARY KEY, backwards TEXT, size_bytes INTEGER, offset INTEGER, packed_bytes INTEGER, crc32 INTEGER
 ) WITHOUT ROWID;
 """
 
@@ -223,7 +242,7 @@ _INDEXES = (
     "CREATE INDEX records_ref ON records (ref)",
     "CREATE INDEX records_key ON records (key)",
     "CREATE INDEX captions_ref ON captions (ref, ordinal)",
-    "CREATE INDEX files_name ON files (name)",
+    "CREATE INDEX files_backwards ON files (backwards)",
 )
 
 _ADD_IMAGE = (
@@ -236,33 +255,6 @@ _ORDER = "row IS NULL, row, position"
 _WANTED = "FROM records LEFT JOIN files ON files.path = records.file WHERE wanted"
 
 _NUM_CAPTIONS = "(SELECT count(*) FROM captions WHERE captions.ref = records.ref)"
-
-_LOSE_UNKNOWN = """
-INSERT INTO records (position, key, reason, message)
-SELECT min(position), '', 'unknown_image',
-    printf('%d captions refer to an image %s that the annotation does not list', count(*), ref)
-FROM captions WHERE NOT EXISTS (SELECT 1 FROM records WHERE records.ref = captions.ref) GROUP BY ref
-"""
-
-_LOSE_SAME_REF = """
-UPDATE records SET reason = 'duplicate_key',
-    message = printf('image id %s is listed before; this is %s', ref, path)
-WHERE reason IS NULL AND EXISTS (
-    SELECT 1 FROM records AS other WHERE other.ref = records.ref AND other.position < records.position
-)
-"""
-
-# The path itself, or the only file where one path is the end of the other: `val2017/1.jpg` in an archive for
-# `1.jpg`, or `1.jpg` in a folder for `val2014/1.jpg`. Never another folder's file of the same name.
-_FIND_FILES = """
-UPDATE records SET file = coalesce(
-    (SELECT path FROM files WHERE path = records.path),
-    (SELECT min(path) FROM files WHERE name = basename(records.path) AND (
-        substr('/' || path, -length('/' || records.path)) = '/' || records.path
-        OR substr('/' || records.path, -length('/' || path)) = '/' || path
-    ) HAVING count(*) = 1)
-) WHERE reason IS NULL
-"""
 
 _LOSE_MISSING = f"""
 UPDATE records SET reason = 'missing_image',

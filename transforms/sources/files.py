@@ -9,12 +9,12 @@ from fsspec.core import has_magic
 from transforms import storage
 from transforms.errors import InputError
 from transforms.sources import folder
-from transforms.sources.annotations import relative_name
 from transforms.sources.base import InputFile, Shard, Source, shard_names
 from transforms.sources.draft import Draft, open_draft
 from transforms.sources.folder import Member
 from transforms.sources.parts import IMAGE_EXTENSIONS, Bad, is_image
 from transforms.sources.planned import plan_shards, read_facts
+from transforms.storage import relative_name
 
 
 @dataclasses.dataclass(frozen=True)

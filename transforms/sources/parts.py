@@ -19,6 +19,7 @@ class Image(NamedTuple):
         path: Its file, below the image folder.
         metadata: Values of the metadata columns.
         wanted: False for an image that is known but not asked for (another split).
+        key: Its key; None for one made of its path.
     """
 
     row: int
@@ -26,6 +27,7 @@ class Image(NamedTuple):
     path: str
     metadata: Sequence[str | None] = ()
     wanted: bool = True
+    key: str | None = None
 
 
 class Caption(NamedTuple):
@@ -61,8 +63,8 @@ class Bad(NamedTuple):
 
 
 def stem(path: str) -> str:
-    """Returns a file's name without folders and extension: the key of its image."""
-    return posixpath.splitext(posixpath.basename(path))[0]
+    """Returns a file's name without folders (Windows' too) and extension: the key of its image."""
+    return posixpath.splitext(posixpath.basename(path.replace("\\", "/")))[0]
 
 
 def is_image(path: str) -> bool:

@@ -88,21 +88,23 @@ class PlannedShard(Shard):
         """Yields the planned rows; the images of the first `skip` are left empty, not fetched.
 
         Raises:
-            InputError: The plan, or an image that was there when it was made, is gone or may not be read.
+            InputError: The plan is gone, or all of the images that were there when it was made.
         """
         entries = self._entries()
         wanted = [entry.image for entry in entries[skip:] if entry.image is not None]
-        images = folder.fetch(self.images, wanted)
+        others = [entry.image for entry in entries[:skip] if entry.image is not None]
+        images = folder.fetch(self.images, wanted, others)
         for ordinal, entry in enumerate(entries):
             if entry.image is None:
                 yield Lost(entry.key, entry.row, entry.reason or "bad_annotation", entry.message)
                 continue
             path = entry.image.path
             data = next(images) if ordinal >= skip else b""
-            if data is None:
-                yield Lost(
-                    entry.key, entry.row, "record_corrupt", f"{path} cannot be unpacked from its archive"
-                )
+            if isinstance(data, folder.Absent):
+                yield Lost(entry.key, entry.row, "missing_image", f"{path} {data.message}")
+                continue
+            if isinstance(data, folder.Unreadable):
+                yield Lost(entry.key, entry.row, "record_corrupt", f"{path}: {data.message}")
                 continue
             name = path.rpartition("/")[2]
             metadata = dict(zip(self.metadata_columns, entry.metadata or (), strict=True))
@@ -125,13 +127,13 @@ class PlannedShard(Shard):
             Entry(
                 row,
                 key,
-                None if reason is not None else folder.Member(path, size_bytes, offset, packed_bytes),
+                None if reason is not None else folder.Member(path, size_bytes, offset, packed_bytes, crc32),
                 captions,
                 reason,
                 message,
                 next(metadata, ()),
             )
-            for row, key, captions, reason, message, path, size_bytes, offset, packed_bytes in zip(
+            for row, key, captions, reason, message, path, size_bytes, offset, packed_bytes, crc32 in zip(
                 *columns, strict=True
             )
         ]
@@ -173,6 +175,8 @@ def read_facts(url: str) -> PlanFacts | None:
             return None
         try:
             with fs.open(path, "rb") as file, pa.ipc.open_file(file) as plan:
+                if not set(_COLUMNS.names) <= set(plan.schema.names):
+                    return None
                 return PlanFacts(**json.loads(plan.schema.metadata[_FACTS]))
         except (pa.ArrowInvalid, KeyError, TypeError, ValueError):
             return None
@@ -200,8 +204,10 @@ def plan_shards(
 def plan_counters(shards: Iterable[Shard]) -> dict[str, int]:
     """Returns what planning counted, added up over the plans that the shards belong to.
 
-    `unlisted_images` are files that the annotation does not name, `repaired_captions` are captions whose line
-    was damaged in a known way. Shards without a plan add nothing.
+    `unlisted_images` are files that the annotation does not name; `repaired_captions` captions whose line was damaged
+    in a known way; `captions_not_utf8` those with bytes that no character can be made of; `ids_of_other_type` captions
+    whose id is the image's but for its type; `similar_file_names` images whose file's name is spelled in another way;
+    `entries_joined` entries of a file that has another entry. Shards without a plan add nothing.
     """
     totals: dict[str, int] = {}
     for url in {shard.plan: None for shard in shards if isinstance(shard, PlannedShard)}:
@@ -222,6 +228,7 @@ _COLUMNS = pa.schema(
         pa.field("size_bytes", pa.int64()),
         pa.field("offset", pa.int64()),
         pa.field("packed_bytes", pa.int64()),
+        pa.field("crc32", pa.int64()),
     ]
 )
 
@@ -230,7 +237,7 @@ def _batch(entries: Sequence[Entry], schema: pa.Schema) -> pa.RecordBatch:
     num_metadata = len(schema) - len(_COLUMNS)
     rows = [
         (entry.row, entry.key, entry.captions, entry.reason, entry.message)
-        + (entry.image or (None, None, None, None))
+        + (entry.image or (None,) * len(folder.Member._fields))
         + tuple(entry.metadata or [None] * num_metadata)
         for entry in entries
     ]

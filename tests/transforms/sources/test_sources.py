@@ -15,7 +15,7 @@ import webdataset
 from pipelines.scene_folders import write_data_set
 from transforms.errors import InputError, OptionError
 from transforms.sources import SourceOptions, open_source, output_of
-from transforms.sources.base import Row
+from transforms.sources.base import Row, shard_names
 from transforms.sources.coco import CocoSource
 from transforms.sources.files import FilesSource
 from transforms.sources.flickr30k import Flickr30kSource
@@ -227,3 +227,9 @@ def test_text_is_prompts_unless_it_names_images(tmp_path, name, text, kind):
     (tmp_path / name).write_text(text)
     inputs = [str(tmp_path / name)]
     assert open_source(inputs, "auto", SourceOptions(), texts_only=True).format == kind
+
+
+@pytest.mark.parametrize("path", ["甲.tar", "数据/乙.tar", "_.tar", "...tar", "é.parquet"])
+def test_no_shard_has_a_name_that_hides_its_files(path):
+    [name] = shard_names([path])
+    assert name[0] not in "._"
