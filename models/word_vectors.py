@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -55,7 +55,7 @@ def read_word_vectors(path: Path) -> WordVectors:
         raise
     except (MemoryError, EOFError, ValueError, OSError, zlib.error) as error:
         raise ModelError(
-            f"{path} cannot be read: {_one_line(error)}. Expected {_FORMATS}: fetch it again."
+            f"{path} cannot be read: {one_line(error)}. Expected {_FORMATS}: fetch it again."
         ) from error
     return _checked(path, found)
 
@@ -133,7 +133,7 @@ def _read_gensim(path: Path) -> WordVectors:
                 "binary=True)."
             ) from error
         except Exception as error:  # a damaged pickle may raise anything that its containers can
-            raise ModelError(f"{path} is damaged: {_one_line(error)}. Expected {_FORMATS}.") from error
+            raise ModelError(f"{path} is damaged: {one_line(error)}. Expected {_FORMATS}.") from error
     prefix = str(path)
     fields = _fields(state)
     if "wv" in fields:
@@ -168,10 +168,6 @@ def _read_numpy(path: str, packed: bool) -> Any:
 
 def _fields(state: Any) -> dict[Any, Any]:
     return state.fields if isinstance(state, _Object) else {}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class _Object(dict):  # type: ignore[type-arg]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
+from models.errors import one_line
 from models.location import redacted
 from models.scores import score_captions
 from models.tokens import tokenize
@@ -167,7 +168,7 @@ def read_candidates(root: str) -> Iterator[Candidate]:
         try:
             yield from _read_file(url)
         except DAMAGE as error:
-            what = " ".join(str(error).split())[:300]
+            what = one_line(error)
             raise OutputError(f"{url} cannot be read: {what}. Delete it, and run the job again.") from error
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from models.base import CaptionOptions, TextOptions, TextVector
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 from models.image_scores import Distances, Features, pairwise_distances
 from models.location import redacted
 from models.matching import cosines
@@ -294,7 +294,7 @@ def _decode(images: Sequence[bytes], size_px: int) -> np.ndarray[Any, Any]:
         return np.stack([decode_pixels(data, size_px) for data in images])
     except (ValueError, OSError) as error:
         raise InputError(
-            f"an image cannot be decoded ({error}). `diptych verify` names the file at fault."
+            f"an image cannot be decoded ({one_line(error)}). `diptych verify` names the file at fault."
         ) from error
 
 
@@ -325,7 +325,7 @@ def _read_made(root: str, dataset: str) -> Iterator[_Made]:
                                 (row["key"], row["prompt_index"]), row["prompt"], row["image"]["bytes"]
                             )
         except DAMAGE as error:
-            what = " ".join(str(error).split())[:300]
+            what = one_line(error)
             raise OutputError(f"{url} cannot be read: {what}. Delete it, and run the job again.") from error
 
 

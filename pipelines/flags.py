@@ -91,6 +91,13 @@ def _add_image_flags(image: argparse._ArgumentGroup) -> None:
         help="reject longer images (default 10)",
     )
     image.add_argument(
+        "--max_image_bytes",
+        type=int,
+        default=limits.max_image_bytes,
+        metavar="N",
+        help="reject images of more encoded bytes (default 256 MiB)",
+    )
+    image.add_argument(
         "--keep_rejected_bytes", action="store_true", help="keep the original bytes of rejects"
     )
 
@@ -151,7 +158,7 @@ def prepare_options(args: argparse.Namespace, beam_args: Sequence[str]) -> Prepa
             pixels=args.pixels,
             mean=args.pixel_mean,
             std=args.pixel_std,
-            limits=Limits(args.max_pixels, args.min_side_px, args.max_aspect_ratio),
+            limits=Limits(args.max_pixels, args.min_side_px, args.max_aspect_ratio, args.max_image_bytes),
             keep_bytes=keep_bytes,
         ),
     )

@@ -104,6 +104,12 @@ class PrepareOptions(JobOptions):
         check(1 <= resize.quality <= 100, "--quality", resize.quality, "between 1 and 100")
         check(resize.limits.max_pixels >= 1, "--max_pixels", resize.limits.max_pixels, "at least 1")
         check(resize.limits.min_side_px >= 1, "--min_side_px", resize.limits.min_side_px, "at least 1")
+        check(
+            resize.limits.max_image_bytes >= 1,
+            "--max_image_bytes",
+            resize.limits.max_image_bytes,
+            "at least 1",
+        )
         ratio = resize.limits.max_aspect_ratio
         check(ratio >= 1, "--max_aspect_ratio", ratio, "at least 1")
         check(all(map(math.isfinite, resize.mean)), "--pixel_mean", resize.mean, "finite")

@@ -14,6 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from tqdm import tqdm
 
+from models.errors import one_line
 from models.location import redacted
 from pipelines.dataflow import dataflow_flags, ended_on_dataflow
 from pipelines.flink import cancel_on_flink, check_flink, failures_told, flink_flags, size_for_flink
@@ -60,7 +61,7 @@ def new_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:
     try:
         pipeline = beam.Pipeline(options=PipelineOptions([*args, *flink_flags(args), *dataflow_flags(args)]))
     except ValueError as error:
-        raise errors.OptionError(f"Apache Beam refuses its flags: {' '.join(str(error).split())}") from error
+        raise errors.OptionError(f"Apache Beam refuses its flags: {one_line(error, 1000)}") from error
     check_flink(pipeline)
     os.rmdir(
         pipeline.local_tempdir
@@ -126,7 +127,7 @@ def _runner_error(pipeline: beam.Pipeline, error: Exception) -> errors.DiptychEr
     """Returns what a runner outside this process says about itself; None of an error in the job's own code."""
     if isinstance(pipeline.runner, FnApiRunner) or "Traceback" in str(error):
         return None
-    what = " ".join(str(error).split())[:500] or type(error).__name__
+    what = one_line(error, 500)
     return errors.DiptychError(
         f"{type(pipeline.runner).__name__} failed: {what}. Check its flags, and that it is there and has room; what "
         "was committed stays, and the same command goes on from there."

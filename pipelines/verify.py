@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.errors import one_line
 from transforms.chunk import ChunkKey, add_counts
 from transforms.errors import DiptychError, InputError
 from transforms.fingerprint import digest
@@ -121,7 +122,7 @@ def _check_dataset(root: str, dataset: str, fingerprint: str, findings: Findings
 def _unreadable(url: str, error: Exception) -> str:
     if isinstance(error, InputError):
         return str(error)
-    return f"{url} cannot be read: {' '.join(str(error).split())[:300]}"
+    return f"{url} cannot be read: {one_line(error)}"
 
 
 def _file_problem(name: str, commit: Commit, num_rows: int, fingerprint: str) -> str | None:

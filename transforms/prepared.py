@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.errors import one_line
 from transforms.errors import InputError, OutputError
 from transforms.fingerprint import digest
 from transforms.output_layout import (
@@ -158,7 +159,7 @@ def _root(url: str) -> str | None:
 
 
 def _damaged(url: str, error: Exception) -> InputError:
-    what = " ".join(str(error).split())[:300]
+    what = one_line(error)
     return InputError(
         f"{url} is damaged ({what}). `diptych verify` names every such file of an output: delete it, and run the "
         "command that writes it again."

@@ -15,6 +15,7 @@ from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
+from models.errors import one_line
 from models.location import redacted
 from models.remote import open_store
 from transforms.errors import InputError, MissingInputError, OutputError
@@ -164,7 +165,7 @@ def _is_answer(error: Exception) -> bool:
 
 def _what(error: Exception) -> str:
     said = error.strerror if isinstance(error, OSError) else None
-    return said or " ".join(str(error).split())[:300] or type(error).__name__
+    return said or one_line(error)
 
 
 def delete(root: str, names: Iterable[str]) -> None:

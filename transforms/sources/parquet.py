@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from models.errors import one_line
 from transforms import storage
 from transforms.errors import InputError
 from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
@@ -255,7 +256,9 @@ def _read_footer(file: pa.NativeFile) -> pq.ParquetFile:
             raise ShardDamage("shard_corrupt", f"not Parquet: it begins with {head!r}") from error
         if size < _SHORTEST_BYTES or file.read() != _MAGIC:
             raise ShardDamage("shard_truncated", f"it ends at byte {size} without a footer") from error
-        raise ShardDamage("shard_corrupt", f"its footer, before byte {size}, is damaged: {error}") from error
+        raise ShardDamage(
+            "shard_corrupt", f"its footer, before byte {size}, is damaged: {one_line(error)}"
+        ) from error
 
 
 def _batch_rows(group: pq.RowGroupMetaData, columns: Columns) -> int:
