@@ -52,6 +52,7 @@ setup(
     install_requires=[
         "aac-metrics>=0.5.4,<0.5.5",  # the next versions need an audio model, or cannot be installed
         "apache-beam>=2.77,<3",
+        "braceexpand>=0.1.7",
         "charset-normalizer>=3.3",
         "fsspec>=2025.3",
         "gcsfs>=2025.3",

@@ -28,7 +28,7 @@ def absolute(location: str) -> str:
     Returns:
         The absolute path; a URL of anything but a local file as it is.
     """
-    head, chain, place = location.rpartition("::")
+    head, chain, place = location.rpartition("::") if "://" in location else ("", "", location)
     if split_protocol(place)[0] not in (None, "file", "local") or not place.strip():
         return location
     path = str(LocalFileSystem._strip_protocol(place))
@@ -44,7 +44,7 @@ def absolute_if_there(location: str) -> str:
 
 def is_local(location: str) -> bool:
     """Tells whether a path or URL is of this machine alone: on its disks, or in its memory."""
-    return split_protocol(location.rpartition("::")[2])[0] in _LOCAL
+    return "://" not in location or split_protocol(location.rpartition("::")[2])[0] in _LOCAL
 
 
 def redacted(text: str) -> str:

@@ -9,12 +9,14 @@ import abc
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import posixpath
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, ClassVar, TypeGuard
 
+import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from transforms import storage
@@ -28,6 +30,8 @@ from transforms.sources.planned import PlanFacts, plan_shards, read_facts
 from transforms.storage import relative_name as relative_name
 
 _READ_BYTES = 1 << 18
+# Of an annotation, so many of its first parts are looked at for the name of an image
+_PARTS_TO_TELL = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +114,8 @@ class AnnotationSource(Source):
         if self.images:
             if folder.is_archive(self.images) and storage.is_file(fs, path):
                 return self.images
-            tried = [*(posixpath.join(path, posixpath.basename(f)) for f in self.folders(name)), path]
+            below = [posixpath.join(path, posixpath.basename(folder)) for folder in self.folders(name)]
+            tried = [path, *below] if self._is_below(fs, path, annotation) else [*below, path]
         else:
             tried = [
                 posixpath.normpath(posixpath.join(parent, candidate)) for candidate in self.folders(name)
@@ -129,6 +134,21 @@ class AnnotationSource(Source):
             f"The images of {annotation} cannot be found: there is no folder {', '.join(tried)}. "
             "Name the folder (or a .tar or .zip) with --images."
         )
+
+    def _is_below(self, fs: fsspec.AbstractFileSystem, path: str, annotation: str) -> bool:
+        """Tells whether the first image that an annotation names is in a folder under the very name."""
+        with storage.input_errors(annotation):
+            annotation_fs, annotation_path = storage.locate(annotation)
+            with annotation_fs.open(annotation_path, "rb") as file:
+                parts = itertools.islice(self.parts(annotation, file), _PARTS_TO_TELL)
+                names = (
+                    part.path if isinstance(part, Image) else part.ref
+                    for part in parts
+                    if isinstance(part, Image) or (isinstance(part, Caption) and self.captions_name_images)
+                )
+                name = next(names, None)
+        with storage.input_errors(path):
+            return name is not None and storage.is_file(fs, posixpath.join(path, str(name)))
 
     @contextlib.contextmanager
     def open_draft(self, url: str, images: str | None) -> Iterator[Draft]:

@@ -69,6 +69,7 @@ class Draft:
                     path,
                     json.dumps(part.metadata),
                     part.wanted,
+                    part.key is not None,
                 )
                 execute(_ADD_IMAGE, values)
             else:
@@ -91,8 +92,8 @@ class Draft:
     def list_captioned(self) -> None:
         """Lists the images that the captions name, for an annotation that has only captions."""
         self._database.execute(
-            "INSERT INTO records (position, ref, key, path, metadata) "
-            "SELECT min(position), captions.ref, coalesce(fields.key, stem(captions.ref)), captions.ref, metadata "
+            "INSERT INTO records (position, ref, key, path, metadata, has_own_key) SELECT min(position), captions.ref, "
+            "coalesce(fields.key, stem(captions.ref)), captions.ref, metadata, fields.key IS NOT NULL "
             "FROM captions LEFT JOIN fields ON fields.ref = captions.ref GROUP BY captions.ref"
         )
 
@@ -101,7 +102,26 @@ class Draft:
 
         The key is the path without its extension, or the whole path where that is another file's too.
         """
+        self._database.execute("CREATE INDEX captions_ref ON captions (ref, ordinal)")
+        self._database.execute("CREATE INDEX texts_root ON texts (root)")
         self._database.execute(_LIST_FILES, (self._num_parts,))
+        self._database.execute(_LOSE_UNLISTED, (self._num_parts + self._num_files,))
+        self._database.execute("CREATE INDEX files_root ON files (root(path))")
+        used = "EXISTS (SELECT 1 FROM files WHERE root(files.path) = texts.root)"
+        self.counters["passed_over_files"] += self._count(f"texts WHERE NOT {used}")
+        captioned = "EXISTS (SELECT 1 FROM fields WHERE ref = path)"
+        if self._count("fields"):
+            self.counters["images_without_metadata"] += self._count(f"files WHERE NOT {captioned}")
+
+    def add_texts(self, members: Iterable[Member]) -> None:
+        """Adds files of text that may belong to an image of the same name."""
+        values = ((member.path, posixpath.splitext(member.path)[0], member.size_bytes) for member in members)
+        self._database.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", values)
+
+    def texts(self) -> Iterator[tuple[str, int]]:
+        """Yields path and size in bytes of each file of text that belongs to an image, in order."""
+        used = "EXISTS (SELECT 1 FROM files WHERE root(files.path) = texts.root)"
+        yield from self._database.execute(f"SELECT path, size_bytes FROM texts WHERE {used} ORDER BY path")
 
     def assume_files(self) -> None:
         """Takes each image for there, for a job that needs none."""
@@ -121,6 +141,8 @@ class Draft:
         self.counters["similar_file_names"] += matching.find_files(self._database)
         self.counters["entries_joined"] += matching.join_same_file(self._database)
         self._database.execute(_LOSE_MISSING)
+        for path in ("root(respell(path))", "respell(path)"):
+            self._database.execute(_TELL_APART.format(path=path))
         self._database.execute(_LOSE_SAME_KEY)
         # An archive may have a path twice; the last is the one that unpacking it would leave.
         self.counters["repeated_files"] = self._num_files - self._count("files")
@@ -150,13 +172,17 @@ class Draft:
         columns = "row, ref, key, reason, message, metadata, file, size_bytes, offset, packed_bytes, crc32"
         rows = self._database.execute(f"SELECT {columns} {_WANTED} ORDER BY {_ORDER}")
         query = "SELECT text FROM captions WHERE ref = ? ORDER BY ordinal, position"
+        has_texts = self._count("texts") > 0
         for ordinal, (row, ref, key, reason, message, metadata, *member) in enumerate(rows):
             image = Member(*member) if reason is None else None
             captions = [text for (text,) in self._database.execute(query, (ref,))] if image else []
             row = ordinal if row is None else row
-            yield Entry(
-                row, key, image, captions, reason, message, json.loads(metadata) if metadata else None
-            )
+            values = json.loads(metadata) if metadata else None
+            texts: list[str] = []
+            if has_texts and image:
+                root = posixpath.splitext(image.path)[0]
+                texts = [path for (path,) in self._database.execute(_TEXTS, (root,))]
+            yield Entry(row, key, image, captions, reason, message, values, texts)
 
     def publish(
         self,
@@ -236,10 +262,12 @@ PRAGMA cache_size=-65536; -- KiB
 _TABLES = """
 CREATE TABLE records (
     position INTEGER PRIMARY KEY, row INTEGER, ref, key TEXT, path TEXT, file TEXT,
-    reason TEXT, message TEXT NOT NULL DEFAULT '', metadata TEXT, wanted INTEGER NOT NULL DEFAULT 1
+    reason TEXT, message TEXT NOT NULL DEFAULT '', metadata TEXT, wanted INTEGER NOT NULL DEFAULT 1,
+    has_own_key INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE captions (position INTEGER PRIMARY KEY, ref, ordinal INTEGER, text TEXT);
 CREATE TABLE fields (ref TEXT PRIMARY KEY, key TEXT, metadata TEXT) WITHOUT ROWID;
+CREATE TABLE texts (path TEXT PRIMARY KEY, root TEXT, size_bytes INTEGER) WITHOUT ROWID;
 CREATE TABLE files (
     path TEXT PRIMARY KEY, backwards TEXT, size_bytes INTEGER, offset INTEGER, packed_bytes INTEGER, crc32 INTEGER
 ) WITHOUT ROWID;
@@ -252,9 +280,7 @@ _INDEXES = (
     "CREATE INDEX files_backwards ON files (backwards)",
 )
 
-_ADD_IMAGE = (
-    "INSERT INTO records (position, row, ref, key, path, metadata, wanted) VALUES (?, ?, ?, ?, ?, ?, ?)"
-)
+_ADD_IMAGE = "INSERT INTO records (position, row, ref, key, path, metadata, wanted, has_own_key) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _ADD_LOST = "INSERT INTO records (position, row, key, reason, message) VALUES (?, ?, ?, ?, ?)"
 
 # Images by their ordinal; what is not an image's entry comes after them (or, in text, where it stands).
@@ -269,6 +295,15 @@ UPDATE records SET reason = 'missing_image',
 WHERE reason IS NULL AND file IS NULL
 """
 
+# Names without folder and extension that several files have: `cat/1.jpg` beside `dog/1.jpg`, `1.jpg` beside `1.png`
+_TELL_APART = """
+UPDATE records SET key = {path}
+WHERE NOT has_own_key AND reason IS NULL AND wanted AND file IS NOT NULL AND key IN (
+    SELECT key FROM records WHERE reason IS NULL AND wanted AND file IS NOT NULL
+    GROUP BY key HAVING count(DISTINCT file) > 1
+)
+"""
+
 _LOSE_SAME_KEY = f"""
 UPDATE records SET reason = 'duplicate_key',
     message = printf('key %s occurs before; this is %s; %d captions go with it', key, path, {_NUM_CAPTIONS})
@@ -279,13 +314,22 @@ WHERE reason IS NULL AND EXISTS (
 """
 
 _LIST_FILES = """
-INSERT INTO records (position, key, path, file)
-SELECT ? + row_number() OVER (ORDER BY path),
+INSERT INTO records (position, ref, key, metadata, path, file)
+SELECT ? + row_number() OVER (ORDER BY path), path,
     iif(
         count(*) OVER (PARTITION BY root(path)) > 1
             OR EXISTS (SELECT 1 FROM files AS other WHERE other.path = root(files.path)),
         path, root(path)
     ),
-    path, path
+    (SELECT metadata FROM fields WHERE ref = path), path, path
 FROM files
 """
+
+_LOSE_UNLISTED = """
+INSERT INTO records (position, key, reason, message)
+SELECT ? + row_number() OVER (ORDER BY ref), root(ref), 'missing_image',
+    printf('%s is named by the metadata, and is not there', ref)
+FROM fields WHERE NOT EXISTS (SELECT 1 FROM files WHERE path = ref)
+"""
+
+_TEXTS = "SELECT path FROM texts WHERE root = ? ORDER BY path"

@@ -239,35 +239,43 @@ def _request(fs: fsspec.AbstractFileSystem, path: str, member: Member) -> Get[by
 
 def _local_members(top: str, sizes: bool) -> Iterator[Member]:
     # Not fsspec's listing: it holds a folder's entries all at once, with a stat of each.
-    pending = [""]
+    pending, linked = [""], list[str]()
     seen: set[tuple[int, int]] = set()
-    while pending:
+    while pending or linked:
+        if not pending:  # a folder that links lead to as well has the names that it really has
+            linked.sort(reverse=True)
+            pending.append(linked.pop())
         below = pending.pop()
         folder = os.path.join(top, below)
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link back up
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                path = posixpath.join(below, entry.name)
-                if _is_loop(entry):
-                    continue
-                if entry.is_dir():
-                    pending.append(path)
-                elif entry.is_file():
-                    yield Member(path, entry.stat().st_size if sizes else None)
+        with storage.input_errors(folder):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    path = posixpath.join(below, entry.name)
+                    if _is_folder(entry):
+                        (linked if entry.is_symlink() else pending).append(path)
+                    elif entry.is_symlink() or entry.is_file():
+                        yield Member(path, _size(entry) if sizes else None)
 
 
-def _is_loop(entry: os.DirEntry[str]) -> bool:
-    """Tells whether an entry is a link that leads to itself: there is no file, as with any link to nowhere."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        entry.is_dir()
+        return entry.is_dir()
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        return True
-    return False
+        return False
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    """Returns the size of a file; 0 of a link that leads nowhere, which is found out when it is read."""
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return 0
 
 
 _PACKED_TAR = (

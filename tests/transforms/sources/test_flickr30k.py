@@ -172,10 +172,11 @@ def test_image_that_is_missing_is_lost_once(tmp_path):
     assert "5 captions" in records[0].message
 
 
-def test_names_of_one_stem_lose_the_later(tmp_path):
-    records = read(plan(tmp_path, "a.jpg#0\tone\na.png#0\ttwo\n", files=["a.jpg", "a.png"]))
-    assert captions_of(records) == {"a": ["one"]}
-    assert lost(records) == [("a", 1, "duplicate_key")]
+def test_names_of_one_stem_are_told_apart_by_their_paths(tmp_path):
+    records = read(
+        plan(tmp_path, "a.jpg#0\tone\na.png#0\ttwo\nb.jpg#0\tx\n", files=["a.jpg", "a.png", "b.jpg"])
+    )
+    assert captions_of(records) == {"a.jpg": ["one"], "a.png": ["two"], "b": ["x"]}
 
 
 def test_bytes_that_are_not_utf8_are_what_they_are(tmp_path):
