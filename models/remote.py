@@ -1,6 +1,5 @@
 """Clients of stores, with time-outs: a request that nobody answers is made again, and never waited for."""
 
-import os
 from typing import Any
 
 import fsspec
@@ -25,10 +24,9 @@ def open_store(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         OSError: The store cannot be opened.
     """
     protocol, _ = split_protocol(url)
-    if protocol is None and "::" in url:  # a name that fsspec would take for a chain of file systems
-        url = f"file://{os.path.abspath(url)}"
-        local = fsspec.filesystem("file")
-        return local, local._strip_protocol(url)
+    if protocol in (None, "file", "local") and "::" in url and url.count("://") <= 1:
+        local = fsspec.filesystem("file")  # a name that fsspec would take for a chain of file systems
+        return local, str(local._strip_protocol(url))
     fs, path = fsspec.core.url_to_fs(url, **_settings(protocol or "file"))
     return fs, path
 

@@ -280,7 +280,10 @@ _INDEXES = (
     "CREATE INDEX files_backwards ON files (backwards)",
 )
 
-_ADD_IMAGE = "INSERT INTO records (position, row, ref, key, path, metadata, wanted, has_own_key) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_ADD_IMAGE = (
+    "INSERT INTO records (position, row, ref, key, path, metadata, wanted, has_own_key) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
 _ADD_LOST = "INSERT INTO records (position, row, key, reason, message) VALUES (?, ?, ?, ?, ?)"
 
 # Images by their ordinal; what is not an image's entry comes after them (or, in text, where it stands).
