@@ -1,5 +1,6 @@
 """What the parsers of annotations give: images, captions, and what cannot be used, as the file has them."""
 
+import errno
 import posixpath
 import re
 from collections.abc import Sequence
@@ -121,5 +122,9 @@ def may_be_image(fs: fsspec.AbstractFileSystem, path: str) -> bool:
         return False
     try:
         return _IMAGE_MAGIC.match(fs.cat_file(path, start=0, end=32)) is not None
-    except (PermissionError, IsADirectoryError):
+    except (PermissionError, IsADirectoryError, FileNotFoundError):
         return False
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False  # a link to itself
