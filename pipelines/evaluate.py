@@ -23,7 +23,7 @@ from transforms.output_layout import JOB, SUCCESS, data_files, read_json
 from transforms.references import References, read_references
 from transforms.sink import DAMAGE
 from transforms.sources.parts import Ref
-from transforms.storage import input_errors, join, locate, output_errors, upload
+from transforms.storage import input_errors, join, locate, make_folder_of, output_errors, upload
 
 _NAMES = {
     "bleu_1": "BLEU-1",
@@ -118,6 +118,8 @@ def evaluate_captions(options: EvaluateOptions) -> dict[str, Any]:
         InputError: There are no finished captions, no references, or none of them is of the same image.
         OutputError: A file cannot be written, or the output is damaged.
     """
+    for url in filter(None, (options.results, options.scores)):  # before the scoring, which may take long
+        make_folder_of(url)
     candidates = list(read_candidates(options.input))
     if not candidates:
         raise InputError(f"{join(options.input, 'captions')} holds no row. There is nothing to score.")
@@ -239,10 +241,12 @@ def write_json(url: str, value: Any) -> None:
 def table(report: Mapping[str, Any]) -> str:
     """Returns a report of `evaluate_captions` for people."""
     scores = report["scores"] or {}
+    note = ["CIDEr weighs words by how few of the images have them: of one image alone it is 0 by definition"]
     lines = [
         f"{report['num_scored']:,} captions of {report['input']} against {report['num_references']:,} references of "
         f"{report['references']}",
         *(f"{_NAMES[name]:8} {value:.4f}" for name, value in scores.items()),
+        *(note if scores and report["num_scored"] == 1 else []),
     ]
     counts = {
         "captions without references, not scored": report["num_without_references"],

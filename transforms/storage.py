@@ -319,6 +319,18 @@ def put_whole(url: str, file: str) -> None:
         fs.mv(f"{path}.part", path)
 
 
+def make_folder_of(url: str) -> None:
+    """Makes the folder that a file is to be written to, where there is none.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    with output_errors(url):
+        fs, path = locate(url)
+        if isinstance(fs, LocalFileSystem):
+            fs.makedirs(os.path.dirname(path), exist_ok=True)
+
+
 def upload(fs: fsspec.AbstractFileSystem, path: str, data: bytes, mode: str = "overwrite") -> None:
     """Writes a file in one operation of its file system, in bounded time.
 
