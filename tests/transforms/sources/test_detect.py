@@ -267,10 +267,13 @@ def test_files_found_are_read_or_passed_over_or_refused(tmp_path, seed):
         for name in draw.choices(names, k=draw.randrange(1, 9))
     }
     write(tmp_path / "in", *paths)
+    refusal = ""
     try:
         _, records, num_passed_over = read(tmp_path / "in")
     except (OptionError, InputError) as error:
-        assert "--format" in str(error) or "no data of any format" in str(error)
+        refusal = str(error)
+    if refusal:
+        assert "--format" in refusal or "no data of any format" in refusal
         return
     used = {record.source for record in records if isinstance(record, Row)}
     texts = {
