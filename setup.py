@@ -41,7 +41,7 @@ TEST = [
 
 setup(
     name="diptych",
-    version="0.1.0",
+    version="0.2.0",
     description="Batch pipelines for image-caption data sets on Apache Beam: every row accounted for.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -173,6 +173,8 @@ def kind_of(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
         with fs.open(path, "rb") as file:
             return "flickr30k" if _names_images(file.read(1 << 16)) else "prompts"
     kind = next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), None)
+    if kind is None and PROMPT_EXTENSIONS.search(name):  # packed text
+        return "prompts"
     if kind is None and (is_image(name) or may_be_image(fs, path)):
         return "files"
     return kind

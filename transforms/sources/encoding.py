@@ -16,6 +16,7 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _HEAD_BYTES = 1 << 16
+MAX_LINE_BYTES = 16 << 20
 _SAMPLE_BYTES = 1 << 16
 # What captions are found in beside UTF-8; of the Latin ones the web's default (WHATWG Encoding Standard) stands for all
 _WORD, _ASCII_LETTER = re.compile(rb"[A-Za-z\x80-\xff]+"), re.compile(rb"[A-Za-z]")
@@ -42,10 +43,12 @@ class Line(NamedTuple):
     Attributes:
         text: The line.
         is_utf: Whether it was in UTF-8, 16 or 32.
+        is_cut: Whether it is longer than what is read of a line, so that its rest comes as another.
     """
 
     text: str
     is_utf: bool
+    is_cut: bool = False
 
 
 def find_encoding(file: IO[bytes]) -> Encoding:
@@ -90,6 +93,13 @@ def _wide(name: str, head: bytes) -> Encoding:
     return Encoding(name, name, "\r" if "\r" in text and "\n" not in text else "\n")
 
 
+def peek_encoding(file: io.BufferedReader) -> Encoding:
+    """Finds the encoding of a stream from its first bytes, and leaves them in it."""
+    return find_encoding(
+        io.BytesIO(file.peek(_HEAD_BYTES)[:_HEAD_BYTES].rpartition(b"\n")[0] or file.peek(1))
+    )
+
+
 def _detected(sample: bytes) -> str:
     words = _WORD.findall(sample)
     mixed = sum(not word.isascii() and _ASCII_LETTER.search(word) is not None for word in words)
@@ -113,21 +123,22 @@ def lines(file: IO[bytes], encoding: Encoding) -> Iterator[Line]:
     is_utf8 = encoding.name == "utf-8-sig"
     first = True
     for data in _split(file, encoding.newline.encode()):
+        is_cut = len(data) == MAX_LINE_BYTES
         data = data.rstrip(b"\r\n")
         if first:
             data, first = data.removeprefix(codecs.BOM_UTF8), False
         if data.isascii():
-            yield Line(data.decode(), True)
+            yield Line(data.decode(), True, is_cut)
             continue
         try:
-            yield Line(data.decode(encoding.name.removesuffix("-sig")), is_utf8)
+            yield Line(data.decode(encoding.name.removesuffix("-sig")), is_utf8, is_cut)
         except UnicodeDecodeError:
-            yield Line(data.decode(encoding.fallback, "replace"), False)
+            yield Line(data.decode(encoding.fallback, "replace"), False, is_cut)
 
 
 def _split(file: IO[bytes], newline: bytes) -> Iterator[bytes]:
     if newline == b"\n":
-        for line in file:  # noqa: UP028 (`yield from` closes the file with this generator)
+        while line := file.readline(MAX_LINE_BYTES):
             yield line
         return
     rest = b""

@@ -103,7 +103,7 @@ def _shape(head: Sequence[str]) -> tuple[Callable[[Iterator[Line]], "_Parts"], s
 
 
 def _tokens(lines: Iterator[Line]) -> _Parts:
-    for ordinal, (line, is_utf) in enumerate(lines, 1):
+    for ordinal, (line, is_utf, _) in enumerate(lines, 1):
         if not line.strip():
             continue
         match = _TOKEN.fullmatch(line)
@@ -115,7 +115,7 @@ def _tokens(lines: Iterator[Line]) -> _Parts:
 
 
 def _piped(lines: Iterator[Line]) -> _Parts:
-    for ordinal, (line, is_utf) in enumerate(lines, 1):
+    for ordinal, (line, is_utf, _) in enumerate(lines, 1):
         image, *fields = (field.strip() for field in line.split("|", 2))
         if (not image and not fields) or image.lower() in IMAGE_NAMES:
             continue

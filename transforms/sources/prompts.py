@@ -6,16 +6,19 @@ A file is told by its extension: `.txt` (a prompt a line), `.jsonl` (an object o
 
 import csv
 import dataclasses
+import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms import storage
 from transforms.errors import InputError, OptionError
+from transforms.sources import encoding
 from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
 from transforms.sources.columns import CAPTION_COLUMNS
 from transforms.sources.parquet import ParquetShard
@@ -25,7 +28,6 @@ from transforms.sources.shardfile import (
     input_files,
     metadata_text,
     open_shard,
-    to_text,
     unpacked,
 )
 
@@ -34,9 +36,6 @@ PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 KEY_COLUMNS = ("key", "id", "uid")
 
 EXTENSIONS = re.compile(r"\.(?:parquet|(txt|jsonl|ndjson|csv|tsv)(?:\.gz)?)$", re.I)
-
-_MAX_LINE_BYTES = 16 << 20
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +125,15 @@ class PromptsShard(Shard):
             "tsv": self._parse_csv,
         }.get(self.extension, self._parse_json)
         row = 0
+        counters = {"captions_not_utf8": 0}
         with open_shard(self.url) as file:
             try:
-                for row, found in enumerate(parse(_lines(unpacked(file)))):
-                    yield self._record(found, row)
+                for row, found in enumerate(parse(_lines(unpacked(file), counters))):
+                    record = self._record(found, row)
+                    if num_not_utf8 := counters["captions_not_utf8"]:
+                        record = record._replace(counters={"captions_not_utf8": num_not_utf8})
+                        counters["captions_not_utf8"] = 0
+                    yield record
                     row += 1
             except ShardDamage as damage:
                 yield Lost("", row, damage.reason, f"{self.source}, after {row} rows: {damage}")
@@ -162,7 +166,9 @@ class PromptsShard(Shard):
                 yield f"line {number}: expected a text as {self._names()}, found {line.strip()[:80]!r}"
 
     def _parse_csv(self, lines: Iterator[str]) -> Iterator["_Prompt | str"]:
-        reader = csv.reader(lines, delimiter="\t" if self.extension == "tsv" else ",", strict=True)
+        if not (first := next(lines, "")):
+            return
+        reader = csv.reader(itertools.chain([first], lines), delimiter=self._delimiter(first), strict=True)
         header: list[str] | None = None
         is_first = True
         while True:
@@ -181,6 +187,17 @@ class PromptsShard(Shard):
                 if header is not None:
                     continue
             yield self._csv_row(cells, header, number)
+
+    def _delimiter(self, first: str) -> str:
+        """Returns the delimiter by which the first line names a column of prompts, else the file extension's own."""
+        usual = "\t" if self.extension == "tsv" else ","
+        others = [delimiter for delimiter in ",;\t|" if delimiter != usual and delimiter in first]
+        for delimiter in (usual, *others):
+            cells = next(csv.reader([first], delimiter=delimiter), [])
+            names = {cell.strip() if self.prompt_column else cell.strip().lower() for cell in cells}
+            if names & ({self.prompt_column} if self.prompt_column else {*PROMPT_COLUMNS}):
+                return delimiter
+        return usual
 
     def _header(self, cells: Sequence[str]) -> list[str] | None:
         names = [cell.strip() for cell in cells]
@@ -238,16 +255,13 @@ def _parse_lines(lines: Iterator[str]) -> Iterator[_Prompt | str]:
             yield f"line {number}: expected a prompt, found a blank line"
 
 
-def _lines(file: BinaryIO) -> Iterator[str]:
-    """Yields the lines, with their ends: only LF and CRLF end one, other separators of Unicode are text."""
-    is_first = True
-    while data := file.readline(_MAX_LINE_BYTES):
-        if is_first and data.startswith(_UTF16_MARKS):
-            raise ShardDamage("shard_corrupt", "the text is UTF-16. Save it as UTF-8")
-        if len(data) == _MAX_LINE_BYTES:
-            raise ShardDamage("shard_corrupt", f"a line is longer than {_MAX_LINE_BYTES} bytes")
-        yield to_text(data)
-        is_first = False
+def _lines(file: io.BufferedReader, counters: dict[str, int]) -> Iterator[str]:
+    """Yields the lines, with an end each: only LF and CRLF end one, other separators of Unicode are text."""
+    for line in encoding.lines(file, encoding.peek_encoding(file)):
+        if line.is_cut:
+            raise ShardDamage("shard_corrupt", f"a line is longer than {encoding.MAX_LINE_BYTES} bytes")
+        counters["captions_not_utf8"] += not line.is_utf
+        yield f"{line.text}\n"
 
 
 def _pick(fields: dict[str, Any], names: dict[str, str], asked: str | None, usual: Sequence[str]) -> Any:

@@ -53,14 +53,26 @@ def test_byte_order_mark_line_ends_and_unicode(tmp_path):
     assert texts(shard.rows()) == ["ein Hund", "犬と\u2028猫", "🐕"]
 
 
-def test_text_that_is_not_utf8_is_kept_with_replacements(tmp_path):
-    assert texts(write(tmp_path / "p.txt", b"caf\xe9\nok\n").rows()) == ["caf\ufffd", "ok"]
+def test_text_that_is_not_utf8_is_what_it_is_and_counted(tmp_path):
+    first, second = write(tmp_path / "p.txt", b"caf\xe9\nok\n").rows()
+    assert (first.captions, first.counters) == (["caf\xe9"], {"captions_not_utf8": 1})
+    assert (second.captions, second.counters) == (["ok"], {})
 
 
-def test_utf16_is_refused_with_the_remedy(tmp_path):
-    (lost,) = write(tmp_path / "p.txt", "a dog\n".encode("utf-16")).rows()
-    assert lost.reason == "shard_corrupt"
-    assert "UTF-8" in lost.message
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-8-sig", "utf-32"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "a dog\nwei\xdf\n"),
+        ("p.csv", "id;prompt\n1;a dog\n2;wei\xdf\n"),
+        ("p.csv", "prompt|id\na dog|1\nwei\xdf|2\n"),
+        ("p.tsv", "prompt\na dog\nwei\xdf\n"),
+        ("p.csv", '"prompt"\n"a dog"\n"wei\xdf"\n'),
+        ("p.jsonl", '{"prompt": "a dog"}\n{"prompt": "wei\xdf"}\n'),
+    ],
+)
+def test_text_of_every_encoding_and_delimiter(tmp_path, encoding, name, text):
+    assert texts(write(tmp_path / name, text.encode(encoding)).rows()) == ["a dog", "wei\xdf"]
 
 
 def test_an_empty_file_has_no_rows(tmp_path):
