@@ -127,7 +127,7 @@ _SOURCES: dict[str, Any] = {
     "prompts": PromptsSource,
 }
 _KINDS = {
-    "webdataset": re.compile(r"\.(tar|tar\.gz|tgz)$", re.I),
+    "webdataset": re.compile(r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst)$", re.I),
     "tfrecord": re.compile(r"\.(tfrecords?|tfrec)(\.gz)?$|\.tfrecord-\d+-of-\d+$", re.I),
     "parquet": re.compile(r"\.parquet$", re.I),
     "flickr30k": re.compile(

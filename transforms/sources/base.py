@@ -14,6 +14,11 @@ from typing import ClassVar, NamedTuple
 
 from transforms.errors import InputError
 
+# The largest file that is read as an image, and as a text that goes with one. A larger one costs its row, not the
+# memory of the job: a text may take twenty times its size while its JSON is parsed.
+MAX_IMAGE_BYTES = 256 << 20
+MAX_TEXT_BYTES = 4 << 20
+
 
 class Row(NamedTuple):
     """An image with its captions, as the source has them.
@@ -222,6 +227,6 @@ def shard_names(paths: Iterable[str]) -> list[str]:
 # With the digest, the number of a plan's part and that of a chunk, a name stays below the 255 bytes of most disks
 _MAX_NAME_CHARS, _DIGEST_CHARS = 120, 32
 _DATA_EXTENSION = re.compile(
-    r"\.(tar\.gz|tgz|tar|parquet|tfrecords?(\.gz)?|tfrec|json|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
+    r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst|parquet|tfrecords?(\.gz)?|tfrec|json|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
     re.I,
 )

@@ -34,6 +34,7 @@ class Draft:
         self._database = database
         self._folder = folder
         self._num_parts = 0
+        self._num_files = 0
         database.create_function("stem", 1, stem, deterministic=True)
         database.create_function("root", 1, lambda path: posixpath.splitext(path)[0], deterministic=True)
         database.create_function("basename", 1, posixpath.basename, deterministic=True)
@@ -75,8 +76,9 @@ class Draft:
             except UnicodeEncodeError:
                 nameless.append(os.fsencode(member.path).decode("utf-8", "backslashreplace"))
                 continue
+            self._num_files += 1
             values = (member.path, posixpath.basename(member.path), *member[1:])
-            self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", values)
+            self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", values)
         return nameless
 
     def list_captioned(self) -> None:
@@ -105,6 +107,8 @@ class Draft:
         self._database.execute(_FIND_FILES)
         self._database.execute(_LOSE_MISSING)
         self._database.execute(_LOSE_SAME_KEY)
+        # An archive may have a path twice; the last is the one that unpacking it would leave.
+        self.counters["repeated_files"] = self._num_files - self._count("files")
         self.counters["unlisted_images"] = self._count(
             "files WHERE is_image(path) AND path NOT IN (SELECT file FROM records WHERE file IS NOT NULL)"
         )
@@ -122,7 +126,7 @@ class Draft:
 
     def entries(self) -> Iterator[Entry]:
         """Yields the rows of the plan in order."""
-        columns = "row, ref, key, reason, message, metadata, file, size_bytes, offset, packed_bytes"
+        columns = "row, ref, key, reason, message, metadata, file, size_bytes, offset, packed_bytes, crc32"
         rows = self._database.execute(f"SELECT {columns} {_WANTED} ORDER BY {_ORDER}")
         query = "SELECT text FROM captions WHERE ref = ? ORDER BY ordinal, position"
         for ordinal, (row, ref, key, reason, message, metadata, *member) in enumerate(rows):
@@ -215,7 +219,7 @@ CREATE TABLE records (
 );
 CREATE TABLE captions (position INTEGER PRIMARY KEY, ref, ordinal INTEGER, text TEXT);
 CREATE TABLE files (
-    path TEXT PRIMARY KEY, name TEXT, size_bytes INTEGER, offset INTEGER, packed_bytes INTEGER
+    path TEXT PRIMARY KEY, name TEXT, size_bytes INTEGER, offset INTEGER, packed_bytes INTEGER, crc32 INTEGER
 ) WITHOUT ROWID;
 """
 

@@ -7,11 +7,7 @@ threads (they read each other's bytes), and reads the whole archive again wherev
 import contextlib
 import os
 import posixpath
-import stat
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import fsspec
@@ -20,8 +16,11 @@ from fsspec.implementations.local import LocalFileSystem
 from transforms import storage
 from transforms.errors import InputError
 from transforms.sources.ahead import Get, fetch_ahead
-
-_ZIP_HEADER_BYTES = 30
+from transforms.sources.base import MAX_IMAGE_BYTES
+from transforms.sources.links import Links, normalise
+from transforms.sources.shardfile import ShardDamage, open_shard
+from transforms.sources.tar import TarReader
+from transforms.sources.zip import ZipError, unpack_entry, zip_entries
 
 
 class Member(NamedTuple):
@@ -32,12 +31,24 @@ class Member(NamedTuple):
         size_bytes: Bytes to read; None where finding it out would cost a request a file.
         offset: Where they start in the archive; None in a folder.
         packed_bytes: Of a zip's member: how many of them are the file as stored, after its header.
+        crc32: Of a zip's member: its checksum.
     """
 
     path: str
     size_bytes: int | None = None
     offset: int | None = None
     packed_bytes: int | None = None
+    crc32: int | None = None
+
+
+class Unreadable(NamedTuple):
+    """A file that is there and cannot be read.
+
+    Attributes:
+        message: Why, as in "X has …".
+    """
+
+    message: str
 
 
 def is_archive(url: str) -> bool:
@@ -68,27 +79,60 @@ def members(url: str, *, sizes: bool = False) -> Iterator[Member]:
             fs.invalidate_cache(path)  # a store's client keeps the whole listing otherwise
 
 
-def fetch(url: str, wanted: Sequence[Member]) -> Iterator[bytes | None]:
-    """Yields the bytes of files in the order asked.
+def fetch(url: str, wanted: Sequence[Member]) -> Iterator[bytes | Unreadable]:
+    """Yields the bytes of files in the order asked, or why one cannot be read.
 
-    On stores with a latency they are fetched side by side (`fetch_ahead`). A member of a zip that cannot be unpacked
-    gives None.
+    On stores with a latency they are fetched side by side (`fetch_ahead`).
 
     Raises:
         InputError: A file is gone, or may not be read.
     """
     fs, path = storage.locate(url)
+    contents: Generator[bytes | Unreadable, None, None]
     if fs.async_impl:
-        found = fetch_ahead(
-            ((member.size_bytes or 0, _request(fs, path, member)) for member in wanted), fs.loop
+        requests = (
+            (member.size_bytes or 0, _request(fs, path, member))
+            for member in wanted
+            if not _is_too_large(member.size_bytes)
         )
+        contents = fetch_ahead(requests, fs.loop)
     else:
-        found = (bytes(fs.cat_file(name, **extent)) for name, extent in (_extent(path, m) for m in wanted))
-    with contextlib.closing(found):
+        contents = (
+            _read(fs, *_extent(path, member)) for member in wanted if not _is_too_large(member.size_bytes)
+        )
+    with contextlib.closing(contents):
         for member in wanted:
+            if _is_too_large(member.size_bytes):
+                yield _too_large(member.size_bytes)
+                continue
             with storage.input_errors(storage.join(url, member.path)):
-                data = next(found)
-            yield data if member.packed_bytes is None else _unpack(data, member.packed_bytes)
+                data = next(contents)
+            yield _unpack(data, member) if isinstance(data, bytes) else data
+
+
+def _read(fs: fsspec.AbstractFileSystem, name: str, extent: dict[str, int]) -> bytes | Unreadable:
+    if not extent and isinstance(fs, LocalFileSystem):
+        size = os.stat(name).st_size
+        if _is_too_large(size):
+            return _too_large(size)
+    return bytes(fs.cat_file(name, **extent))
+
+
+def _unpack(data: bytes, member: Member) -> bytes | Unreadable:
+    if member.packed_bytes is None:
+        return data
+    try:
+        return unpack_entry(data, member.packed_bytes, member.crc32 or 0, MAX_IMAGE_BYTES)
+    except ZipError as error:
+        return Unreadable(str(error))
+
+
+def _is_too_large(size_bytes: int | None) -> bool:
+    return size_bytes is not None and size_bytes > MAX_IMAGE_BYTES
+
+
+def _too_large(size_bytes: int | None) -> Unreadable:
+    return Unreadable(f"has {size_bytes} bytes; at most {MAX_IMAGE_BYTES} are read")
 
 
 def _extent(path: str, member: Member) -> tuple[str, dict[str, int]]:
@@ -131,7 +175,10 @@ def _local_members(top: str, sizes: bool) -> Iterator[Member]:
                     yield Member(path, entry.stat().st_size if sizes else None)
 
 
-_PACKED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_PACKED_TAR = (
+    *(f".tar.{kind}" for kind in ("gz", "bz2", "xz", "zst", "lz4")),
+    *(".tgz", ".tbz", ".tbz2", ".txz", ".tzst"),
+)
 
 
 def _archive_members(url: str, fs: fsspec.AbstractFileSystem, path: str) -> Iterator[Member]:
@@ -141,47 +188,35 @@ def _archive_members(url: str, fs: fsspec.AbstractFileSystem, path: str) -> Iter
             "Unpack it and name the folder, or make it a plain .tar or a .zip."
         )
     try:
-        with fs.open(path, "rb") as file:
-            if url.lower().endswith(".tar"):
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    for info in tar:
-                        tar.members = []  # type: ignore[attr-defined]  # or it keeps every header it has read
-                        if info.isreg() and not info.issparse():
-                            yield Member(posixpath.normpath(info.name), info.size, info.offset_data)
-            else:
-                with zipfile.ZipFile(file) as archive:
-                    yield from _zip_members(url, archive)
-    except (tarfile.TarError, zipfile.BadZipFile) as error:
+        if url.lower().endswith(".tar"):
+            yield from _tar_members(url)
+        else:
+            with fs.open(path, "rb") as file:
+                for entry in zip_entries(file):
+                    yield Member(entry.path, entry.size_bytes, *entry[1:2], *entry[3:])
+    except (ShardDamage, ZipError) as error:
         raise InputError(
             f"--images {url} cannot be read as an archive: {error}. It may be cut off: fetch it again, "
             "or name a folder with the images."
         ) from error
 
 
-def _zip_members(url: str, archive: zipfile.ZipFile) -> Iterator[Member]:
-    infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    ends = [*(info.header_offset for info in infos[1:]), archive.start_dir]
-    for info, end in zip(infos, ends, strict=True):
-        if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
-            continue
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise InputError(
-                f"--images {url}: {info.filename!r} is encrypted or packed in a way other than deflate. "
-                "Unpack the archive and name the folder."
-            )
-        path = posixpath.normpath(info.filename)
-        yield Member(path, end - info.header_offset, info.header_offset, info.compress_size)
-
-
-def _unpack(extent: bytes, packed_bytes: int) -> bytes | None:
-    """Returns a zip member's file; `extent` reaches from its local header to the next one's."""
-    name_bytes = int.from_bytes(extent[26:28], "little")
-    extra_bytes = int.from_bytes(extent[28:30], "little")
-    start = _ZIP_HEADER_BYTES + name_bytes + extra_bytes
-    packed = extent[start : start + packed_bytes]
-    if int.from_bytes(extent[8:10], "little") == zipfile.ZIP_STORED:
-        return packed
-    try:
-        return zlib.decompress(packed, -zlib.MAX_WBITS)
-    except zlib.error:
-        return None
+def _tar_members(url: str) -> Iterator[Member]:
+    links = Links()
+    with open_shard(url) as file:
+        tar = TarReader(file)
+        while (name := tar.next()) is not None:
+            if tar.link is not None:
+                links.add(name, tar.link)
+            elif not tar.unreadable:
+                yield Member(normalise(name), tar.size, tar.payload_offset)
+    if not links:
+        return
+    # Again: to remember where each member lies, for links that may come, would take the memory of a long list.
+    names = links.resolved()
+    with open_shard(url) as file:
+        tar = TarReader(file)
+        while (name := tar.next()) is not None:
+            if tar.link is None and not tar.unreadable:
+                for link in names.get(normalise(name), ()):
+                    yield Member(link, tar.size, tar.payload_offset)

@@ -99,10 +99,8 @@ class PlannedShard(Shard):
                 continue
             path = entry.image.path
             data = next(images) if ordinal >= skip else b""
-            if data is None:
-                yield Lost(
-                    entry.key, entry.row, "record_corrupt", f"{path} cannot be unpacked from its archive"
-                )
+            if isinstance(data, folder.Unreadable):
+                yield Lost(entry.key, entry.row, "record_corrupt", f"{path}: {data.message}")
                 continue
             name = path.rpartition("/")[2]
             metadata = dict(zip(self.metadata_columns, entry.metadata or (), strict=True))
@@ -125,13 +123,13 @@ class PlannedShard(Shard):
             Entry(
                 row,
                 key,
-                None if reason is not None else folder.Member(path, size_bytes, offset, packed_bytes),
+                None if reason is not None else folder.Member(path, size_bytes, offset, packed_bytes, crc32),
                 captions,
                 reason,
                 message,
                 next(metadata, ()),
             )
-            for row, key, captions, reason, message, path, size_bytes, offset, packed_bytes in zip(
+            for row, key, captions, reason, message, path, size_bytes, offset, packed_bytes, crc32 in zip(
                 *columns, strict=True
             )
         ]
@@ -173,6 +171,8 @@ def read_facts(url: str) -> PlanFacts | None:
             return None
         try:
             with fs.open(path, "rb") as file, pa.ipc.open_file(file) as plan:
+                if not set(_COLUMNS.names) <= set(plan.schema.names):
+                    return None
                 return PlanFacts(**json.loads(plan.schema.metadata[_FACTS]))
         except (pa.ArrowInvalid, KeyError, TypeError, ValueError):
             return None
@@ -222,6 +222,7 @@ _COLUMNS = pa.schema(
         pa.field("size_bytes", pa.int64()),
         pa.field("offset", pa.int64()),
         pa.field("packed_bytes", pa.int64()),
+        pa.field("crc32", pa.int64()),
     ]
 )
 
@@ -230,7 +231,7 @@ def _batch(entries: Sequence[Entry], schema: pa.Schema) -> pa.RecordBatch:
     num_metadata = len(schema) - len(_COLUMNS)
     rows = [
         (entry.row, entry.key, entry.captions, entry.reason, entry.message)
-        + (entry.image or (None, None, None, None))
+        + (entry.image or (None,) * len(folder.Member._fields))
         + tuple(entry.metadata or [None] * num_metadata)
         for entry in entries
     ]

@@ -8,14 +8,20 @@ import contextlib
 import io
 import json
 import posixpath
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from transforms import storage
-from transforms.sources.base import InputFile
+from transforms.sources.base import MAX_IMAGE_BYTES, InputFile
+from transforms.sources.compression import (
+    DECOMPRESSION_ERRORS,
+    DECOMPRESSORS,
+    MAGIC_BYTES,
+    compression_of,
+)
 
 # The longest record or member that is read as one; Beam and Arrow stop at 2 GiB a buffer.
 MAX_RECORD_BYTES = 1 << 30
@@ -25,9 +31,10 @@ _REMOTE_BLOCK_BYTES = 4 << 20
 _PACKED_BYTES = 1 << 16
 # No file is as long: where a damaged length says so, a seek would be an error of the file system.
 _MAX_SEEK_BYTES = 1 << 40
-_WHOLE_READ_BYTES = 1 << 26
-_GZIP_MAGIC = b"\x1f\x8b\x08"
-_GZIP_WBITS = 31
+# A buffer of this size costs address space, and memory only as far as it is filled.
+_WHOLE_READ_BYTES = MAX_IMAGE_BYTES
+# What Arrow has unpacked in a call that meets damage is lost.
+_LZ4_READ_BYTES = 8 << 10
 # What images begin with, for naming one whose source does not.
 _IMAGE_MAGIC = {
     b"\xff\xd8": "jpg",
@@ -87,10 +94,12 @@ def open_shard(url: str) -> Iterator[io.BufferedReader]:
 
 
 def unpacked(file: io.BufferedReader) -> io.BufferedReader:
-    """Returns the content of a gzip file, told by its first bytes; any other file as it is."""
-    if not file.peek(len(_GZIP_MAGIC)).startswith(_GZIP_MAGIC):
+    """Returns the content of a gzip, bzip2, xz, zstd or lz4 file, told by its first bytes; any other as it is."""
+    kind = compression_of(file.peek(MAGIC_BYTES))
+    if kind is None:
         return file
-    return io.BufferedReader(_Gunzip(file), _BUFFER_BYTES)
+    raw = _UnpackLz4(file) if kind == "lz4" else _Unpack(file, kind)
+    return io.BufferedReader(raw, _BUFFER_BYTES)
 
 
 def read_up_to(file: BinaryIO, size: int) -> bytes:
@@ -144,17 +153,18 @@ def metadata_text(value: Any) -> str | None:
     return encodable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
-class _Gunzip(io.RawIOBase):
-    """Unpacks gzip members one after the other.
+class _Unpack(io.RawIOBase):
+    """Unpacks compressed streams one after the other, with zeros in between.
 
-    `gzip.GzipFile` throws away what it had unpacked in the call that meets the end of a truncated file; here
-    every byte before the damage is given first.
+    The standard library's file objects throw away what they had unpacked in the call that meets the end of a
+    truncated file; here every byte before the damage is given first.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, kind: str) -> None:
         self._file = file
+        self._kind = kind
+        self._stream = DECOMPRESSORS[kind]()
         self._packed = b""
-        self._inflate = zlib.decompressobj(_GZIP_WBITS)
         self._between = False
 
     def readable(self) -> bool:
@@ -162,16 +172,17 @@ class _Gunzip(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while True:
-            if not self._packed and not self._next_input():
+            if not self._packed and self._stream.needs_input and not self._next_input():
                 return 0
+            packed, self._packed = self._packed, b""
             try:
-                data = self._inflate.decompress(self._packed, len(buffer))
-            except zlib.error as error:
-                raise ShardDamage("shard_corrupt", f"the gzip data is damaged ({error})") from error
-            self._packed = self._inflate.unconsumed_tail
-            if self._inflate.eof:
-                self._packed = self._inflate.unused_data.lstrip(b"\0")
-                self._inflate = zlib.decompressobj(_GZIP_WBITS)
+                data = self._stream.decompress(packed, len(buffer))
+            except DECOMPRESSION_ERRORS as error:
+                message = f"the {self._kind} data is damaged ({error})"
+                raise ShardDamage("shard_corrupt", message) from error
+            if self._stream.eof:
+                self._packed = self._stream.unused_data.lstrip(b"\0")
+                self._stream = DECOMPRESSORS[self._kind]()
                 self._between = not self._packed
             if data:
                 buffer[: len(data)] = data
@@ -185,5 +196,25 @@ class _Gunzip(io.RawIOBase):
             self._between = not self._packed
             self._packed = self._packed or self._file.read(_PACKED_BYTES)
         if not self._packed and not self._between:
-            raise ShardDamage("shard_truncated", "the gzip data ends too early")
+            raise ShardDamage("shard_truncated", f"the {self._kind} data ends too early")
         return bool(self._packed)
+
+
+class _UnpackLz4(io.RawIOBase):
+    """Unpacks lz4 frames one after the other."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), "lz4")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        try:
+            data = self._stream.read(min(len(buffer), _LZ4_READ_BYTES))
+        except (OSError, pa.ArrowException) as error:
+            if "Truncated" in str(error):
+                raise ShardDamage("shard_truncated", "the lz4 data ends too early") from error
+            raise ShardDamage("shard_corrupt", f"the lz4 data is damaged ({error})") from error
+        buffer[: len(data)] = data
+        return len(data)

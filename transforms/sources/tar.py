@@ -7,6 +7,7 @@ reads a payload only when asked.
 
 import contextlib
 import io
+import posixpath
 
 from transforms.sources.shardfile import ShardDamage, pass_over, read_up_to
 
@@ -14,66 +15,106 @@ _BLOCK_BYTES = 512
 _ZEROS = bytes(_BLOCK_BYTES)
 _CHECKSUM_OF_BLANKS = 8 * ord(" ")
 _MAX_EXTENSION_BYTES = 1 << 20
+_MAX_DIGITS = 20
 # Type flags: a regular file ("7": contiguous, which nobody tells apart); kinds that never have a payload
 # (links, devices, folders, pipes); headers that describe the member after them.
 _REGULAR = frozenset(b"0\x007")
 _NO_PAYLOAD = frozenset(b"123456")
+_HARD_LINK = ord("1")
+_SYMBOLIC_LINK = ord("2")
+_FOLDER = ord("5")
 _GNU_LONG_NAME = ord("L")
+_GNU_LONG_LINK = ord("K")
 _PAX = frozenset(b"xX")
-_ABOUT_OTHERS = frozenset(b"gK")
-_DESCRIBES_NEXT = _PAX | {_GNU_LONG_NAME, ord("K")}
+_PAX_GLOBAL = ord("g")
+_DESCRIBES_NEXT = _PAX | {_GNU_LONG_NAME, _GNU_LONG_LINK}
 _GNU_SPARSE = ord("S")
 
 
+class _Extensions:
+    """What the headers before a member say of it, over its own header."""
+
+    __slots__ = ("link", "name", "num_bytes", "size", "sparse")
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.name: str | None = None
+        self.link: str | None = None
+        self.size: int | None = None
+        self.sparse = False
+
+    def add_pax(self, keywords: dict[bytes, bytes]) -> None:
+        if b"path" in keywords:
+            self.name = _text(keywords[b"path"])
+        if b"linkpath" in keywords:
+            self.link = _text(keywords[b"linkpath"])
+        if b"size" in keywords:
+            self.size = _decimal(keywords[b"size"])
+        if any(keyword.startswith(b"GNU.sparse.") for keyword in keywords):
+            self.sparse = True
+            if b"GNU.sparse.name" in keywords:
+                self.name = _text(keywords[b"GNU.sparse.name"])
+
+
 class TarReader:
-    """Regular files in a tar (ustar, GNU, pax), one after the other.
+    """Members of a tar (ustar, GNU, pax), one after the other; folders are passed over.
 
     The file may end without the end-of-archive mark, at the end of a member. Archives one after the other,
-    each with its mark, read as one. Links, folders, devices and sparse files are passed over.
+    each with its mark, read as one.
 
     Attributes:
         offset: Where the header that was read last begins, in bytes (of the unpacked tar).
         size: Size of the current member's payload, in bytes.
+        payload_offset: Where the current member's payload begins, in bytes (of the unpacked tar).
+        link: Name in the tar that the current member is a link to; None where it is no link.
+        unreadable: Why the current member, neither a file nor a link, cannot be read; empty for those.
     """
 
     def __init__(self, file: io.BufferedReader) -> None:
         self.offset = 0
         self.size = 0
+        self.payload_offset = 0
+        self.link: str | None = None
+        self.unreadable = ""
         self._file = file
         self._end = 0
         self._unread = 0
         self._padding = 0
 
     def next(self) -> str | None:
-        """Returns the name of the next regular file, None at the end of the archive.
+        """Returns the name of the next member, None at the end of the archive.
 
         Raises:
             ShardDamage: A header is damaged, or the file ends inside a member.
         """
-        name, size, sparse, described = None, None, False, False
+        extensions: _Extensions | None = None
+        self.link, self.unreadable = None, ""
         while (header := self._header()) is not None:
             kind = header[156]
-            stated = _number(header[124:136])
-            described = kind in _DESCRIBES_NEXT
+            size = _number(header[124:136])
+            if kind in _DESCRIBES_NEXT:
+                extensions = extensions or _Extensions()
+                self._extend(extensions, kind, size)
+                continue
+            if kind == _PAX_GLOBAL:
+                self._begin(size)
+                continue
+            name = _name(header) if extensions is None or extensions.name is None else extensions.name
+            if extensions is not None and extensions.size is not None:
+                size = extensions.size
             if kind in _REGULAR:
-                name = name or _name(header)
-                self._begin(stated if size is None else size)
-                if not sparse and not name.endswith("/"):
+                self._begin(size)
+                if size or not name.endswith("/"):
+                    if extensions is not None and extensions.sparse:
+                        self.unreadable = "is stored as a sparse file"
                     return name
-                name, size, sparse = None, None, False
-            elif kind == _GNU_LONG_NAME:
-                name = _text(self._extension(stated).rstrip(b"\0"))
-            elif kind in _PAX:
-                keywords = _pax_keywords(self._extension(stated))
-                name = _text(keywords[b"path"]) if b"path" in keywords else name
-                size = _decimal(keywords[b"size"]) if b"size" in keywords else size
-                sparse = any(keyword.startswith(b"GNU.sparse.") for keyword in keywords)
-            elif kind in _ABOUT_OTHERS:
-                self._begin(stated)
+            elif kind == _FOLDER:
+                self._begin(0)
             else:
-                self._pass_over(kind, header, stated if size is None else size)
-                name, size, sparse = None, None, False
-        if described:
+                self._begin_other(kind, header, size, name, extensions)
+                return name
+            extensions = None
+        if extensions is not None:
             raise ShardDamage(
                 "shard_truncated", "the tar ends before the member that its last header describes"
             )
@@ -91,9 +132,27 @@ class TarReader:
         self._unread = 0
         return data
 
+    def _extend(self, extensions: _Extensions, kind: int, size: int) -> None:
+        extensions.num_bytes += size
+        if extensions.num_bytes > _MAX_EXTENSION_BYTES:
+            raise ShardDamage(
+                "shard_corrupt",
+                f"the tar extension headers of one member claim {extensions.num_bytes} bytes; "
+                f"at most {_MAX_EXTENSION_BYTES} are read",
+            )
+        self._begin(size)
+        data = self.read()
+        if kind == _GNU_LONG_NAME:
+            extensions.name = _text(data.partition(b"\0")[0])
+        elif kind == _GNU_LONG_LINK:
+            extensions.link = _text(data.partition(b"\0")[0])
+        else:
+            extensions.add_pax(_pax_keywords(data))
+
     def _begin(self, size: int) -> None:
         self.size = self._unread = size
         self._padding = -size % _BLOCK_BYTES
+        self.payload_offset = self._end
         self._end += size + self._padding
 
     def _header(self) -> bytes | None:
@@ -117,14 +176,17 @@ class TarReader:
         self._end += _BLOCK_BYTES
         return header
 
-    def _extension(self, size: int) -> bytes:
-        if size > _MAX_EXTENSION_BYTES:
-            raise ShardDamage("shard_corrupt", f"a tar extension header claims {size} bytes")
-        self._begin(size)
-        return self.read()
-
-    def _pass_over(self, kind: int, header: bytes, size: int) -> None:
-        if kind == _GNU_SPARSE:
+    def _begin_other(
+        self, kind: int, header: bytes, size: int, name: str, extensions: _Extensions | None
+    ) -> None:
+        if kind in (_HARD_LINK, _SYMBOLIC_LINK):
+            target = extensions.link if extensions is not None else None
+            if target is None:
+                target = _text(header[157:257].partition(b"\0")[0])
+            # A symbolic link starts from its own folder, a hard link from the top.
+            self.link = target if kind == _HARD_LINK else posixpath.join(posixpath.dirname(name), target)
+        elif kind == _GNU_SPARSE:
+            self.unreadable = "is stored as a sparse file"
             more = header[482]
             while more:
                 block = self._file.read(_BLOCK_BYTES)
@@ -132,6 +194,8 @@ class TarReader:
                     raise ShardDamage("shard_truncated", "the tar ends in the map of a sparse file")
                 self._end += _BLOCK_BYTES
                 more = block[504]
+        else:
+            self.unreadable = f"is no file, but of type {chr(kind)!r}"
         self._begin(0 if kind in _NO_PAYLOAD else size)
 
 
@@ -144,13 +208,19 @@ def _check(header: bytes, offset: int) -> None:
     if len(header) == _BLOCK_BYTES:
         checksum = sum(header) - sum(header[148:156]) + _CHECKSUM_OF_BLANKS
         with contextlib.suppress(ShardDamage):
-            if _number(header[148:156]) == checksum:
+            stated = _number(header[148:156])
+            # Some old writers added the bytes up as signed numbers.
+            if stated == checksum or stated == checksum - 256 * _num_high(header):
                 return
     elif offset or b"\0" in header or not header:
         raise ShardDamage("shard_truncated", f"the tar ends in a header, after {len(header)} bytes")
     if offset:
         raise ShardDamage("shard_corrupt", f"there is no tar header where one must be, but {header[:32]!r}")
     raise ShardDamage("shard_corrupt", f"not a tar: it begins with {header[:60]!r}")
+
+
+def _num_high(header: bytes) -> int:
+    return sum(byte > 127 for byte in header[:148] + header[156:])
 
 
 def _number(field: bytes) -> int:
@@ -181,18 +251,24 @@ def _text(name: bytes) -> str:
 
 def _pax_keywords(data: bytes) -> dict[bytes, bytes]:
     keywords = {}
-    while data := data.lstrip(b"\0"):
-        digits, _, _ = data.partition(b" ")
-        length = _decimal(digits)
-        keyword, equals, value = data[len(digits) + 1 : length - 1].partition(b"=")
-        if not equals or length > len(data):
-            raise ShardDamage("shard_corrupt", f"a pax header has {data[:32]!r} where a keyword must be")
+    start = 0
+    while start < len(data):
+        if not data[start]:  # zeros may pad the records
+            break
+        blank = data.find(b" ", start, start + _MAX_DIGITS + 1)
+        length = _decimal(data[start:blank] if blank > start else data[start : start + 32])
+        end = start + length
+        keyword, equals, value = data[blank + 1 : end - 1].partition(b"=")
+        if not equals or end > len(data) or blank >= end:
+            raise ShardDamage(
+                "shard_corrupt", f"a pax header has {data[start : start + 32]!r} where a keyword must be"
+            )
         keywords[keyword] = value
-        data = data[length:]
+        start = end
     return keywords
 
 
 def _decimal(digits: bytes) -> int:
-    if not digits.isdigit() or len(digits) > 20:
+    if not digits.isdigit() or len(digits) > _MAX_DIGITS:
         raise ShardDamage("shard_corrupt", f"a pax header has {digits[:32]!r} where a number must be")
     return int(digits)

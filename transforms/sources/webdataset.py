@@ -5,32 +5,33 @@ https://github.com/webdataset/webdataset and img2dataset's `--output_format webd
 """
 
 import dataclasses
-import json
+import itertools
 import posixpath
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
+from transforms.errors import OptionError
+from transforms.sources.base import ColumnNames, InputFile, Lost, Record, Row, Shard, Source, shard_names
+from transforms.sources.sample import Sample, SampleTexts, is_image, split_name, text_bytes
 from transforms.sources.shardfile import (
-    MAX_RECORD_BYTES,
     ShardDamage,
     encodable,
     input_files,
     metadata_text,
     open_shard,
-    to_text,
     unpacked,
 )
 from transforms.sources.tar import TarReader
+from transforms.sources.tar_index import SampleParts, TarIndex
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
-_CAPTION_EXTENSIONS = ("txt", "caption")
-_TEXT_EXTENSIONS = frozenset({"json", *_CAPTION_EXTENSIONS})
+# Samples of the first shard in which the chosen columns are looked for before the job begins.
+_NUM_CHECKED = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class WebdatasetSource(Source):
-    """Tar shards, plain or gzipped.
+    """Tar shards, plain or compressed.
 
     Attributes:
         urls: The shard files, sorted.
@@ -42,20 +43,29 @@ class WebdatasetSource(Source):
     root: str
     metadata_columns: tuple[str, ...] = ()
 
-    column_flags: ClassVar[frozenset[str]] = frozenset({"metadata_columns"})
+    column_flags: ClassVar[frozenset[str]] = frozenset(
+        {"image_column", "caption_column", "key_column", "metadata_columns"}
+    )
 
     def inputs(self) -> list[InputFile]:
         """Returns the shard files with their sizes."""
         return input_files(self.urls, self.root)
 
     def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
-        """Returns a shard for each file."""
+        """Returns a shard for each file.
+
+        Raises:
+            OptionError: None of the first samples has a member or field that is named as a column.
+        """
         files = self.inputs()
         names = shard_names(file.name for file in files)
-        return [
-            WebdatasetShard(name, file.size_bytes, None, url, file.name, self.metadata_columns)
+        shards = [
+            WebdatasetShard(name, file.size_bytes, None, url, file.name, self.metadata_columns, self.columns)
             for name, file, url in zip(names, files, self.urls, strict=True)
         ]
+        if shards and self.columns != ColumnNames():
+            shards[0].check_columns()
+        return list(shards)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +76,14 @@ class WebdatasetShard(Shard):
         url: Where it is.
         source: Its path below the input root.
         metadata_columns: Keys of the samples' `.json` members to keep as metadata.
+        columns: The image's extension; the captions' field of the `.json` member, or their extension; the keys'
+            field. None takes the usual ones, and the key from the members' names.
     """
 
     url: str
     source: str
     metadata_columns: tuple[str, ...] = ()
+    columns: ColumnNames = ColumnNames()
 
     @property
     def input(self) -> str:
@@ -80,116 +93,193 @@ class WebdatasetShard(Shard):
     def records(self, skip: int) -> Iterator[Record]:
         """Yields the samples in order. One without an image is lost as `missing_image`.
 
-        A sample is over when the next begins: of the one that damage cuts into, only the loss is given.
+        A sample is over when the next begins: of the one that damage cuts into, only the loss is given. Samples
+        whose members do not follow each other are joined as far as `TarIndex` can; what cannot be joined is lost as
+        `duplicate_key`.
         """
-        with open_shard(self.url) as file:
+        reading = _Reading(self, skip)
+        last: Record | None = None
+        for record in reading.records():
+            if last is not None:
+                yield last
+            # Of scattered samples the last place may give no record, which could say what was passed over before it.
+            last = record if reading.is_scattered else None
+            if last is None:
+                yield record
+        if last is not None:
+            yield last._replace(counters=reading.take_counters(last.counters))
+        elif num_others := reading.counters["members_passed_over"]:
+            message = (
+                f"{self.source}: none of its {num_others} members belongs to a sample. Expected names such as "
+                f"KEY.jpg and KEY.txt; the first is {encodable(reading.first_other)!r}"
+            )
+            yield Lost("", 0, "missing_image", message, None, reading.take_counters({}))
+
+    def check_columns(self) -> None:
+        """Looks for the chosen columns in the first samples.
+
+        Raises:
+            OptionError: None of the samples has one.
+            InputError: The shard is gone, or may not be read.
+        """
+        reading = _Reading(self, 0)
+        samples = list(itertools.islice(reading.samples(), _NUM_CHECKED))
+        extensions = {extension for sample in samples for extension in sample.members}
+        fields = {field for sample in samples for field in sample.texts().fields}
+        for flag, name, names, kind in (
+            ("image_column", self.columns.image, extensions, "member"),
+            ("caption_column", self.columns.caption, fields | extensions, "field or member"),
+            ("key_column", self.columns.key, fields, "field of a .json member"),
+        ):
+            if samples and name is not None and name not in names and name.lower() not in extensions & names:
+                there = ", ".join(sorted(map(str, names))) or "none"
+                raise OptionError(
+                    f"--{flag} {name}: the first {len(samples)} samples of {self.url} have no such {kind}. "
+                    f"Expected one of theirs: {there}."
+                )
+
+
+class _Reading:
+    """One pass over a shard.
+
+    Attributes:
+        counters: What was passed over since the last record, by name.
+        first_other: Name of the first member that belongs to no sample.
+    """
+
+    def __init__(self, shard: WebdatasetShard, skip: int) -> None:
+        self.counters: Counter[str] = Counter()
+        self.first_other = ""
+        self._shard = shard
+        self._skip = skip
+        self._row = 0
+        self._keys: set[int] = set()
+        self._scattered: dict[str, SampleParts] | None = None
+        self._index = TarIndex(shard.url, split_name, lambda extension: text_bytes(extension, shard.columns))
+        self._damage: tuple[ShardDamage, str, Sample | None] | None = None
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether samples that lie in several places are joined."""
+        return bool(self._scattered)
+
+    def records(self) -> Iterator[Record]:
+        """Yields the records of all samples, and of damage."""
+        for sample in self.samples():
+            for record in self._finish(sample):
+                yield self._counted(record)
+                self._row += 1
+        if self._damage is not None:
+            damage, place, cut = self._damage
+            key, image = ("", None) if cut is None else (cut.key, cut.image)
+            yield self._counted(Lost(key, self._row, damage.reason, f"{place}: {damage}", image))
+
+    def _counted(self, record: Record) -> Record:
+        if not self.counters:
+            return record
+        return record._replace(counters=self.take_counters(record.counters))
+
+    def samples(self) -> Iterator[Sample]:
+        """Yields members that follow each other and have one key, as a sample."""
+        with open_shard(self._shard.url) as file:
             stream = unpacked(file)
             tar = TarReader(stream)
-            sample: _Sample | None = None
-            num_samples = 0
+            sample: Sample | None = None
             try:
                 while (name := tar.next()) is not None:
-                    key, extension = _split(name)
+                    key, extension = split_name(name)
                     if not key:
+                        self.first_other = self.first_other or name
+                        self.counters["members_passed_over"] += 1
                         continue
                     if sample is None or key != sample.key or extension in sample.members:
                         if sample is not None:
-                            yield self._record(sample)
-                        sample = _Sample(key, num_samples)
-                        num_samples += 1
-                    sample.add(extension, tar, needed=sample.row >= skip)
+                            yield sample
+                        sample = Sample(key, self._shard.columns)
+                    sample.add(extension, tar, self._index, needed=self._row >= self._skip)
             except ShardDamage as damage:
-                yield self._lost(damage, sample, tar.offset, packed=stream is not file)
+                unit = " of the unpacked tar" if stream is not file else ""
+                self._damage = damage, f"{self._shard.source}, byte {tar.offset}{unit}", sample
                 return
             if sample is not None:
-                yield self._record(sample)
+                yield sample
 
-    def _lost(self, damage: ShardDamage, sample: "_Sample | None", offset: int, packed: bool) -> Lost:
-        place = f"{self.source}, byte {offset}" + (" of the unpacked tar" if packed else "")
-        if sample is None:
-            return Lost("", 0, damage.reason, f"{place}: {damage}")
-        return Lost(sample.key, sample.row, damage.reason, f"{place}: {damage}", sample.image)
+    def take_counters(self, counters: Any) -> dict[str, int]:
+        """Returns counters of a record with what was passed over before it, which is forgotten."""
+        total = Counter(counters) + self.counters
+        self.counters.clear()
+        return dict(total)
 
-    def _record(self, sample: "_Sample") -> Record:
-        fields = _json_object(sample.members.get("json", b""))
-        if sample.oversize:
-            return Lost(sample.key, sample.row, "record_corrupt", sample.oversize)
-        if sample.image is None:
-            there = ", ".join(sorted(sample.members))
-            message = f"the sample has no image (jpg, png, webp, ...); its members: {there}"
-            if error := fields.get("error_message"):
-                message += f"; its error_message: {encodable(str(error))}"
-            return Lost(sample.key, sample.row, "missing_image", message)
-        return Row(
-            sample.key,
-            sample.image,
-            f"{posixpath.basename(sample.key)}.{sample.image_extension}",
-            _json_captions(fields) or _text_captions(sample),
-            self.source,
-            sample.row,
-            {column: metadata_text(fields.get(column)) for column in self.metadata_columns},
-        )
-
-
-class _Sample:
-    """Members seen so far of one sample; those that are not needed are there, but empty."""
-
-    __slots__ = ("image", "image_extension", "key", "members", "oversize", "row")
-
-    def __init__(self, key: str, row: int) -> None:
-        self.key = key
-        self.row = row
-        self.members: dict[str, bytes] = {}
-        self.image: bytes | None = None
-        self.image_extension = ""
-        self.oversize = ""
-
-    def add(self, extension: str, tar: TarReader, needed: bool) -> None:
-        self.members[extension] = b""
-        is_image = self.image is None and extension in IMAGE_EXTENSIONS
-        if not is_image and extension not in _TEXT_EXTENSIONS:
+    def _finish(self, sample: Sample) -> Iterator[Record]:
+        texts = sample.texts()
+        if self._scattered is None and not (sample.image_extension and texts.captions):
+            self._scattered = {
+                key: parts for key, parts in self._index.scattered.items() if hash(key) not in self._keys
+            }
+        parts = self._scattered.get(sample.key) if self._scattered else None
+        is_again = hash(sample.key) in self._keys
+        self._keys.add(hash(sample.key))
+        if parts is not None:
+            waits = not sample.image_extension and any(
+                is_image(extension, self._shard.columns) for extension in parts.extensions
+            )
+            if waits or parts.is_given:
+                return
+            parts.is_given = True
+            sample.join(parts, self._index)
+            self.counters["samples_joined"] += 1
+            texts = sample.texts()
+        elif is_again and not sample.image_extension:
+            message = (
+                f"{self._shard.source}: {', '.join(sorted(sample.members))} of this sample do not follow its other "
+                "members, which are a record already. Sort the tar by name, so that the members of a sample lie "
+                "side by side"
+            )
+            yield Lost(sample.key, self._row, "duplicate_key", message, None, texts.counters)
             return
-        if tar.size > MAX_RECORD_BYTES:
-            self.oversize = f"its {extension} has {tar.size} bytes; at most {MAX_RECORD_BYTES} are read"
-            return
-        data = tar.read() if needed else b""
-        if is_image:
-            self.image, self.image_extension = data, extension
+        yield from self._records_of(sample, texts)
+
+    def _records_of(self, sample: Sample, texts: SampleTexts) -> Iterator[Record]:
+        shard, key = self._shard, sample.key
+        if shard.columns.key is not None:
+            value = texts.fields.get(shard.columns.key)
+            if value is None or value == "" or isinstance(value, list | dict):
+                message = f"the .json of the sample has no field {shard.columns.key!r} that can be a key"
+                yield Lost(key, self._row, "bad_annotation", message, sample.image, texts.counters)
+                return
+            key = encodable(str(value))
+        if sample.loss is not None:
+            yield Lost(key, self._row, *sample.loss, sample.image, texts.counters)
+        elif sample.image is None:
+            yield from self._missing_images(key, sample, texts)
+        elif "broken_json" in texts.counters and not texts.captions:
+            message = "its json is damaged, or nested too deep, and it has no other caption"
+            yield Lost(key, self._row, "bad_annotation", message, sample.image, texts.counters)
         else:
-            self.members[extension] = data
+            counters = texts.counters
+            if sample.other_images:
+                counters = {**counters, "images_passed_over": len(sample.other_images)}
+            name = f"{posixpath.basename(sample.key)}.{sample.image_extension}"
+            metadata = {column: metadata_text(texts.fields.get(column)) for column in shard.metadata_columns}
+            yield Row(key, sample.image, name, texts.captions, shard.source, self._row, metadata, counters)
 
-
-def _split(name: str) -> tuple[str, str]:
-    """Returns key and extension of a member; an empty key where it belongs to no sample.
-
-    webdataset's rule: the key ends at the first dot of the last path component. Hidden files (`._x` of macOS)
-    have no key by it.
-    """
-    folder, slash, last = name.removeprefix("./").rpartition("/")
-    stem, _, extension = last.partition(".")
-    if not stem or not extension or folder.partition("/")[0] == "__MACOSX":
-        return "", ""
-    return folder + slash + stem, extension.lower()
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    if not data:
-        return {}
-    try:
-        value = json.loads(to_text(data))
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _json_captions(fields: dict[str, Any]) -> list[str]:
-    value = fields.get("captions") or fields.get("caption")
-    values = value if isinstance(value, list) else [value]
-    return [encodable(caption) for caption in values if isinstance(caption, str) and caption.strip()]
-
-
-def _text_captions(sample: _Sample) -> list[str]:
-    # Only line ends part captions: str.splitlines would also cut at form feeds and Unicode separators.
-    texts = [to_text(sample.members[name]) for name in _CAPTION_EXTENSIONS if name in sample.members]
-    lines = "\n".join(texts).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return [line for line in lines if line.strip()]
+    def _missing_images(self, key: str, sample: Sample, texts: SampleTexts) -> Iterator[Lost]:
+        """Yields the loss of a sample without an image, or one for each picture that might be it."""
+        there = ", ".join(sorted(sample.members))
+        error = texts.fields.get("error_message")
+        told = f"; its error_message: {encodable(str(error))}" if error else ""
+        if self._shard.columns.image is not None:
+            message = f"the sample has no member {self._shard.columns.image}; its members: {there}{told}"
+        elif not sample.other_images:
+            message = f"the sample has no image (jpg, png, webp, ...); its members: {there}{told}"
+        else:
+            for extension in sample.other_images:
+                message = (
+                    f"{extension} may be the sample's image or another picture: a key ends at the first dot of a "
+                    f"name; its members: {there}{told}. Take the dots out of the name, or choose with "
+                    f"--image_column {extension}"
+                )
+                yield Lost(key, self._row, "missing_image", message, None, texts.counters)
+                texts = texts._replace(counters={})
+            return
+        yield Lost(key, self._row, "missing_image", message, None, texts.counters)

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import tarfile
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -31,7 +32,14 @@ def reader(data):
 
 def read(data):
     tar = reader(data)
-    return [(name, tar.read()) for name in iter(tar.next, None)]
+    return [(name, tar.read()) for name in iter(tar.next, None) if tar.link is None and not tar.unreadable]
+
+
+def others(data):
+    """Returns the members that are no files: names, and targets or reasons."""
+    tar = reader(data)
+    members = [(name, tar.link, tar.unreadable) for name in iter(tar.next, None)]
+    return [(name, link or unreadable) for name, link, unreadable in members if link or unreadable]
 
 
 def special(name, kind, linkname=""):
@@ -63,7 +71,7 @@ def test_names_that_are_not_utf8_stay_apart():
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_other_kinds_of_members_are_passed_over(format):
+def test_other_kinds_of_members_are_named(format):
     members = [
         special("folder", tarfile.DIRTYPE),
         special("link" * 20, tarfile.SYMTYPE, "target" * 16),
@@ -71,12 +79,28 @@ def test_other_kinds_of_members_are_passed_over(format):
         special("pipe", tarfile.FIFOTYPE),
         ("a", b"data"),
     ]
-    assert read(write(members, format)) == [("a", b"data")]
+    data = write(members, format)
+    assert read(data) == [("a", b"data")]
+    assert others(data) == [
+        ("link" * 20, "target" * 16),
+        ("hard", "a"),
+        ("pipe", "is no file, but of type '6'"),
+    ]
 
 
-def test_long_link_names_and_global_headers_are_passed_over():
-    link = special("l" * 150, tarfile.SYMTYPE, "t" * 150)
-    assert read(write([link, ("a", b"data")], tarfile.GNU_FORMAT)) == [("a", b"data")]
+@pytest.mark.parametrize("format", FORMATS[1:])
+def test_links_lead_from_their_own_place(format):
+    members = [
+        special("a/b/" + "s" * 150, tarfile.SYMTYPE, "../" + "t" * 150),
+        special("a/b/hard", tarfile.LNKTYPE, "h" * 150),
+        ("a", b"data"),
+    ]
+    data = write(members, format)
+    assert others(data) == [("a/b/" + "s" * 150, "a/b/../" + "t" * 150), ("a/b/hard", "h" * 150)]
+    assert read(data) == [("a", b"data")]
+
+
+def test_global_headers_name_no_member():
     data = write([("a", b"data")], pax_headers={"comment": "of all", "path": "not.this"})
     assert read(data) == [("a", b"data")]
 
@@ -94,7 +118,7 @@ def test_pax_sizes_overrule():
     assert read(bytes(data)) == [("a", b"data"), ("b", b"")]
 
 
-def test_sparse_files_are_passed_over():
+def test_sparse_files_are_named():
     # GNU tar's own old format: a header with a map, and one more block of map.
     sparse = bytearray(special("sparse", tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT))
     sparse[124:136] = b"%011o\0" % 700
@@ -108,7 +132,9 @@ def test_sparse_files_are_passed_over():
         read(data[:600])
     info = tarfile.TarInfo("pax-sparse")
     info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "sparse"}
-    assert read(write([(info, b"1\n0\n5\n"), ("a", b"1")])) == [("a", b"1")]
+    data = write([(info, b"1\n0\n5\n"), ("a", b"1")])
+    assert read(data) == [("a", b"1")]
+    assert others(data) == [("sparse", "is stored as a sparse file")]
 
 
 def test_archives_one_after_the_other_read_as_one():
@@ -210,8 +236,60 @@ def test_damaged_pax_headers(records):
 def test_a_giant_extension_header_is_not_read():
     info = special("pax", tarfile.XHDTYPE)
     info.size = 1 << 33
-    with pytest.raises(ShardDamage, match="claims"):
-        read(info.tobuf(tarfile.GNU_FORMAT))
+    for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+        info.type = kind
+        with pytest.raises(ShardDamage, match="claim 8589934592 bytes"):
+            read(info.tobuf(tarfile.GNU_FORMAT))
+
+
+def test_many_extension_headers_of_one_member_are_not_read():
+    headers = write([(special("pax", tarfile.XHDTYPE), b"13 comment=a\n")], tarfile.USTAR_FORMAT)[:1024] * 3
+    assert read(headers + write([("a", b"1")])) == [("a", b"1")]
+    bomb = write([(special("pax", tarfile.XHDTYPE), bytes(1 << 19))], tarfile.USTAR_FORMAT)[: 512 + (1 << 19)]
+    with pytest.raises(ShardDamage, match="claim 1572864 bytes"):
+        read(bomb * 3)
+
+
+@pytest.mark.parametrize("records", [b"0 path=a\n", b"00 path=a\n", b"1 path=a\n", b"2 path=a\n", b"3 =\n"])
+def test_a_pax_record_without_length_ends_the_reading(records):
+    data = write([(special("pax", tarfile.XHDTYPE), records), ("a", b"1")], tarfile.USTAR_FORMAT)
+    with pytest.raises(ShardDamage, match="a pax header has"):
+        read(data)
+
+
+def test_a_pax_header_is_read_in_one_pass():
+    """50,000 records in a header: each copied the rest once, which was 12 GB."""
+    records = b"".join(b"20 comment=%08d\n" % i for i in range(50_000))
+    name = b"".join([records, b"14 path=a.jpg\n"])
+    data = write([(special("pax", tarfile.XHDTYPE), name), ("b", b"1")], tarfile.USTAR_FORMAT)
+    tracemalloc.start()
+    assert read(data) == [("a.jpg", b"1")]
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [b"\xff" * 12, b"-0000000001\0", b"\x80" + b"\xff" * 11, b"77777777777\0"])
+def test_sizes_that_no_file_has_end_in_damage(size):
+    header = bytearray(write([("a", b"1"), ("b", b"2")]))
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    with pytest.raises(ShardDamage):
+        read(bytes(header))
+
+
+def test_old_headers_are_read():
+    """Version 7 knows no magic and ends a folder's name with a slash; some writers summed up signed bytes."""
+    header = bytearray(write([("aé", b"1")], tarfile.USTAR_FORMAT))
+    header[156:512] = bytes(356)
+    header[148:156] = b" " * 8
+    signed = sum(byte - 256 * (byte > 127) for byte in header[:512])
+    header[148:156] = b"%06o\0 " % signed
+    folder = bytearray(header[:512])
+    folder[:4], folder[124:136] = b"dir/", b"00000000000\0"
+    folder[148:156] = b" " * 8
+    folder[148:156] = b"%06o\0 " % sum(byte - 256 * (byte > 127) for byte in folder)
+    assert read(bytes(folder + header)) == [("aé", b"1")]
 
 
 @given(st.binary(max_size=2000))
