@@ -113,7 +113,8 @@ def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions)
         values["images"] = options.images
     if issubclass(kind, KarpathySource):
         values["split"] = options.split
-    return kind(urls, root, **values)
+    source: Source = kind(urls, root, **values)
+    return dataclasses.replace(source, notes=(*source.notes, *source.column_notes()))
 
 
 _SOURCES: dict[str, Any] = {

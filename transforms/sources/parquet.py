@@ -3,26 +3,33 @@
 import contextlib
 import dataclasses
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
-from transforms import storage
-from transforms.errors import InputError
 from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
-from transforms.sources.columns import Columns, captions, check_metadata, find_columns, images, keys, metadata
-from transforms.sources.shardfile import ShardDamage, image_name, input_files, metadata_text
+from transforms.sources.column_values import Image, Texts, captions, images, keys, metadata
+from transforms.sources.columns import (
+    ColumnError,
+    Columns,
+    check_metadata,
+    column_notes,
+    find_columns,
+)
+from transforms.sources.joined import join_captions, numbered_key
+from transforms.sources.parquet_file import READ_ERRORS, damaged_output, open_file, open_parquet, parquet_file
+from transforms.sources.parquet_footer import ColumnChunk, page_sizes, read_row_groups
+from transforms.sources.shardfile import MAX_RECORD_BYTES, ShardDamage, image_name, input_files, metadata_text
 
 _BATCH_ROWS = 64
 _TEXT_BATCH_ROWS = 1024
 _BATCH_BYTES = 4 << 20
-_BUFFER_BYTES = 1 << 20
-_REMOTE_BLOCK_BYTES = 4 << 20
-_MAGIC = b"PAR1"
-_SHORTEST_BYTES = 12
+# So much a batch may hold where each of its rows is the largest value of a dictionary
+_WORST_BATCH_BYTES = 128 << 20
+# Files whose footers are looked at before a job begins, as long as they have no rows or are damaged
+_NUM_CHECKED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +83,24 @@ class ParquetSource(Source):
             )
             for name, file, url in zip(names, files, self.urls, strict=True)
         ]
-        for shard in shards[:1]:
-            shard.check_columns()
+        any(shard.check_columns() for shard in shards[:_NUM_CHECKED])
         return list(shards)
+
+    def column_notes(self) -> tuple[str, ...]:
+        """Returns what the first file says of columns that might have been meant and are not read."""
+        if not self.urls:
+            return ()
+        chosen = [
+            name for name, column in zip(("image", "caption", "key"), self._chosen, strict=True) if column
+        ]
+        with contextlib.suppress(ShardDamage, ColumnError), open_parquet(self.urls[0]) as file:
+            columns = find_columns(file.schema_arrow, self.urls[0], *self._chosen, ())
+            return tuple(column_notes(file.schema_arrow, self.urls[0], columns, chosen))
+        return ()
+
+    @property
+    def _chosen(self) -> tuple[str | None, str | None, str | None]:
+        return self.columns.image, self.columns.caption, self.columns.key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +117,7 @@ class ParquetShard(Shard):
         key_column: Column of the keys: strings or integers. Where there is none, rows are numbered.
         with_images: As in `ParquetSource`.
         strict: As in `ParquetSource`.
+        joins_captions: Whether rows of one image that follow each other become one row.
     """
 
     url: str
@@ -105,165 +128,204 @@ class ParquetShard(Shard):
     key_column: str | None = None
     with_images: bool = True
     strict: bool = False
+    joins_captions: bool = True
+
+    duplicate_hint: ClassVar[str] = (
+        "; captions of one image are joined where its rows follow each other and hold the same image: sort the file by "
+        "its key"
+    )
 
     @property
     def input(self) -> str:
         """The file's path below the input root."""
         return self.source
 
-    def check_columns(self) -> None:
-        """Checks the columns from the file's footer. A file that is damaged says nothing: its reader will.
+    def check_columns(self) -> bool:
+        """Checks the columns from the file's footer; returns whether they could be.
+
+        A file that is damaged says nothing, its reader will; one without rows need not have any columns.
 
         Raises:
             OptionError: A column is missing or of a type that cannot be used.
         """
         with contextlib.suppress(ShardDamage), open_parquet(self.url) as file:
-            self._columns(file)
-            check_metadata(file.schema_arrow, self.url, self.metadata_columns)
+            if file.metadata.num_rows:
+                self._columns(file.schema_arrow)
+                check_metadata(file.schema_arrow, self.url, self.metadata_columns)
+                return True
+        return False
 
     def records(self, skip: int) -> Iterator[Record]:
         """Yields the rows in order. One whose image is null is lost as `missing_image`.
 
         A damaged page costs the rest of its row group, which is one `shard_corrupt`; reading goes on with the
-        next. Images of skipped rows are read, so that damage is found again, but not taken.
+        next. Of a file without a column that is needed, every row is lost: the job's first file may have it. The images
+        of skipped rows are there too: by them it shows which rows are one.
 
         Raises:
-            OptionError: A column is missing or of a type that cannot be used.
             InputError: The file is damaged, and the source is strict.
+            ColumnError: A column is missing, and the source is strict.
         """
         with contextlib.ExitStack() as stack:
+            handle = stack.enter_context(open_file(self.url))
+            num_lost = ""
             try:
-                file = stack.enter_context(open_parquet(self.url))
+                file = parquet_file(handle)
+                num_lost = f". {file.metadata.num_rows} rows are lost"
+                row_groups = read_row_groups(handle)
             except ShardDamage as damage:
-                yield self._lost(0, damage.reason, f"{self.source}: {damage}")
+                yield self._lost(0, damage.reason, f"{self.source}: {damage}{num_lost}")
                 return
-            columns = self._columns(file)
-            num_records = first_row = 0
-            for group in range(file.num_row_groups):
-                for record in self._group(file, group, columns, first_row, skip - num_records):
-                    num_records += 1
-                    yield record
-                first_row += file.metadata.row_group(group).num_rows
-
-    def _group(
-        self, file: pq.ParquetFile, group: int, columns: Columns, first_row: int, skip: int
-    ) -> Iterator[Record]:
-        """Yields the records of a row group; `skip` and the damaged row count from its start."""
-        total = file.metadata.row_group(group).num_rows
-        num_rows = 0
-        damage: Exception | None = None
-        for batch_rows in (_batch_rows(file.metadata.row_group(group), columns), 1):
-            # After damage once more, row by row: of the batch that it hit, the first rows may be whole.
-            position = 0
             try:
-                for batch in file.iter_batches(batch_rows, [group], columns.names, use_threads=False):
-                    if position >= num_rows:
-                        needed = position + batch.num_rows > skip
-                        yield from self._batch(batch, columns, first_row + position, needed)
-                        num_rows += batch.num_rows
-                    position += batch.num_rows
-                if num_rows == total:
-                    return
-            except (pa.ArrowException, OSError) as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise
-                damage = error
-        place = f"{self.source}, row group {group}, row {num_rows} of its {total}"
-        message = f"{place}: {damage or 'there are no more'}. {total - num_rows} rows are lost."
-        yield self._lost(first_row + num_rows, "shard_corrupt", message)
+                columns = self._columns(file.schema_arrow)
+            except ColumnError as error:
+                yield from self._all_lost(file.metadata.num_rows, error)
+                return
+            reading = _Reading(self, handle, file, row_groups, columns)
+            if self.joins_captions and columns.caption is not None:
+                yield from join_captions(reading.records(), self.name)
+            else:
+                yield from reading.records()
+
+    def _all_lost(self, num_rows: int, error: ColumnError) -> Iterator[Record]:
+        if self.strict:
+            raise error
+        for row in range(num_rows):
+            yield Lost(numbered_key(self.name, row), row, error.reason, f"{self.source}, row {row}: {error}")
 
     def _lost(self, row: int, reason: str, message: str) -> Lost:
         if self.strict:
             raise damaged_output(self.url, message)
         return Lost("", row, reason, message)
 
-    def _batch(
-        self, batch: pa.RecordBatch, columns: Columns, first_row: int, needed: bool
-    ) -> Iterator[Record]:
-        every_image, every_path = images(batch, columns.image, needed)
-        every_key = keys(batch, columns.key)
-        every_caption = captions(batch, columns.caption)
-        errors = metadata(batch, columns.error)
-        fields = [metadata(batch, name) for name in columns.metadata]
-        for index, image in enumerate(every_image):
-            row = first_row + index
-            key = every_key[index] or f"{self.name}-{row:08d}"
-            path = every_path[index]
-            if image is None:
-                message = f"{self.source}, row {row}: column {columns.image} has no bytes"
-                message += f"; its path: {path}" if path else ""
-                message += f"; its error_message: {errors[index]}" if errors[index] else ""
-                yield Lost(key, row, "missing_image", message)
-                continue
-            texts = [metadata_text(field[index]) for field in fields]
-            name = posixpath.basename(path) if path else image_name(key, image)
-            values = dict(zip(self.metadata_columns, texts, strict=True))
-            yield Row(key, image, name, every_caption[index], self.source, row, values)
-
-    def _columns(self, file: pq.ParquetFile) -> Columns:
-        asked = self.image_column, self.caption_column, self.key_column
-        return find_columns(file.schema_arrow, self.url, *asked, self.metadata_columns, self.with_images)
+    def _columns(self, schema: pa.Schema) -> Columns:
+        chosen = self.image_column, self.caption_column, self.key_column
+        return find_columns(schema, self.source, *chosen, self.metadata_columns, self.with_images)
 
 
-def damaged_output(url: str, message: str) -> InputError:
-    """Returns the error of a damaged file of an earlier output."""
-    return InputError(
-        f"{url} is damaged: {message} Run `diptych verify` on its output, delete the files that it names, and run the "
-        "job that wrote them again."
-    )
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """A file that is being read.
 
-
-@contextlib.contextmanager
-def open_parquet(url: str, block_bytes: int = _REMOTE_BLOCK_BYTES) -> Iterator[pq.ParquetFile]:
-    """Opens a file for reading in bounded memory.
-
-    Args:
-        url: Where it is.
-        block_bytes: How much of it is fetched at a time, on a store.
-
-    Raises:
-        InputError: The file is gone or may not be read; also when that shows only while it is being read.
-        ShardDamage: Its footer is not there or damaged.
+    Attributes:
+        shard: The file's.
+        handle: The open file.
+        file: The same as Parquet.
+        row_groups: Its column chunks.
+        columns: The columns to read.
     """
-    fs, path = storage.locate(url)
-    with storage.input_errors(url), contextlib.ExitStack() as stack:
-        if isinstance(fs, LocalFileSystem):
-            file = stack.enter_context(pa.OSFile(path, "rb"))
-        else:
-            # Columns are read side by side, so one readahead window would be fetched anew at each turn.
-            cache = {"cache_type": "blockcache", "cache_options": {"maxblocks": 8}}
-            raw = stack.enter_context(fs.open(path, "rb", block_size=block_bytes, **cache))
-            file = stack.enter_context(pa.PythonFile(raw, mode="r"))
-        yield _read_footer(file)
 
+    shard: ParquetShard
+    handle: pa.NativeFile
+    file: pq.ParquetFile
+    row_groups: Sequence[Sequence[ColumnChunk]]
+    columns: Columns
 
-def _read_footer(file: pa.NativeFile) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(
-            file, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+    def records(self) -> Iterator[Record]:
+        """Yields a record for each row, and one for rows that are lost to damage."""
+        first_row = 0
+        for group in range(self.file.num_row_groups):
+            yield from self._group(group, first_row)
+            first_row += self.file.metadata.row_group(group).num_rows
+
+    def _group(self, group: int, first_row: int) -> Iterator[Record]:
+        """Yields the records of a row group; the damaged row counts from its start."""
+        total = self.file.metadata.row_group(group).num_rows
+        if total == 0:
+            return
+        num_rows = 0
+        damage: Exception | None = None
+        for is_again in (False, True):
+            # After damage once more, row by row: of the batch that it hit, the first rows may be whole.
+            position = 0
+            try:
+                batch_rows = self._batch_rows(group, total)
+                for batch in self.file.iter_batches(
+                    1 if is_again else batch_rows, [group], self.columns.names, use_threads=False
+                ):
+                    if position >= num_rows:
+                        yield from self._batch(batch, first_row + position)
+                        num_rows += batch.num_rows
+                    position += batch.num_rows
+                if num_rows == total:
+                    return
+            except (*READ_ERRORS, ShardDamage) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                damage = error
+                if isinstance(error, ShardDamage):
+                    break
+        place = f"{self.shard.source}, row group {group}, row {num_rows} of its {total}"
+        message = f"{place}: {damage or 'there are no more'}. {total - num_rows} rows are lost."
+        yield self.shard._lost(first_row + num_rows, "shard_corrupt", message)
+
+    def _batch(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Record]:
+        every_key = keys(batch, self.columns.key)
+        every_caption = captions(batch, self.columns.caption)
+        errors = metadata(batch, self.columns.error)
+        fields = [metadata(batch, name) for name in self.columns.metadata]
+        for index, image in enumerate(images(batch, self.columns.image)):
+            row = first_row + index
+            key = every_key[index] or numbered_key(self.shard.name, row)
+            if image.data is None:
+                yield Lost(key, row, image.reason, self._without_image(image, row, errors[index]))
+                continue
+            texts = every_caption[index]
+            if texts.problem:
+                message = f"{self.shard.source}, row {row}: {texts.problem}"
+                yield Lost(key, row, "bad_annotation", message, image.data)
+                continue
+            name = posixpath.basename(image.path) if image.path else ""
+            yield Row(
+                key,
+                image.data,
+                name or image_name(key, image.data),
+                texts.captions,
+                self.shard.source,
+                row,
+                dict(
+                    zip(
+                        self.shard.metadata_columns,
+                        [metadata_text(field[index]) for field in fields],
+                        strict=True,
+                    )
+                ),
+                _counters(image, texts),
+            )
+
+    def _without_image(self, image: Image, row: int, error: object) -> str:
+        message = (
+            f"{self.shard.source}, row {row}: column {self.columns.image} {image.problem or 'has no bytes'}"
         )
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        size = file.size()
-        file.seek(0)
-        head = file.read(60)
-        file.seek(max(0, size - len(_MAGIC)))
-        if not head:
-            raise ShardDamage("shard_truncated", "the file is empty") from error
-        if not head.startswith(_MAGIC):
-            raise ShardDamage("shard_corrupt", f"not Parquet: it begins with {head!r}") from error
-        if size < _SHORTEST_BYTES or file.read() != _MAGIC:
-            raise ShardDamage("shard_truncated", f"it ends at byte {size} without a footer") from error
-        raise ShardDamage("shard_corrupt", f"its footer, before byte {size}, is damaged: {error}") from error
+        message += f"; its path: {image.path}" if image.path else ""
+        return message + (f"; its error_message: {error}" if error else "")
+
+    def _batch_rows(self, group: int, num_rows: int) -> int:
+        """Returns the rows of a batch: fewer where rows are large, so that memory stays bounded.
+
+        Raises:
+            ShardDamage: A page is too large to be read.
+        """
+        wanted = tuple(f"{name}." for name in self.columns.names)
+        chunks = [chunk for chunk in self.row_groups[group] if f"{chunk.path}.".startswith(wanted)]
+        largest = 0
+        for chunk in chunks:
+            sizes = page_sizes(self.handle, chunk)
+            if max(sizes, default=0) > MAX_RECORD_BYTES:
+                message = f"a page of column {chunk.path} has {max(sizes)} bytes; at most {MAX_RECORD_BYTES} are read"
+                raise ShardDamage("shard_corrupt", message)
+            largest += sizes[0] if chunk.dictionary_offset is not None else 0
+        size_bytes = sum(chunk.size_bytes for chunk in chunks)
+        most = _BATCH_ROWS if self.columns.image else _TEXT_BATCH_ROWS
+        most = min(most, _WORST_BATCH_BYTES // max(1, largest))
+        return max(1, min(most, _BATCH_BYTES // max(1, size_bytes // max(1, num_rows))))
 
 
-def _batch_rows(group: pq.RowGroupMetaData, columns: Columns) -> int:
-    """Returns the rows of a batch: fewer where rows are large, so that memory stays bounded."""
-    parts = (group.column(index) for index in range(group.num_columns))
-    wanted = tuple(f"{name}." for name in columns.names)
-    size_bytes = sum(
-        part.total_uncompressed_size for part in parts if f"{part.path_in_schema}.".startswith(wanted)
-    )
-    most = _BATCH_ROWS if columns.image else _TEXT_BATCH_ROWS
-    return max(1, min(most, _BATCH_BYTES // max(1, size_bytes // max(1, group.num_rows))))
+_NO_COUNTERS: dict[str, int] = {}
+
+
+def _counters(image: Image, texts: Texts) -> dict[str, int]:
+    if not image.num_others and not texts.num_not_utf8:
+        return _NO_COUNTERS
+    counters = {"images_passed_over": image.num_others, "captions_not_utf8": texts.num_not_utf8}
+    return {name: count for name, count in counters.items() if count}

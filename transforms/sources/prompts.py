@@ -215,7 +215,9 @@ class PromptsShard(Shard):
 
     def _parquet(self, skip: int) -> Iterator[Record]:
         fields = self.name, self.size_bytes, self.num_rows, self.url, self.source, self.metadata_columns
-        shard = ParquetShard(*fields, None, self.prompt_column, self.key_column, with_images=False)
+        shard = ParquetShard(
+            *fields, None, self.prompt_column, self.key_column, with_images=False, joins_captions=False
+        )
         for record in shard.records(skip):
             if isinstance(record, Row) and len(record.captions) != 1:
                 what = f"{len(record.captions)} texts" if record.captions else "a blank one"

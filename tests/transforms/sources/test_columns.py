@@ -4,7 +4,8 @@ import pyarrow as pa
 import pytest
 
 from transforms.errors import OptionError
-from transforms.sources.columns import Columns, captions, find_columns, images, keys, metadata, values
+from transforms.sources.column_values import Image, Texts, captions, images, keys, metadata, values
+from transforms.sources.columns import Columns, column_notes, find_columns
 
 
 def find(types, image=None, caption=None, key=None, metadata=()):
@@ -13,6 +14,14 @@ def find(types, image=None, caption=None, key=None, metadata=()):
 
 def batch(array, name="c"):
     return pa.RecordBatch.from_arrays([array], names=[name])
+
+
+def captions_of(array):
+    return [texts.captions for texts in captions(batch(array), "c")]
+
+
+def images_of(array):
+    return [image.data for image in images(batch(array), "c")]
 
 
 def test_usual_names_in_their_order():
@@ -78,8 +87,16 @@ def test_a_named_column_must_be_there_and_fit(role):
 
 
 def test_captions_of_another_type_are_not_dropped_in_silence():
+    types = {"image": pa.binary(), "sentences": pa.list_(pa.int64())}
+    columns = find(types)
+    assert columns.caption is None
+    (note,) = column_notes(pa.schema(list(types.items())), "x.parquet", columns, ())
+    assert note == (
+        "x.parquet: column 'sentences' is of type list<item: int64>, which holds no captions, so the rows have no "
+        "captions. --caption_column names another."
+    )
     with pytest.raises(OptionError, match=r"'sentences', but of type list<.*--caption_column"):
-        find({"image": pa.binary(), "sentences": pa.list_(pa.struct([("raw", pa.string())]))})
+        find(types, caption="sentences")
 
 
 def test_images_of_structs_whose_parent_is_null():
@@ -87,32 +104,31 @@ def test_images_of_structs_whose_parent_is_null():
         [{"bytes": b"1", "path": "p"}, None, {"bytes": None, "path": "q"}],
         pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
     )
-    assert images(batch(array), "c", needed=True) == ([b"1", None, None], ["p", None, "q"])
-    assert images(batch(array), "c", needed=False) == ([b"", None, None], ["p", None, "q"])
-    assert images(batch(array.slice(1)), "c", needed=True) == ([None, None], [None, "q"])
+    assert list(images(batch(array), "c")) == [Image(b"1", "p"), Image(None, None), Image(None, "q")]
+    assert list(images(batch(array.slice(1)), "c")) == [Image(None, None), Image(None, "q")]
 
 
 def test_dictionary_encoded_columns():
     encoded = pa.array(["a", "b", None, "a"]).dictionary_encode()
     assert keys(batch(encoded), "c") == ["a", "b", "", "a"]
-    assert captions(batch(encoded), "c") == [["a"], ["b"], [], ["a"]]
+    assert captions_of(encoded) == [["a"], ["b"], [], ["a"]]
     picture = pa.array([b"1", None, b"1"]).dictionary_encode()
-    assert images(batch(picture), "c", needed=True)[0] == [b"1", None, b"1"]
+    assert images_of(picture) == [b"1", None, b"1"]
 
 
 def test_keys():
     assert keys(batch(pa.array([1, None, -3])), "c") == ["1", "", "-3"]
-    assert keys(batch(pa.array([b"a", b"\xff"])), "c") == ["a", "\ufffd"]
+    assert keys(batch(pa.array([b"a", b"\xff"])), "c") == ["a", "ff"]
     assert keys(batch(pa.array(["d/a.b.jpg", "c"]), "file_name"), "file_name") == ["d/a.b", "c"]
     assert keys(batch(pa.array([1, 2])), None) == ["", ""]
 
 
 def test_captions():
     lists = pa.array([["a", None, " ", "b\nb"], [], None])
-    assert captions(batch(lists), "c") == [["a", "b\nb"], [], []]
-    assert captions(batch(pa.array(["a", "", None])), "c") == [["a"], [], []]
-    assert captions(batch(pa.nulls(2)), "c") == [[], []]
-    assert captions(batch(pa.nulls(2)), None) == [[], []]
+    assert captions_of(lists) == [["a", "b\nb"], [], []]
+    assert captions_of(pa.array(["a", "", None])) == [["a"], [], []]
+    assert captions_of(pa.nulls(2)) == [[], []]
+    assert captions(batch(pa.nulls(2)), None) == [Texts([])] * 2
 
 
 def invalid(type):

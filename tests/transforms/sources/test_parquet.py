@@ -129,14 +129,39 @@ def test_a_missing_column_is_told_at_planning(path):
         source_of(path).shards("", 0)
 
 
-def test_a_missing_column_of_a_later_file_is_told_by_its_reader(tmp_path):
-    pq.write_table(pa.table({"image": [JPEG]}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"other": [JPEG]}), tmp_path / "b.parquet")
-    source = ParquetSource((f"{tmp_path}/a.parquet", f"{tmp_path}/b.parquet"), str(tmp_path))
-    first, second = source.shards("", 0)
-    assert len(list(first.rows())) == 1
-    with pytest.raises(OptionError, match=r"b\.parquet has no column"):
-        list(second.rows())
+@pytest.mark.parametrize(
+    ("table", "named", "reason"),
+    [
+        ({"other": [1, 2]}, {}, "missing_image"),
+        ({"image": [JPEG, JPEG]}, {"caption": "alt"}, "bad_annotation"),
+        ({"image": [JPEG, JPEG], "alt": [1, 2]}, {"caption": "alt"}, "bad_annotation"),
+        ({"image": [JPEG, JPEG]}, {"key": "alt"}, "bad_annotation"),
+        ({"image": [1, 2]}, {"image": "image"}, "missing_image"),
+    ],
+)
+def test_a_column_that_a_later_file_lacks_costs_its_rows(tmp_path, table, named, reason):
+    pq.write_table(pa.table({"image": [JPEG], "alt": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table(table), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"alt": ["c"], "image": [JPEG]}), tmp_path / "c.parquet")
+    urls = tuple(f"{tmp_path}/{name}.parquet" for name in "abc")
+    first, second, third = ParquetSource(urls, str(tmp_path), columns=ColumnNames(**named)).shards("", 0)
+    assert [record.image for record in (*first.rows(), *third.rows())] == [JPEG, JPEG]
+    records = list(second.rows())
+    assert [(record.row, record.reason) for record in records] == [(0, reason), (1, reason)]
+    assert records[1].message.startswith("b.parquet, row 1: b.parquet has ")
+    assert list(second.rows(skip=1)) == records[1:]
+
+
+def test_files_without_rows_need_no_columns(tmp_path):
+    pq.write_table(pa.table({"image": pa.nulls(0)}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"")
+    pq.write_table(pa.table({}), tmp_path / "c.parquet")
+    pq.write_table(pa.table({"n": [1]}), tmp_path / "d.parquet")
+    urls = [f"{tmp_path}/{name}.parquet" for name in "abcd"]
+    shards = ParquetSource(tuple(urls[:3]), str(tmp_path)).shards("", 0)
+    assert [[record.reason for record in shard.rows()] for shard in shards] == [[], ["shard_truncated"], []]
+    with pytest.raises(OptionError, match=r"d\.parquet has no column"):
+        ParquetSource(tuple(urls), str(tmp_path)).shards("", 0)
 
 
 def test_metadata_that_a_file_lacks_is_null(tmp_path):

@@ -1,0 +1,98 @@
+"""A row a caption: records of one image that follow each other become one row with all their captions."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from transforms.sources.base import MAX_TEXT_BYTES, Lost, Record, Row
+from transforms.sources.shardfile import image_name
+
+# Records that are lost between those of one image: behind more of them, the image counts as another
+_MAX_WAITING = 8
+
+
+def join_captions(records: Iterator[Record], shard: str) -> Iterator[Record]:
+    """Yields records, those of one image as one: the first, with the captions of all.
+
+    Two records that follow each other are of one image where their images are the same bytes and they have the same
+    key; where neither has a key but a number, where their file names are the same too, or not given. The second must
+    have a caption: else it is no caption of the first, but the row once more. `captions_joined` counts the captions
+    that came from others than the first, `metadata_passed_over` the records whose metadata differ from those of the
+    first.
+
+    Args:
+        records: The records of a shard, with their images.
+        shard: The shard's name, of which numbered keys are made.
+    """
+    joining: _Joining | None = None
+    waiting: list[Lost] = []
+    for record in records:
+        if joining is not None and isinstance(record, Lost) and len(waiting) < _MAX_WAITING:
+            waiting.append(record)
+            continue
+        if joining is not None and isinstance(record, Row) and joining.takes(record, shard):
+            joining.add(record)
+            continue
+        if joining is not None:
+            yield joining.row()
+        yield from waiting
+        waiting = []
+        joining = _Joining(record) if isinstance(record, Row) else None
+        if isinstance(record, Lost):
+            yield record
+    if joining is not None:
+        yield joining.row()
+    yield from waiting
+
+
+class _Joining:
+    """A row, and the captions that others brought it."""
+
+    def __init__(self, first: Row) -> None:
+        self._first = first
+        self._captions: list[str] = []
+        self._num_bytes = 0
+        self._counters = Counter[str]()
+
+    def takes(self, row: Row, shard: str) -> bool:
+        """Tells whether a row is a caption of the same image, and there is room for it."""
+        return (
+            len(row.captions) > 0
+            and _is_same_image(self._first, row, shard)
+            and self._num_bytes <= MAX_TEXT_BYTES
+        )
+
+    def add(self, row: Row) -> None:
+        """Takes the captions of a row."""
+        self._captions += row.captions
+        self._num_bytes += sum(map(len, row.captions))
+        self._counters.update(row.counters)
+        self._counters["captions_joined"] += len(row.captions)
+        if row.metadata != self._first.metadata:
+            self._counters["metadata_passed_over"] += 1
+
+    def row(self) -> Row:
+        """Returns the row with all captions."""
+        if not self._captions:
+            return self._first
+        self._counters.update(self._first.counters)
+        captions = [*self._first.captions, *self._captions]
+        return self._first._replace(captions=captions, counters=dict(self._counters))
+
+
+def _is_same_image(first: Row, second: Row, shard: str) -> bool:
+    if first.image != second.image:
+        return False
+    if first.key == second.key:
+        return True
+    are_numbered = all(row.key == numbered_key(shard, row.row) for row in (first, second))
+    return are_numbered and len(first.image) > 0 and _file_name(first) == _file_name(second)
+
+
+def _file_name(row: Row) -> str | None:
+    """Returns the image's file name, None where it was made of the key."""
+    return None if row.path == image_name(row.key, row.image) else row.path
+
+
+def numbered_key(shard: str, row: int) -> str:
+    """Returns the key of a row that has none."""
+    return f"{shard}-{row:08d}"
