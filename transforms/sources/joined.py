@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from transforms.sources.base import MAX_TEXT_BYTES, Lost, Record, Row
 from transforms.sources.shardfile import image_name
 
+DUPLICATE_HINT = (
+    "; captions of one image are joined where its records follow each other and hold the same image: sort them by their "
+    "key"
+)
+"""What a reject of a key that was there before says of how to mend it."""
+
 # Records that are lost between those of one image: behind more of them, the image counts as another
 _MAX_WAITING = 8
 

@@ -18,7 +18,7 @@ from transforms.sources.columns import (
     column_notes,
     find_columns,
 )
-from transforms.sources.joined import join_captions, numbered_key
+from transforms.sources.joined import DUPLICATE_HINT, join_captions, numbered_key
 from transforms.sources.parquet_file import READ_ERRORS, damaged_output, open_file, open_parquet, parquet_file
 from transforms.sources.parquet_footer import ColumnChunk, page_sizes, read_row_groups
 from transforms.sources.shardfile import MAX_RECORD_BYTES, ShardDamage, image_name, input_files, metadata_text
@@ -130,10 +130,7 @@ class ParquetShard(Shard):
     strict: bool = False
     joins_captions: bool = True
 
-    duplicate_hint: ClassVar[str] = (
-        "; captions of one image are joined where its rows follow each other and hold the same image: sort the file by "
-        "its key"
-    )
+    duplicate_hint: ClassVar[str] = DUPLICATE_HINT
 
     @property
     def input(self) -> str:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from transforms.errors import InputError
 from transforms.sources.base import InputFile, Row
-from transforms.sources.tfrecord import IMAGE_FEATURES, TfrecordSource
+from transforms.sources.example_features import IMAGE_FEATURES
+from transforms.sources.tfrecord import TfrecordSource
 
 JPEG = b"\xff\xd8\xff\xe0 not really a picture \xff\xd9"
 
@@ -222,7 +223,7 @@ def test_a_length_beyond_the_end_costs_no_memory(path, length, packed):
 
 
 def test_an_oversize_record_costs_one_row(path, monkeypatch):
-    monkeypatch.setattr("transforms.sources.tfrecord.MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr("transforms.sources.tfrecord._MAX_RECORD_BYTES", 1000)
     big = {"key": (b"big", "byte"), "jpg": (bytes(1000), "byte")}
     first, second, third = write(path, [examples(1)[0], big, examples(2)[1]]).rows()
     assert (first.key, third.key) == ("0000", "0001")
