@@ -25,6 +25,8 @@ from transforms.sources.shardfile import to_text
 
 _DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.I)
 _SHOWN_CHARS = 200
+# Images of a larger batch become Python objects one after the other
+_MAX_COPY_BYTES = 32 << 20
 # What is shorter holds no image, though base64 might be what a path such as `train/cat` is
 _MIN_BASE64_CHARS = 64
 
@@ -138,7 +140,7 @@ def _images(array: pa.Array) -> Iterator[Image]:
         decode = _image_of_list
     if pa.types.is_dictionary(array.type):
         scalars: Any = array  # a value that occurs often is a Python object once at a time
-    elif decode is _image_of_bytes and array.nbytes <= MAX_IMAGE_BYTES:
+    elif decode is _image_of_bytes and array.nbytes <= _MAX_COPY_BYTES:
         scalars = array.to_pylist()
     else:
         scalars = array

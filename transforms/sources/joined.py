@@ -7,8 +7,7 @@ from transforms.sources.base import MAX_TEXT_BYTES, Lost, Record, Row
 from transforms.sources.shardfile import image_name
 
 DUPLICATE_HINT = (
-    "; captions of one image are joined where its records follow each other and hold the same image: sort them by their "
-    "key"
+    "; captions of one image are joined where its records follow each other and hold the same image: sort them by key"
 )
 """What a reject of a key that was there before says of how to mend it."""
 

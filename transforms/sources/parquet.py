@@ -20,14 +20,16 @@ from transforms.sources.columns import (
 )
 from transforms.sources.joined import DUPLICATE_HINT, join_captions, numbered_key
 from transforms.sources.parquet_file import READ_ERRORS, damaged_output, open_file, open_parquet, parquet_file
-from transforms.sources.parquet_footer import ColumnChunk, page_sizes, read_row_groups
+from transforms.sources.parquet_footer import ColumnChunk, Pages, read_pages, read_row_groups
 from transforms.sources.shardfile import MAX_RECORD_BYTES, ShardDamage, image_name, input_files, metadata_text
 
 _BATCH_ROWS = 64
 _TEXT_BATCH_ROWS = 1024
 _BATCH_BYTES = 4 << 20
 # So much a batch may hold where each of its rows is the largest value of a dictionary
-_WORST_BATCH_BYTES = 128 << 20
+_WORST_BATCH_BYTES, _WORST_TEXT_BATCH_BYTES = 64 << 20, 256 << 20
+# So much the lists of a row group may hold where their values are those of a dictionary
+_MAX_LISTS_BYTES = 4 << 30
 # Files whose footers are looked at before a job begins, as long as they have no rows or are damaged
 _NUM_CHECKED = 8
 
@@ -305,17 +307,34 @@ class _Reading:
         """
         wanted = tuple(f"{name}." for name in self.columns.names)
         chunks = [chunk for chunk in self.row_groups[group] if f"{chunk.path}.".startswith(wanted)]
-        largest = 0
+        dictionary_bytes = 0
         for chunk in chunks:
-            sizes = page_sizes(self.handle, chunk)
-            if max(sizes, default=0) > MAX_RECORD_BYTES:
-                message = f"a page of column {chunk.path} has {max(sizes)} bytes; at most {MAX_RECORD_BYTES} are read"
-                raise ShardDamage("shard_corrupt", message)
-            largest += sizes[0] if chunk.dictionary_offset is not None else 0
+            pages = read_pages(self.handle, chunk)
+            _check_sizes(chunk, pages, num_rows)
+            dictionary_bytes += pages.dictionary_bytes
         size_bytes = sum(chunk.size_bytes for chunk in chunks)
-        most = _BATCH_ROWS if self.columns.image else _TEXT_BATCH_ROWS
-        most = min(most, _WORST_BATCH_BYTES // max(1, largest))
-        return max(1, min(most, _BATCH_BYTES // max(1, size_bytes // max(1, num_rows))))
+        rows, worst_bytes = (
+            (_BATCH_ROWS, _WORST_BATCH_BYTES)
+            if self.columns.image
+            else (_TEXT_BATCH_ROWS, _WORST_TEXT_BATCH_BYTES)
+        )
+        rows = min(rows, worst_bytes // max(1, dictionary_bytes))
+        return max(1, min(rows, _BATCH_BYTES // max(1, size_bytes // max(1, num_rows))))
+
+
+def _check_sizes(chunk: ColumnChunk, pages: Pages, num_rows: int) -> None:
+    """Checks that a column chunk can be read in bounded memory.
+
+    Raises:
+        ShardDamage: A page is too large, or lists of values from a dictionary are: a row may have any number of them.
+    """
+    if pages.largest_bytes > MAX_RECORD_BYTES:
+        message = f"a page of column {chunk.path} has {pages.largest_bytes} bytes; at most {MAX_RECORD_BYTES} are read"
+        raise ShardDamage("shard_corrupt", message)
+    size_bytes = chunk.num_values * pages.dictionary_bytes // max(1, pages.num_dictionary_values)
+    if size_bytes > _MAX_LISTS_BYTES and num_rows < chunk.num_values:
+        message = f"the lists in column {chunk.path} have about {size_bytes} bytes; at most {_MAX_LISTS_BYTES} are read"
+        raise ShardDamage("shard_corrupt", message)
 
 
 _NO_COUNTERS: dict[str, int] = {}

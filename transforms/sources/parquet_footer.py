@@ -17,6 +17,7 @@ _TAIL_BYTES = 8
 # Most headers are short, but statistics in one may hold whole values
 _HEADER_BYTES = (1 << 10, 16 << 20)
 _PACKED_TIGHTLY, _MANY_BYTES = 50, 256 << 20
+_PARSE_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error)
 _MAX_DEPTH = 32
 _STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 12
 _INTEGERS = frozenset({4, 5, 6})
@@ -28,6 +29,7 @@ class ColumnChunk(NamedTuple):
 
     Attributes:
         path: The column's path in the schema, joined by dots.
+        num_values: How many they are, with nulls.
         size_bytes: Size of its pages, unpacked.
         packed_bytes: Size of its pages in the file.
         dictionary_offset: Place of its dictionary page in the file; None where there is none.
@@ -35,6 +37,7 @@ class ColumnChunk(NamedTuple):
     """
 
     path: str
+    num_values: int
     size_bytes: int
     packed_bytes: int
     dictionary_offset: int | None
@@ -54,43 +57,66 @@ def read_row_groups(file: pa.NativeFile) -> list[list[ColumnChunk]]:
         raise ShardDamage("shard_corrupt", ENCRYPTED)
     try:
         return _row_groups(_read(file, size - _TAIL_BYTES - length, length))
-    except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+    except _PARSE_ERRORS as error:
         raise ShardDamage("shard_corrupt", f"its footer, before byte {size}, is damaged") from error
 
 
-def page_sizes(file: pa.NativeFile, chunk: ColumnChunk) -> list[int]:
-    """Returns the unpacked sizes of a column chunk's first pages: its dictionary, if it has one, and the first of data.
+class Pages(NamedTuple):
+    """What the headers of a column chunk's pages say.
 
-    No value of a dictionary is larger than its page. Where the pages are packed as images and texts seldom are, the
-    sizes of all pages are returned.
+    Attributes:
+        dictionary_bytes: Unpacked size of its dictionary, which no value in it exceeds; 0 where there is none.
+        num_dictionary_values: How many values are in the dictionary.
+        largest_bytes: Unpacked size of the largest page.
+    """
+
+    dictionary_bytes: int
+    num_dictionary_values: int
+    largest_bytes: int
+
+
+def read_pages(file: pa.NativeFile, chunk: ColumnChunk) -> Pages:
+    """Reads the headers of a column chunk's first pages: its dictionary, if it has one, and the first of data.
+
+    Where the pages are packed as images and texts seldom are, the headers of all are read.
 
     Raises:
-        ShardDamage: The header of a page is damaged.
+        ShardDamage: A header is damaged.
     """
     first = chunk.data_offset if chunk.dictionary_offset is None else chunk.dictionary_offset
-    offsets = dict.fromkeys((first, chunk.data_offset))
-    if chunk.size_bytes < _PACKED_TIGHTLY * chunk.packed_bytes or chunk.size_bytes < _MANY_BYTES:
-        return [_page(file, offset)[0] for offset in offsets]
-    sizes, offset = [], first
-    while offset < first + chunk.packed_bytes:
-        size, offset = _page(file, offset)
-        sizes.append(size)
-    return sizes
+    are_packed_tightly = chunk.size_bytes >= max(_MANY_BYTES, _PACKED_TIGHTLY * chunk.packed_bytes)
+    end = first + chunk.packed_bytes if are_packed_tightly else chunk.data_offset + 1
+    dictionary_bytes = num_dictionary_values = largest = 0
+    offset = first
+    while offset < end:
+        page, offset = _page(file, offset)
+        largest = max(largest, page.size_bytes)
+        if page.num_dictionary_values is not None:
+            dictionary_bytes, num_dictionary_values = page.size_bytes, page.num_dictionary_values
+        if not are_packed_tightly:
+            offset = max(offset, chunk.data_offset)
+    return Pages(dictionary_bytes, num_dictionary_values, largest)
 
 
-def _page(file: pa.NativeFile, offset: int) -> tuple[int, int]:
-    """Returns the unpacked size of a page, and the place after it."""
+class _Page(NamedTuple):
+    size_bytes: int
+    num_dictionary_values: int | None
+
+
+def _page(file: pa.NativeFile, offset: int) -> tuple[_Page, int]:
+    """Returns what a page's header says, and the place after the page."""
     problem: Exception | None = None
     for length in _HEADER_BYTES:
         try:
             header, at = _struct(_read(file, offset, length), 0)
             size, packed_bytes = int(header[2]), int(header[3])
-        except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+            num_values = int(header[7][1]) if 7 in header else None
+        except _PARSE_ERRORS as error:
             problem = error
             continue
         if size < 0 or packed_bytes < 0:
             break
-        return size, offset + at + packed_bytes
+        return _Page(size, num_values), offset + at + packed_bytes
     raise ShardDamage("shard_corrupt", f"the header of a page at byte {offset} is damaged") from problem
 
 
@@ -112,7 +138,7 @@ def _column_chunk(fields: dict[int, Any]) -> ColumnChunk:
         raise ShardDamage("shard_corrupt", ENCRYPTED)
     column = fields[3]
     path = ".".join(name.decode("utf-8", "replace") for name in column[3])
-    return ColumnChunk(path, int(column[6]), int(column[7]), column.get(11), int(column[9]))
+    return ColumnChunk(path, int(column[5]), int(column[6]), int(column[7]), column.get(11), int(column[9]))
 
 
 def _read(file: pa.NativeFile, offset: int, length: int) -> bytes:

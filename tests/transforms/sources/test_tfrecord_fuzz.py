@@ -51,7 +51,7 @@ def crc_of(data):
 
 
 def expected(data):
-    """Returns key and image of each record that is whole, and the reasons of the others, by the format's rules alone."""
+    """Returns key and image of each record that is whole, and the reasons of the others, by the format's rules."""
     records, at = [], 0
     while at < len(data):
         if len(data) - at < 12:
