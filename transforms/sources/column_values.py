@@ -49,21 +49,18 @@ class Image(NamedTuple):
     num_others: int = 0
 
 
-class Texts(NamedTuple):
-    """The captions of a row.
+class Captions(NamedTuple):
+    """The captions of some rows.
 
     Attributes:
-        captions: Those that are more than blanks.
-        num_not_utf8: How many had bytes that are not UTF-8.
-        problem: Why they are not read, where they are not.
+        texts: Those of each row that are more than blanks.
+        num_not_utf8: How many of a row had bytes that are not UTF-8, by the row's index; only of rows with such.
+        problems: Why those of a row are not read, by its index.
     """
 
-    captions: list[str]
-    num_not_utf8: int = 0
-    problem: str = ""
-
-
-_NO_TEXTS = Texts([])
+    texts: list[list[str]]
+    num_not_utf8: dict[int, int]
+    problems: dict[int, str]
 
 
 def images(batch: pa.RecordBatch, column: str | None) -> Iterator[Image]:
@@ -101,14 +98,27 @@ def keys(batch: pa.RecordBatch, column: str | None) -> list[str]:
     return texts
 
 
-def captions(batch: pa.RecordBatch, column: str | None) -> list[Texts]:
+def captions(batch: pa.RecordBatch, column: str | None) -> Captions:
     """Returns the captions of each row."""
     if column is None:
-        return [_NO_TEXTS] * batch.num_rows
+        return Captions([[] for _ in range(batch.num_rows)], {}, {})
     array = _caption_array(_column(batch, column))
+    problems = {}
     if _num_bytes(array) > MAX_TEXT_BYTES:
-        return [texts for row in range(len(array)) for texts in _captions_of_row(array.slice(row, 1))]
-    return _captions(array)
+        sizes = {
+            row: size
+            for row in range(len(array))
+            if (size := _num_bytes(array.slice(row, 1))) > MAX_TEXT_BYTES
+        }
+        problems = {
+            row: f"its captions have {size:,} bytes; at most {MAX_TEXT_BYTES:,} are read"
+            for row, size in sizes.items()
+        }
+    if problems:
+        rows = [[] if row in problems else _objects(array.slice(row, 1))[0] for row in range(len(array))]
+    else:
+        rows = _objects(array)
+    return _captions(rows, problems)
 
 
 def metadata(batch: pa.RecordBatch, column: str | None) -> list[Any]:
@@ -122,31 +132,34 @@ def metadata(batch: pa.RecordBatch, column: str | None) -> list[Any]:
 
 def values(array: pa.Array) -> list[Any]:
     """Returns Python values; binary becomes text, and what is not UTF-8 replacement characters."""
+    if is_string(array.type):
+        try:
+            return list(array.to_pylist())
+        except UnicodeDecodeError:
+            pass
     return [_text(value) for value in _objects(array)]
 
 
 def _images(array: pa.Array) -> Iterator[Image]:
     """Yields the images of an array that is no list of structs."""
-    paths: Any = None
+    paths: list[Any] = [None] * len(array)
     if pa.types.is_struct(array.type):
         name = field_of(array.type, IMAGE_FIELDS) or "bytes"
         if array.type.get_field_index("path") >= 0:
             paths = values(pc.struct_field(array, "path"))
         array = _storage(pc.struct_field(array, name))
-    decode: Callable[[Any], Image] = _image_of_bytes
-    if is_string(plain(array.type)):
+    type = plain(array.type)
+    if is_binary(type) and not pa.types.is_dictionary(array.type) and array.nbytes <= _MAX_COPY_BYTES:
+        yield from map(Image, array.to_pylist(), paths)
+        return
+    decode: Callable[[pa.Scalar], Image] = _image_of_bytes
+    if is_string(type):
         decode = _image_of_text
-    elif is_list(plain(array.type)):
+    elif is_list(type):
         decode = _image_of_list
-    if pa.types.is_dictionary(array.type):
-        scalars: Any = array  # a value that occurs often is a Python object once at a time
-    elif decode is _image_of_bytes and array.nbytes <= _MAX_COPY_BYTES:
-        scalars = array.to_pylist()
-    else:
-        scalars = array
-    for index, scalar in enumerate(scalars):
-        image = decode(scalar)
-        yield image._replace(path=paths[index]) if paths else image
+    # A value that is large, or occurs often, is a Python object once at a time
+    for scalar, path in zip(array, paths, strict=True):
+        yield decode(scalar)._replace(path=path)
 
 
 def _first_image(array: pa.Array | list[Any]) -> Image:
@@ -155,13 +168,12 @@ def _first_image(array: pa.Array | list[Any]) -> Image:
     return next(_images(array.slice(0, 1)))._replace(num_others=len(array) - 1)  # type: ignore[union-attr]
 
 
-def _image_of_bytes(value: bytes | pa.Scalar | pa.Buffer | None) -> Image:
-    if isinstance(value, pa.Scalar):
-        scalar: Any = value.value if isinstance(value, pa.DictionaryScalar) else value
-        value = scalar.as_buffer() if scalar.is_valid else None
-    if value is not None and len(value) > MAX_IMAGE_BYTES:
-        return _too_large(len(value))
-    return Image(bytes(value) if isinstance(value, pa.Buffer) else value)
+def _image_of_bytes(value: pa.Scalar) -> Image:
+    scalar = value.value if isinstance(value, pa.DictionaryScalar) else value
+    if not scalar.is_valid:
+        return Image(None)
+    data = scalar.as_buffer()
+    return _too_large(len(data)) if len(data) > MAX_IMAGE_BYTES else Image(data.to_pybytes())
 
 
 def _image_of_list(value: pa.Scalar) -> Image:
@@ -217,14 +229,6 @@ def _caption_array(array: pa.Array) -> pa.Array:
     return array
 
 
-def _captions_of_row(array: pa.Array) -> list[Texts]:
-    """Returns the captions of an array of one row, unless they are too much of a text."""
-    if (size := _num_bytes(array)) > MAX_TEXT_BYTES:
-        message = f"its captions have {size:,} bytes; at most {MAX_TEXT_BYTES:,} are read"
-        return [Texts([], problem=message)]
-    return _captions(array)
-
-
 def _num_bytes(array: pa.Array) -> int:
     """Returns the size of texts, also of those that a dictionary holds once."""
     flat = array.flatten() if is_list(array.type) else array
@@ -234,26 +238,30 @@ def _num_bytes(array: pa.Array) -> int:
     return int(pc.sum(lengths.take(flat.indices)).as_py() or 0) + 4 * len(flat)
 
 
-def _captions(array: pa.Array) -> list[Texts]:
-    rows = _objects(array)
-    if isinstance(next((row for row in rows if row is not None), None), str):
-        return [Texts([row]) if row and row.strip() else _NO_TEXTS for row in rows]
-    return [_texts(row) for row in rows]
+def _captions(rows: list[Any], problems: dict[int, str]) -> Captions:
+    texts, num_not_utf8 = [], {}
+    for index, row in enumerate(rows):
+        items = row if isinstance(row, list) else [row]
+        if items and not isinstance(items[0], str):
+            items, number = _as_texts(items)
+            if number:
+                num_not_utf8[index] = number
+        texts.append([text for text in items if text and text.strip()])
+    return Captions(texts, num_not_utf8, problems)
 
 
-def _texts(row: Any) -> Texts:
-    """Returns captions of a row of any form."""
-    num_not_utf8, texts = 0, []
-    for item in row if isinstance(row, list) else [row]:
+def _as_texts(items: list[Any]) -> tuple[list[str | None], int]:
+    """Returns texts of structs and bytes, and how many had bytes that are not UTF-8."""
+    texts: list[str | None] = []
+    num_not_utf8 = 0
+    for item in items:
         if isinstance(item, dict):
-            name = next((name for name in CAPTION_FIELDS if name in item), "")
-            item = item.get(name)
+            item = next((item[name] for name in CAPTION_FIELDS if name in item), None)
         if isinstance(item, bytes):
             num_not_utf8 += not _is_utf8(item)
             item = to_text(item)
-        if item and item.strip():
-            texts.append(item)
-    return Texts(texts, num_not_utf8)
+        texts.append(item)
+    return texts, num_not_utf8
 
 
 def _is_utf8(data: bytes) -> bool:

@@ -7,7 +7,7 @@ from transforms.sources.base import MAX_TEXT_BYTES, Lost, Record, Row
 from transforms.sources.shardfile import image_name
 
 DUPLICATE_HINT = (
-    "; captions of one image are joined where its records follow each other and hold the same image: sort them by key"
+    "; captions of one image are joined where its rows follow each other with the same image: sort by key"
 )
 """What a reject of a key that was there before says of how to mend it."""
 
@@ -28,60 +28,62 @@ def join_captions(records: Iterator[Record], shard: str) -> Iterator[Record]:
         records: The records of a shard, with their images.
         shard: The shard's name, of which numbered keys are made.
     """
-    joining: _Joining | None = None
+    row: Row | None = None
+    others = _Others()
     waiting: list[Lost] = []
     for record in records:
-        if joining is not None and isinstance(record, Lost) and len(waiting) < _MAX_WAITING:
-            waiting.append(record)
-            continue
-        if joining is not None and isinstance(record, Row) and joining.takes(record, shard):
-            joining.add(record)
-            continue
-        if joining is not None:
-            yield joining.row()
-        yield from waiting
-        waiting = []
-        joining = _Joining(record) if isinstance(record, Row) else None
-        if isinstance(record, Lost):
+        if row is not None:
+            if isinstance(record, Lost):
+                if len(waiting) < _MAX_WAITING:
+                    waiting.append(record)
+                    continue
+            elif _is_same_image(row, record, shard) and others.take(record, row):
+                continue
+            yield others.join(row) if others.captions else row
+            yield from waiting
+            if waiting or others.captions:
+                waiting, others = [], _Others()
+            row = None
+        if isinstance(record, Row):
+            row = record
+        else:
             yield record
-    if joining is not None:
-        yield joining.row()
+    if row is not None:
+        yield others.join(row)
     yield from waiting
 
 
-class _Joining:
-    """A row, and the captions that others brought it."""
+class _Others:
+    """What other rows bring to the first of an image.
 
-    def __init__(self, first: Row) -> None:
-        self._first = first
-        self._captions: list[str] = []
+    Attributes:
+        captions: Their captions.
+    """
+
+    def __init__(self) -> None:
+        self.captions: list[str] = []
         self._num_bytes = 0
         self._counters = Counter[str]()
 
-    def takes(self, row: Row, shard: str) -> bool:
-        """Tells whether a row is a caption of the same image, and there is room for it."""
-        return (
-            len(row.captions) > 0
-            and _is_same_image(self._first, row, shard)
-            and self._num_bytes <= MAX_TEXT_BYTES
-        )
-
-    def add(self, row: Row) -> None:
-        """Takes the captions of a row."""
-        self._captions += row.captions
+    def take(self, row: Row, first: Row) -> bool:
+        """Takes the captions of a row; returns whether it has any, and there was room for them."""
+        if not row.captions or self._num_bytes > MAX_TEXT_BYTES:
+            return False
+        self.captions += row.captions
         self._num_bytes += sum(map(len, row.captions))
         self._counters.update(row.counters)
         self._counters["captions_joined"] += len(row.captions)
-        if row.metadata != self._first.metadata:
+        if row.metadata != first.metadata:
             self._counters["metadata_passed_over"] += 1
+        return True
 
-    def row(self) -> Row:
+    def join(self, first: Row) -> Row:
         """Returns the row with all captions."""
-        if not self._captions:
-            return self._first
-        self._counters.update(self._first.counters)
-        captions = [*self._first.captions, *self._captions]
-        return self._first._replace(captions=captions, counters=dict(self._counters))
+        if not self.captions:
+            return first
+        counters = Counter(first.counters)
+        counters.update(self._counters)
+        return first._replace(captions=[*first.captions, *self.captions], counters=dict(counters))
 
 
 def _is_same_image(first: Row, second: Row, shard: str) -> bool:

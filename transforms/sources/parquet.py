@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import posixpath
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
-from transforms.sources.column_values import Image, Texts, captions, images, keys, metadata
+from transforms.sources.column_values import Image, captions, images, keys, metadata
 from transforms.sources.columns import (
     ColumnError,
     Columns,
@@ -26,7 +25,7 @@ from transforms.sources.shardfile import MAX_RECORD_BYTES, ShardDamage, image_na
 _BATCH_ROWS = 64
 _TEXT_BATCH_ROWS = 1024
 _BATCH_BYTES = 4 << 20
-# So much a batch may hold where each of its rows is the largest value of a dictionary
+# So much a batch may hold where each of its rows is a value of a dictionary
 _WORST_BATCH_BYTES, _WORST_TEXT_BATCH_BYTES = 64 << 20, 256 << 20
 # So much the lists of a row group may hold where their values are those of a dictionary
 _MAX_LISTS_BYTES = 4 << 30
@@ -260,7 +259,7 @@ class _Reading:
 
     def _batch(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Record]:
         every_key = keys(batch, self.columns.key)
-        every_caption = captions(batch, self.columns.caption)
+        texts = captions(batch, self.columns.caption)
         errors = metadata(batch, self.columns.error)
         fields = [metadata(batch, name) for name in self.columns.metadata]
         for index, image in enumerate(images(batch, self.columns.image)):
@@ -269,17 +268,16 @@ class _Reading:
             if image.data is None:
                 yield Lost(key, row, image.reason, self._without_image(image, row, errors[index]))
                 continue
-            texts = every_caption[index]
-            if texts.problem:
-                message = f"{self.shard.source}, row {row}: {texts.problem}"
+            if index in texts.problems:
+                message = f"{self.shard.source}, row {row}: {texts.problems[index]}"
                 yield Lost(key, row, "bad_annotation", message, image.data)
                 continue
-            name = posixpath.basename(image.path) if image.path else ""
+            name = image.path.rpartition("/")[2] if image.path else ""
             yield Row(
                 key,
                 image.data,
                 name or image_name(key, image.data),
-                texts.captions,
+                texts.texts[index],
                 self.shard.source,
                 row,
                 dict(
@@ -289,7 +287,7 @@ class _Reading:
                         strict=True,
                     )
                 ),
-                _counters(image, texts),
+                _counters(image.num_others, texts.num_not_utf8.get(index, 0)),
             )
 
     def _without_image(self, image: Image, row: int, error: object) -> str:
@@ -307,18 +305,18 @@ class _Reading:
         """
         wanted = tuple(f"{name}." for name in self.columns.names)
         chunks = [chunk for chunk in self.row_groups[group] if f"{chunk.path}.".startswith(wanted)]
-        dictionary_bytes = 0
+        value_bytes = 0
         for chunk in chunks:
             pages = read_pages(self.handle, chunk)
             _check_sizes(chunk, pages, num_rows)
-            dictionary_bytes += pages.dictionary_bytes
+            value_bytes += pages.value_bytes
         size_bytes = sum(chunk.size_bytes for chunk in chunks)
         rows, worst_bytes = (
             (_BATCH_ROWS, _WORST_BATCH_BYTES)
             if self.columns.image
             else (_TEXT_BATCH_ROWS, _WORST_TEXT_BATCH_BYTES)
         )
-        rows = min(rows, worst_bytes // max(1, dictionary_bytes))
+        rows = min(rows, worst_bytes // max(1, value_bytes))
         return max(1, min(rows, _BATCH_BYTES // max(1, size_bytes // max(1, num_rows))))
 
 
@@ -340,8 +338,8 @@ def _check_sizes(chunk: ColumnChunk, pages: Pages, num_rows: int) -> None:
 _NO_COUNTERS: dict[str, int] = {}
 
 
-def _counters(image: Image, texts: Texts) -> dict[str, int]:
-    if not image.num_others and not texts.num_not_utf8:
+def _counters(num_images: int, num_not_utf8: int) -> dict[str, int]:
+    if not num_images and not num_not_utf8:
         return _NO_COUNTERS
-    counters = {"images_passed_over": image.num_others, "captions_not_utf8": texts.num_not_utf8}
+    counters = {"images_passed_over": num_images, "captions_not_utf8": num_not_utf8}
     return {name: count for name, count in counters.items() if count}

@@ -17,6 +17,7 @@ _TAIL_BYTES = 8
 # Most headers are short, but statistics in one may hold whole values
 _HEADER_BYTES = (1 << 10, 16 << 20)
 _PACKED_TIGHTLY, _MANY_BYTES = 50, 256 << 20
+_DICTIONARY_PACKED_TIGHTLY = 4
 _PARSE_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error)
 _MAX_DEPTH = 32
 _STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 12
@@ -65,14 +66,26 @@ class Pages(NamedTuple):
     """What the headers of a column chunk's pages say.
 
     Attributes:
-        dictionary_bytes: Unpacked size of its dictionary, which no value in it exceeds; 0 where there is none.
+        dictionary_bytes: Unpacked size of its dictionary; 0 where there is none.
+        packed_dictionary_bytes: Its size in the file.
         num_dictionary_values: How many values are in the dictionary.
         largest_bytes: Unpacked size of the largest page.
     """
 
     dictionary_bytes: int
+    packed_dictionary_bytes: int
     num_dictionary_values: int
     largest_bytes: int
+
+    @property
+    def value_bytes(self) -> int:
+        """Size of a value in the dictionary: of its largest possible where it is packed tightly, else of their mean.
+
+        Values that are large and all the same, or nearly, pack well; images do not.
+        """
+        if self.dictionary_bytes > _DICTIONARY_PACKED_TIGHTLY * self.packed_dictionary_bytes:
+            return self.dictionary_bytes
+        return self.dictionary_bytes // max(1, self.num_dictionary_values)
 
 
 def read_pages(file: pa.NativeFile, chunk: ColumnChunk) -> Pages:
@@ -86,20 +99,21 @@ def read_pages(file: pa.NativeFile, chunk: ColumnChunk) -> Pages:
     first = chunk.data_offset if chunk.dictionary_offset is None else chunk.dictionary_offset
     are_packed_tightly = chunk.size_bytes >= max(_MANY_BYTES, _PACKED_TIGHTLY * chunk.packed_bytes)
     end = first + chunk.packed_bytes if are_packed_tightly else chunk.data_offset + 1
-    dictionary_bytes = num_dictionary_values = largest = 0
-    offset = first
+    dictionary = 0, 0, 0
+    largest, offset = 0, first
     while offset < end:
         page, offset = _page(file, offset)
         largest = max(largest, page.size_bytes)
         if page.num_dictionary_values is not None:
-            dictionary_bytes, num_dictionary_values = page.size_bytes, page.num_dictionary_values
+            dictionary = page.size_bytes, page.packed_bytes, page.num_dictionary_values
         if not are_packed_tightly:
             offset = max(offset, chunk.data_offset)
-    return Pages(dictionary_bytes, num_dictionary_values, largest)
+    return Pages(*dictionary, largest)
 
 
 class _Page(NamedTuple):
     size_bytes: int
+    packed_bytes: int
     num_dictionary_values: int | None
 
 
@@ -116,7 +130,7 @@ def _page(file: pa.NativeFile, offset: int) -> tuple[_Page, int]:
             continue
         if size < 0 or packed_bytes < 0:
             break
-        return _Page(size, num_values), offset + at + packed_bytes
+        return _Page(size, packed_bytes, num_values), offset + at + packed_bytes
     raise ShardDamage("shard_corrupt", f"the header of a page at byte {offset} is damaged") from problem
 
 

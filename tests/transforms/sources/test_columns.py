@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from transforms.errors import OptionError
-from transforms.sources.column_values import Image, Texts, captions, images, keys, metadata, values
+from transforms.sources.column_values import Image, captions, images, keys, metadata, values
 from transforms.sources.columns import Columns, column_notes, find_columns
 
 
@@ -17,7 +17,7 @@ def batch(array, name="c"):
 
 
 def captions_of(array):
-    return [texts.captions for texts in captions(batch(array), "c")]
+    return captions(batch(array), "c").texts
 
 
 def images_of(array):
@@ -221,7 +221,7 @@ def test_captions():
     assert captions_of(lists) == [["a", "b\nb"], [], []]
     assert captions_of(pa.array(["a", "", None])) == [["a"], [], []]
     assert captions_of(pa.nulls(2)) == [[], []]
-    assert captions(batch(pa.nulls(2)), None) == [Texts([])] * 2
+    assert captions(batch(pa.nulls(2)), None).texts == [[], []]
 
 
 def invalid(type):

@@ -109,7 +109,7 @@ class TestParquet:
         table = {"id": [1, 2, 1], "image": [JPEG, JPEG + b"2", JPEG], "caption": list("abc")}
         _, _, lost = shard_of(tmp_path / "a.parquet", table).rows()
         assert (lost.reason, lost.row) == ("duplicate_key", 2)
-        assert "sort them by key" in lost.message
+        assert "sort by key" in lost.message
 
     def test_rows_without_keys_by_path(self, tmp_path):
         image = pa.array([{"bytes": JPEG, "path": f"d/{name}.jpg"} for name in "aabb"], IMAGE)

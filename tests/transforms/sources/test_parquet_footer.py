@@ -88,7 +88,7 @@ def test_column_chunks(tmp_path):
             ]
         pages = read_pages(file, groups[0][0])
         assert (pages.dictionary_bytes, pages.num_dictionary_values) == (109, 2)
-        assert read_pages(file, groups[0][1])[:2] == (0, 0)
+        assert read_pages(file, groups[0][1])[:3] == (0, 0, 0)
 
 
 def test_headers_with_long_statistics_are_read(tmp_path):
