@@ -152,7 +152,10 @@ def _column_chunk(fields: dict[int, Any]) -> ColumnChunk:
         raise ShardDamage("shard_corrupt", ENCRYPTED)
     column = fields[3]
     path = ".".join(name.decode("utf-8", "replace") for name in column[3])
-    return ColumnChunk(path, int(column[5]), int(column[6]), int(column[7]), column.get(11), int(column[9]))
+    dictionary_offset = int(column[11]) if 11 in column else None
+    return ColumnChunk(
+        path, *(int(column[number]) for number in (5, 6, 7)), dictionary_offset, int(column[9])
+    )
 
 
 def _read(file: pa.NativeFile, offset: int, length: int) -> bytes:
