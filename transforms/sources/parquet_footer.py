@@ -89,7 +89,7 @@ class Pages(NamedTuple):
 
 
 def read_pages(file: pa.NativeFile, chunk: ColumnChunk) -> Pages:
-    """Reads the headers of a column chunk's first pages: its dictionary, if it has one, and the first of data.
+    """Reads the header of a column chunk's first page, which is its dictionary if it has one.
 
     Where the pages are packed as images and texts seldom are, the headers of all are read.
 
@@ -98,7 +98,7 @@ def read_pages(file: pa.NativeFile, chunk: ColumnChunk) -> Pages:
     """
     first = chunk.data_offset if chunk.dictionary_offset is None else chunk.dictionary_offset
     are_packed_tightly = chunk.size_bytes >= max(_MANY_BYTES, _PACKED_TIGHTLY * chunk.packed_bytes)
-    end = first + chunk.packed_bytes if are_packed_tightly else chunk.data_offset + 1
+    end = first + chunk.packed_bytes if are_packed_tightly else first + 1
     dictionary = 0, 0, 0
     largest, offset = 0, first
     while offset < end:
@@ -106,8 +106,6 @@ def read_pages(file: pa.NativeFile, chunk: ColumnChunk) -> Pages:
         largest = max(largest, page.size_bytes)
         if page.num_dictionary_values is not None:
             dictionary = page.size_bytes, page.packed_bytes, page.num_dictionary_values
-        if not are_packed_tightly:
-            offset = max(offset, chunk.data_offset)
     return Pages(*dictionary, largest)
 
 
@@ -153,9 +151,8 @@ def _column_chunk(fields: dict[int, Any]) -> ColumnChunk:
     column = fields[3]
     path = ".".join(name.decode("utf-8", "replace") for name in column[3])
     dictionary_offset = int(column[11]) if 11 in column else None
-    return ColumnChunk(
-        path, *(int(column[number]) for number in (5, 6, 7)), dictionary_offset, int(column[9])
-    )
+    num_values, size_bytes, packed_bytes = int(column[5]), int(column[6]), int(column[7])
+    return ColumnChunk(path, num_values, size_bytes, packed_bytes, dictionary_offset, int(column[9]))
 
 
 def _read(file: pa.NativeFile, offset: int, length: int) -> bytes:

@@ -83,6 +83,27 @@ def test_hugging_face_images(path):
     assert rows[0].path == "0.png"
 
 
+@pytest.mark.parametrize(
+    ("feature", "value"),
+    [
+        (datasets.Sequence({"raw": datasets.Value("string")}), {"raw": ["a", "b"]}),
+        (
+            [{"raw": datasets.Value("string"), "sentid": datasets.Value("int64")}],
+            [{"raw": t, "sentid": 1} for t in "ab"],
+        ),
+        (datasets.LargeList(datasets.Value("large_string")), ["a", "b"]),
+        ({"raw": [datasets.Value("string")]}, {"raw": ["a", "b"]}),
+    ],
+    ids=["sequence", "list", "large", "struct"],
+)
+def test_hugging_face_sentences(path, feature, value):
+    features = datasets.Features({"image": datasets.Image(), "sentences": feature})
+    data = {"image": [{"bytes": JPEG, "path": "a.jpg"}], "sentences": [value]}
+    datasets.Dataset.from_dict(data, features=features).to_parquet(path)
+    (row,) = shard_of(path).rows()
+    assert row.captions == ["a", "b"]
+
+
 def test_hugging_face_images_that_are_only_a_path(path):
     image = [{"bytes": None, "path": "/x/a.jpg"}, {"bytes": JPEG, "path": "/x/b.jpg"}, None]
     write(path, {"image": pa.array(image, IMAGE), "id": [1, 2, 3]})
@@ -331,6 +352,41 @@ class TestWithoutImages:
         assert (row.key, row.captions, row.metadata) == ("7", ["a"], {"note": "b"})
         with pytest.raises(OptionError, match="has no column image"):
             shard_of(path)
+
+    def test_rows_of_a_key_are_one(self, path):
+        write(path, {"id": [1, 1, 2], "text": list("abc"), "image": [JPEG, JPEG, JPEG]}, check=False)
+        rows = list(shard_of(path, with_images=False).rows())
+        assert [(row.key, row.captions) for row in rows] == [("1", ["a", "b"]), ("2", ["c"])]
+
+    def test_rows_without_keys_are_rows_of_their_own(self, path):
+        write(path, {"text": list("aab"), "image": [JPEG, JPEG, JPEG]}, check=False)
+        assert [row.captions for row in shard_of(path, with_images=False).rows()] == [["a"], ["a"], ["b"]]
+
+
+def test_notes_are_those_of_the_first_file(path):
+    write(path, {"image": [JPEG], "text": [1]})
+    assert source_of(path).column_notes() == (
+        f"{path}: column 'text' is of type int64, which holds no captions, so the rows have no captions. "
+        "--caption_column names another.",
+    )
+    path.write_bytes(b"")
+    assert source_of(path).column_notes() == ()
+    assert ParquetSource((), str(path)).column_notes() == ()
+
+
+def test_several_images_and_captions_that_are_not_utf8_are_counted(path):
+    image = pa.array([[{"bytes": JPEG, "path": None}] * 3], pa.list_(IMAGE))
+    text = pa.Array.from_buffers(pa.string(), 1, pa.array([b"caf\xe9"]).buffers())
+    (row,) = write(path, {"images": image, "text": text}).rows()
+    assert (row.captions, row.counters) == (["caf\ufffd"], {"images_passed_over": 2, "captions_not_utf8": 1})
+
+
+def test_names_with_dots_and_twice(path):
+    names = ["image", "image.caption", "text", "text"]
+    arrays = [pa.array([JPEG]), pa.array([5]), pa.array(["first"]), pa.array(["second"])]
+    pq.write_table(pa.Table.from_arrays(arrays, names=names), path)
+    (row,) = shard_of(path, key_column="image.caption").rows()
+    assert (row.key, row.image, row.captions) == ("5", JPEG, ["first"])
 
 
 class TestStrict:
