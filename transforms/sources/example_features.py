@@ -2,7 +2,7 @@
 
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transforms.sources.base import ColumnNames
@@ -128,15 +128,20 @@ def feature_text(feature: Any) -> str | None:
     return metadata_text(values[0] if len(values) == 1 else values or None)
 
 
-def missing_features(examples: list[Example], columns: ColumnNames) -> Iterator[tuple[str, str]]:
+def missing_features(
+    examples: Sequence[Example], columns: ColumnNames, metadata: Sequence[str]
+) -> Iterator[tuple[str, str]]:
     """Yields flag and name of each chosen feature that no example has."""
-    chosen = {"image": columns.image, "caption": columns.caption, "key": columns.key}
-    for role, name in chosen.items():
-        lists = role == "caption"
-        if name and not any(
-            name in example.features or (lists and name in example.feature_lists) for example in examples
-        ):
-            yield f"--{role}_column", name
+    features = {name for example in examples for name in example.features}
+    lists = {name for example in examples for name in example.feature_lists}
+    for flag, name, names in (
+        ("--image_column", columns.image, features),
+        ("--caption_column", columns.caption, features | lists),
+        ("--key_column", columns.key, features),
+        *(("--metadata_columns", name, features) for name in metadata),
+    ):
+        if name is not None and name not in names:
+            yield flag, name
 
 
 def _caption_names(example: Example) -> list[str]:

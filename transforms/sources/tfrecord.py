@@ -80,7 +80,7 @@ class TfrecordSource(Source):
             TfrecordShard(name, file.size_bytes, None, url, file.name, self.metadata_columns, self.columns)
             for name, file, url in zip(names, files, self.urls, strict=True)
         ]
-        if shards and self.columns != ColumnNames():
+        if shards and (self.metadata_columns or self.columns != ColumnNames()):
             shards[0].check_columns()
         return list(shards)
 
@@ -121,7 +121,7 @@ class TfrecordShard(Shard):
         there = ", ".join(
             sorted({name for example in examples for name in (*example.features, *example.feature_lists)})
         )
-        for flag, name in missing_features(examples, self.columns) if examples else ():
+        for flag, name in missing_features(examples, self.columns, self.metadata_columns) if examples else ():
             raise OptionError(
                 f"{flag} {name}: the first {len(examples)} records of {self.url} have no such feature. Expected one of "
                 f"theirs: {there or 'none'}."

@@ -137,7 +137,7 @@ def test_metadata(path):
         "tags": ([b"a", b"b"], "byte"),
     }
     columns = ("url", "width", "score", "tags", "absent")
-    (row,) = write(path, [example], columns).rows()
+    row, _ = write(path, [example, {"absent": (b"a", "byte")}], columns).rows()
     assert row.metadata == {"url": "é", "width": "3", "score": "0.5", "tags": '["a", "b"]', "absent": None}
 
 
@@ -391,6 +391,10 @@ class TestNamedColumns:
             match=rf"--{role}_column x: the first 3 records of .* Expected one of theirs: caption, jpg, key\.",
         ):
             shard_of(path, **{role: "x"})
+
+    def test_metadata_that_no_record_has_are_refused(self, path):
+        with pytest.raises(OptionError, match="--metadata_columns x: the first 3 records of "):
+            write(path, examples(3), ("caption", "x"))
 
     def test_records_that_lack_one(self, path):
         whole = {"photo": (JPEG, "byte"), "alt": text("b"), "nr": (5, "int")}
