@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -61,6 +62,17 @@ class Captions(NamedTuple):
     texts: list[list[str]]
     num_not_utf8: dict[int, int]
     problems: dict[int, str]
+
+
+def validate(batch: pa.RecordBatch) -> None:
+    """Checks that lists end inside their values: Arrow ends the process over those of a damaged page that do not.
+
+    Raises:
+        pyarrow.ArrowInvalid: One does not.
+    """
+    batch.validate()
+    for array in batch.columns:
+        _validate_views(array)
 
 
 def images(batch: pa.RecordBatch, column: str | None) -> Iterator[Image]:
@@ -138,6 +150,21 @@ def values(array: pa.Array) -> list[Any]:
         except UnicodeDecodeError:
             pass
     return [_text(value) for value in _objects(array)]
+
+
+def _validate_views(array: pa.Array) -> None:
+    """Checks list views, whose ends Arrow checks only together with the text of all values."""
+    if pa.types.is_list_view(array.type) or pa.types.is_large_list_view(array.type):
+        offsets, sizes = (part.to_numpy().astype(np.int64) for part in (array.offsets, array.sizes))
+        if len(array) and (
+            min(offsets.min(), sizes.min()) < 0 or (offsets + sizes).max() > len(array.values)
+        ):
+            raise pa.ArrowInvalid("a list ends behind its values")
+    if pa.types.is_struct(array.type):
+        for index in range(array.type.num_fields):
+            _validate_views(array.field(index))
+    elif is_list(array.type):
+        _validate_views(array.values)
 
 
 def _images(array: pa.Array) -> Iterator[Image]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
-from transforms.sources.column_values import Image, captions, images, keys, metadata
+from transforms.sources.column_values import Image, captions, images, keys, metadata, validate
 from transforms.sources.columns import (
     ColumnError,
     Columns,
@@ -241,6 +241,7 @@ class _Reading:
                 for batch in self.file.iter_batches(
                     1 if is_again else batch_rows, [group], self.columns.names, use_threads=False
                 ):
+                    validate(batch)
                     if position >= num_rows:
                         yield from self._batch(batch, first_row + position)
                         num_rows += batch.num_rows

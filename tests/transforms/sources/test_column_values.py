@@ -5,7 +5,7 @@ import pytest
 
 from transforms.sources import column_values
 from transforms.sources.base import MAX_TEXT_BYTES
-from transforms.sources.column_values import Image, captions, images, keys
+from transforms.sources.column_values import Image, captions, images, keys, validate
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(range(100))
 
@@ -154,3 +154,25 @@ def test_bytes_as_keys_stay_apart():
     assert keys(batch(pa.array(["a", None], pa.string_view())), "c") == ["a", ""]
     extension = pa.ExtensionArray.from_storage(pa.uuid(), pa.array(uuids, pa.binary(16)))
     assert keys(batch(extension), "c")[0] == "80808080-8080-8080-8080-808080808080"
+
+
+@pytest.mark.parametrize(
+    "ends", [[(0, 1), (1, 3)], [(0, 1), (3, 1)], [(0, -1), (0, 1)], [(2**31 - 1, 2**31 - 1)]]
+)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_list_that_ends_behind_its_values_is_damage(ends, is_nested):
+    parts = [pa.array([end[part] for end in ends], pa.int32()).buffers()[1] for part in (0, 1)]
+    type = pa.list_view(pa.string())
+    array = pa.Array.from_buffers(type, len(ends), [None, *parts], children=[pa.array(["a", "b", "c"])])
+    if is_nested:
+        array = pa.StructArray.from_arrays([array], ["raw"])
+    with pytest.raises(pa.ArrowInvalid, match="a list ends behind its values"):
+        validate(batch(array))
+
+
+def test_lists_of_every_layout_are_whole():
+    for type in (pa.list_(pa.string()), pa.list_view(pa.string()), pa.large_list_view(pa.binary())):
+        validate(batch(pa.array([["a"], None, [], ["b", "c"]], type).slice(1)))
+        validate(batch(pa.array([], type)))
+    not_utf8 = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
+    validate(batch(pa.ListViewArray.from_arrays([0], [1], not_utf8)))

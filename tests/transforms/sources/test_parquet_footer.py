@@ -156,6 +156,7 @@ FORMS = [
     {"compression": "zstd", "use_dictionary": False, "data_page_version": "2.0"},
     {"compression": "gzip", "row_group_size": 7, "write_page_index": True},
 ]
+VIEWS = pa.schema([("key", pa.string_view()), ("captions", pa.list_view(pa.string()))])
 
 
 def whole_files(folder):
@@ -171,7 +172,9 @@ def whole_files(folder):
     )
     for number, options in enumerate(FORMS):
         pq.write_table(table, folder / f"{number}.parquet", **options)
-    return [(folder / f"{number}.parquet").read_bytes() for number in range(len(FORMS))]
+    views = pa.table({name: table[name].to_pylist() for name in VIEWS.names}, VIEWS)
+    pq.write_table(views.append_column("image", table["image"]), folder / "views.parquet")
+    return [path.read_bytes() for path in sorted(folder.glob("*.parquet"))]
 
 
 def mutated(data, draws):
