@@ -144,7 +144,7 @@ class TestBombs:
         assert "row 0: its captions have 10,000,0" in lost.message
 
     def test_a_page_that_is_too_large(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("transforms.sources.parquet.MAX_RECORD_BYTES", 100)
+        monkeypatch.setattr("transforms.sources.parquet_rows.MAX_RECORD_BYTES", 100)
         pq.write_table(pa.table({"image": [JPEG + bytes(200)]}), tmp_path / "a.parquet", use_dictionary=False)
         (lost,) = shard_of(tmp_path / "a.parquet").rows()
         assert "a page of column image has 214 bytes; at most 100 are read. 1 rows are lost" in lost.message
