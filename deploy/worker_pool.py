@@ -10,6 +10,12 @@ are made of (Flink wants new ones for every stage); what they print does not sta
 cannot start Flink is told within a minute, with what it said, where the job would wait for ever; and
 a worker ends with its task manager: those that share a pool give their workers the same names, so
 that by name one would stop another's. Start the pool anew when Diptych was upgraded: it has imported what was there.
+
+Whoever a worker listens to has it run whatever they like, as the user of the pool. So the pool listens on the loopback
+only, and starts workers only for task managers of this machine. Where they are on others, name the address to listen on
+and each of their hosts, in a network that nobody else can send from:
+
+    python deploy/worker_pool.py --bind 10.0.0.5 --allow 10.0.0.6 --allow task-manager-2
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import ipaddress
 import multiprocessing
 import os
 import signal
@@ -24,13 +31,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from apache_beam.portability.api import beam_fn_api_pb2
+import grpc
+from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
 from apache_beam.runners.worker.sdk_worker import SdkHarness
 from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
+from apache_beam.utils import thread_pool_executor
 
 START_TIMEOUT_S = 50.0
 _TIDY_S = 5.0
@@ -39,13 +49,31 @@ _IMPORTED = ["__main__", "pipelines.model_job", "pipelines.prepare"]
 
 
 class WorkerPool(BeamFnExternalWorkerPoolServicer):
-    """Starts a process for each worker that the cluster asks for, and says so where it cannot."""
+    """Starts a process for each worker that the cluster asks for, and says so where it cannot.
+
+    Args:
+        allowed: Hosts, beside this machine's loopback, that may ask for workers and that workers may listen to.
+    """
+
+    def __init__(self, allowed: Sequence[str] = ()) -> None:
+        super().__init__(use_process=True)
+        self._allowed = allowed
 
     def StartWorker(
-        self, start_worker_request: beam_fn_api_pb2.StartWorkerRequest, unused_context: object
+        self, start_worker_request: beam_fn_api_pb2.StartWorkerRequest, context: grpc.ServicerContext | None
     ) -> beam_fn_api_pb2.StartWorkerResponse:
         """Starts a worker; returns when it is ready, or with an error."""
         worker = start_worker_request.worker_id
+        hosts = [host_of(endpoint) for endpoint in _endpoints(start_worker_request)]
+        if context is not None:
+            hosts.append(peer_of(context.peer()))
+        if foreign := [host for host in dict.fromkeys(hosts) if not is_allowed(host, self._allowed)]:
+            return beam_fn_api_pb2.StartWorkerResponse(
+                error=f"the Python worker {worker} was not started: it would run what {', '.join(foreign)} sends, "
+                "which this pool does not know. Where that is a task manager of yours, start the pool with "
+                + " ".join(f"--allow {host}" for host in foreign)
+                + "."
+            )
         try:
             _, failure = _start(start_worker_request.control_endpoint.url, worker)
         except (OSError, EOFError) as error:
@@ -62,6 +90,49 @@ class WorkerPool(BeamFnExternalWorkerPoolServicer):
     ) -> beam_fn_api_pb2.StopWorkerResponse:
         """Leaves it to the worker, whose task manager has hung up or is about to."""
         return beam_fn_api_pb2.StopWorkerResponse()
+
+
+def _endpoints(request: beam_fn_api_pb2.StartWorkerRequest) -> list[str]:
+    """Returns the addresses that a request names."""
+    named = (
+        request.control_endpoint,
+        request.logging_endpoint,
+        request.artifact_endpoint,
+        request.provision_endpoint,
+    )
+    return [endpoint.url for endpoint in named if endpoint.url]
+
+
+def host_of(endpoint: str) -> str:
+    """Returns the host of an address as gRPC writes it: `HOST:PORT`, `[IPv6]:PORT` or `SCHEME:///HOST:PORT`."""
+    host, colon, port = endpoint.rpartition("/")[2].rpartition(":")
+    host = host if colon and port.isdigit() else endpoint
+    return host.removeprefix("[").removesuffix("]")
+
+
+def peer_of(peer: str) -> str:
+    """Returns the host of who asks, as gRPC names it: `ipv4:HOST:PORT`, or `ipv6:%5BHOST%5D:PORT`."""
+    kind, _, endpoint = urllib.parse.unquote(peer).partition(":")
+    return host_of(endpoint) if kind in ("ipv4", "ipv6") else peer
+
+
+def is_allowed(host: str, allowed: Iterable[str]) -> bool:
+    """Tells whether a host is this machine's loopback, or is among those that are allowed, by any of its addresses.
+
+    A name counts as its addresses, all of them: `localhost.example.org` is not the loopback.
+    """
+    addresses = _addresses(host)
+    known = set().union(*map(_addresses, allowed))
+    return bool(addresses) and all(address.is_loopback or address in known for address in addresses)
+
+
+def _addresses(host: str) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):  # no such host
+        return set()
+    addresses = {ipaddress.ip_address(text.partition("%")[0]) for text in found}
+    return {getattr(address, "ipv4_mapped", None) or address for address in addresses}
 
 
 def _work(control: str, worker: str, ready: Connection, output: Connection) -> None:
@@ -139,18 +210,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command line without the program's name; the process's own where `None`.
 
     Returns:
-        The exit code: 0 stopped, 1 the port is taken.
+        The exit code: 0 stopped, 1 the port is taken, 2 the command line is wrong.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--service_port", type=int, default=50000, metavar="PORT")
+    parser.add_argument(
+        "--bind", default="localhost", metavar="HOST", help="address to listen on (default localhost)"
+    )
+    text = "a host whose task managers may have workers, beside this one; may repeat"
+    parser.add_argument("--allow", action="append", default=[], metavar="HOST", help=text)
     options = parser.parse_args(argv)
+    for host in options.allow:
+        if not _addresses(host):
+            parser.error(f"--allow {host} is no host that is known here. Expected a name or an address.")
+    if not options.allow and not is_allowed(options.bind, ()):
+        parser.error(
+            f"--bind {options.bind} listens to other machines, and none is allowed. Name each host that task managers "
+            "run on with --allow HOST: whoever is listened to can run anything here."
+        )
     try:
-        try:
-            socket.create_server(("", options.service_port)).close()  # gRPC would share it with another pool
-        except OSError as error:
-            raise OSError(f"port {options.service_port} cannot be opened: {error}") from error
+        _check_free(options.bind, options.service_port)
         # workers share the cores; PyTorch's threads would wait for each other at full speed
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         _FORKS.set_forkserver_preload(_IMPORTED)
@@ -159,17 +240,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         first.join()
         if first.exitcode:
             raise RuntimeError(f"a first process ended with exit code {first.exitcode}")
-        address, server = WorkerPool.start(use_process=True, port=options.service_port)
+        server = _serve(WorkerPool(options.allow), options.bind, options.service_port)
     except (EOFError, OSError, RuntimeError) as error:
         print(f"{parser.prog}: the pool cannot start: {error or type(error).__name__}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its workers end with it
-    print(f"workers are started at {address}", flush=True)
+    print(f"workers are started at {options.bind}:{options.service_port}", flush=True)
     try:
         server.wait_for_termination()
     except KeyboardInterrupt:
         server.stop(0)
     return 0
+
+
+def _check_free(bind: str, port: int) -> None:
+    """Checks that nobody listens there: gRPC would share the port with another pool.
+
+    Raises:
+        OSError: Somebody does, or the address is not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((bind, port), family=family).close()
+    except OSError as error:
+        raise OSError(f"port {port} cannot be opened: {error}") from error
+
+
+def _serve(pool: WorkerPool, bind: str, port: int) -> grpc.Server:
+    """Serves a pool; Beam's own `start` listens on all addresses."""
+    settings = [("grpc.http2.max_pings_without_data", 0), ("grpc.http2.max_ping_strikes", 0)]
+    server = grpc.server(thread_pool_executor.shared_unbounded_instance(), options=settings)
+    beam_fn_api_pb2_grpc.add_BeamFnExternalWorkerPoolServicer_to_server(pool, server)
+    server.add_insecure_port(f"[{bind}]:{port}" if ":" in bind else f"{bind}:{port}")
+    server.start()
+    return server
 
 
 if __name__ == "__main__":

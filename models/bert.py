@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from models.base import TextModel, TextOptions, TextVector
 from models.device import choose_device, half_precision
-from models.errors import FlagError, ModelError
+from models.errors import FlagError, ModelError, one_line
 from models.quiet import quiet_transformers
 from models.sentence import SentenceConfig, pool, read_sentence_config
 from models.store import digest, localise
@@ -75,7 +75,7 @@ class Bert(TextModel):
             self.dim = self.predict(self.prepare([""]))[0].values.shape[0]
         except Exception as error:  # torch and transformers raise what their many parts raise
             raise ModelError(
-                f"The model in {model.name_or_path} makes no vector of a text: {_one_line(error)}. Expected "
+                f"The model in {model.name_or_path} makes no vector of a text: {one_line(error)}. Expected "
                 f"{_EXPECTED}, whose files belong together: fetch it again."
             ) from error
 
@@ -102,7 +102,7 @@ class Bert(TextModel):
             config = read_sentence_config(folder)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(
-                f"The files of sentence-transformers in {folder} are damaged: {type(error).__name__} {error}. Fetch "
+                f"The files of sentence-transformers in {folder} are damaged: {one_line(error, with_type=True)}. Fetch "
                 "the model again."
             ) from error
         if options.pooling and config.pooling and config.pooling != (options.pooling,):
@@ -160,7 +160,7 @@ def _check_kind(folder: Path, of_sentences: bool) -> None:
             config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
     except Exception as error:  # transformers raises what its many parts raise
         raise ModelError(
-            f"{folder} holds no model that can be loaded: {_one_line(error)}. Expected {_EXPECTED}."
+            f"{folder} holds no model that can be loaded: {one_line(error)}. Expected {_EXPECTED}."
         ) from error
     kind = config.model_type
     is_text_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or of_sentences
@@ -184,7 +184,7 @@ def _load_tokenizer(folder: Path) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
     except Exception as error:
         raise ModelError(
-            f"The tokenizer in {folder} cannot be loaded: {_one_line(error)}. Expected {_EXPECTED}."
+            f"The tokenizer in {folder} cannot be loaded: {one_line(error)}. Expected {_EXPECTED}."
         ) from error
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((folder / name).exists() for name in files):
@@ -201,7 +201,7 @@ def _load_encoder(folder: Path) -> Any:
         )
     except Exception as error:
         raise ModelError(
-            f"The weights in {folder} cannot be loaded: {_one_line(error)}. Expected {_EXPECTED}."
+            f"The weights in {folder} cannot be loaded: {one_line(error)}. Expected {_EXPECTED}."
         ) from error
     # Of a model trained with a head, the head is over; of one without, the pooler is lacking. Neither is used here.
     missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
@@ -227,7 +227,3 @@ def _max_tokens(model: Any, tokenizer: Any, asked: int | None) -> int:
         padding = getattr(table, "padding_idx", None)
         limits.append(positions if padding is None else positions - padding - 1)
     return int(min(limits))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import fsspec
 
-from models.errors import ModelError
+from models.errors import ModelError, ModelOutageError, one_line
 from models.remote import open_store
 
 # What models are made of. Pickles are not in it, nor what other frameworks read (ONNX, OpenVINO, TensorFlow).
@@ -68,8 +68,8 @@ def fetch(url: str) -> Path:
     except FileNotFoundError as error:
         raise ModelError(f"{url} is not there. Expected a model's file or folder: check the URL.") from error
     except Exception as error:  # each store has its own
-        raise ModelError(
-            f"{url} cannot be read: {_one_line(error)}. Check its name and your rights to it."
+        raise ModelOutageError(
+            f"{url} cannot be read: {one_line(error)}. Check its name and your rights to it."
         ) from error
     if not files:
         raise ModelError(
@@ -172,8 +172,8 @@ def _fetch_file(
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _FULL:
             _refuse(cache_folder(), needed_bytes, error)
-        raise ModelError(
-            f"{url} cannot be read at {file.name}: {_one_line(error)}. Run again once the storage answers."
+        raise ModelOutageError(
+            f"{url} cannot be read at {file.name}: {one_line(error)}. Run again once the storage answers."
         ) from error
     size_bytes = local.stat().st_size
     if file.size_bytes is not None and size_bytes != file.size_bytes:
@@ -210,7 +210,3 @@ def _refuse(root: Path, needed_bytes: int, error: OSError) -> NoReturn:
         "Make room or give the right to write there, or name another folder with the environment variable "
         "DIPTYCH_CACHE."
     ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -19,7 +19,7 @@ from models.beam import Hypothesis, search
 from models.decoder import Decoder, DecoderConfig
 from models.device import choose_device, half_precision
 from models.encoder import Encoder, EncoderConfig, restore_encoder
-from models.errors import FlagError, ModelError
+from models.errors import FlagError, ModelError, one_line
 from models.pixels import decode_pixels
 from models.store import digest, load_state, localise, read_config, read_tensors, write_file, write_tensors
 from models.vocabulary import Vocabulary
@@ -76,7 +76,7 @@ class CaptionNetwork(nn.Module):
             decoder = Decoder(shape)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelError(
-                f"{folder / CONFIG} does not describe a captioner of this version: {type(error).__name__} {error}. "
+                f"{folder / CONFIG} does not describe a captioner of this version: {one_line(error, with_type=True)}. "
                 "Expected what `diptych train captioner` writes: train it again."
             ) from error
         vocabulary = Vocabulary.load(folder / WORDS)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from models.captioner_data import Batch
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 from models.store import write_file
 from models.tokens import tokenize
 
@@ -187,6 +187,6 @@ def _encode(
         return encode([batch.images[i] for i in kept])
     except (ValueError, OSError) as error:
         raise ModelError(
-            f"an image among {batch.keys[kept[0]]} … {batch.keys[kept[-1]]} cannot be decoded ({error}). Expected "
-            "images as `diptych prepare` writes them: run `diptych verify` on the data."
+            f"an image among {batch.keys[kept[0]]} … {batch.keys[kept[-1]]} cannot be decoded ({one_line(error)}). "
+            "Expected images as `diptych prepare` writes them: run `diptych verify` on the data."
         ) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ModelError
+from models.location import redacted
 from models.spec import IMAGE_KINDS, TEXT_KINDS
 
 CARD = "model_card.json"
@@ -24,25 +25,27 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
 
     Args:
         folder: Local folder of the model.
-        card: JSON values; numbers that are not finite become null. `kind` must be there; of the others, those that
-            are there are shown: `summary` (a sentence), `data`, `options`, `scores` and `versions` (mappings),
-            `digest`. More are kept in the JSON.
+        card: JSON values; numbers that are not finite become null, and URLs lose what gives access. `kind` must be
+            there; of the others, those that are there are shown: `summary` (a sentence), `data`, `options`, `scores`
+            and `versions` (mappings), `digest`. More are kept in the JSON.
 
     Raises:
         ModelError: A file cannot be written.
     """
-    card = _finite(card)
+    card = _publishable(card)
     written = json.dumps(card, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     _write(folder / CARD, written.encode())
     _write(folder / README, _markdown(card).encode())
 
 
-def _finite(value: Any) -> Any:
-    """Returns JSON values with None for the numbers that JSON does not know."""
+def _publishable(value: Any) -> Any:
+    """Returns JSON values with None for the numbers that JSON does not know, and no signature in a URL."""
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: _publishable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_publishable(item) for item in value]
+    if isinstance(value, str):
+        return redacted(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 
 _FORMAT = "1"
 
@@ -128,7 +128,7 @@ def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        what = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:300]
+        what = (isinstance(error, OSError) and error.strerror) or one_line(error)
         raise ModelError(
             f"{path} cannot be written: {what}. The checkpoint before it, if any, is still there: free some space or "
             "give this user the right to write, and run the same command again; it goes on from there."

@@ -16,7 +16,7 @@ import torch
 
 from models.base import GeneratedImage, ImageModel, ImageOptions, Prompt, lists
 from models.device import choose_device
-from models.errors import FlagError, ModelError
+from models.errors import FlagError, ModelError, one_line
 from models.image_generator import encode_pixels
 from models.pixels import Pixels
 from models.quiet import quiet_transformers
@@ -168,9 +168,8 @@ def _from_folder(folder: Path, device: torch.device) -> Any:
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except Exception as error:  # diffusers raises what its many parts raise
-        what = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"{folder} holds no pipeline that can be loaded: {type(error).__name__} {what}. Expected {_EXPECTED}."
+            f"{folder} holds no pipeline that can be loaded: {one_line(error, with_type=True)}. Expected {_EXPECTED}."
         ) from error
 
 

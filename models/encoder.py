@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -106,10 +106,10 @@ def _create(name: str, size_px: int, stride_px: int, pretrained: bool) -> tuple[
         return create(rest, size_px, stride_px, pretrained)
     except (OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
         if not pretrained:
-            what = " ".join(str(error).split())[:300]
+            what = one_line(error)
             raise ModelError(f"the encoder {name} cannot be made: {what}. Choose another.") from error
         raise ModelError(
-            f"the ImageNet weights of {name} cannot be had ({' '.join(str(error).split())[:300]}). Give a file with "
+            f"the ImageNet weights of {name} cannot be had ({one_line(error)}). Give a file with "
             "them (--encoder_weights FILE.safetensors), or check the network."
         ) from error
 
@@ -120,7 +120,7 @@ def _encoder(config: EncoderConfig, network: nn.Module) -> Encoder:
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise ModelError(
             f"the encoder {config.name!r} cannot read pictures of {config.size_px} pixels as a grid: "
-            f"{' '.join(str(error).split())[:300]}. Choose a convolutional network, or another --encoder_size."
+            f"{one_line(error)}. Choose a convolutional network, or another --encoder_size."
         ) from error
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from models.base import CaptionModel, CaptionOptions, Captions, lists
 from models.device import choose_device, half_precision
-from models.errors import FlagError, ModelError
-from models.huggingface_parts import EXPECTED, load_parts, one_line
+from models.errors import FlagError, ModelError, one_line
+from models.huggingface_parts import EXPECTED, load_parts
 from models.quiet import quiet_transformers
 from models.store import digest, localise
 

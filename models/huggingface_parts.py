@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 
 _MOST_ROWS = 1.1  # a token: a vocabulary may be rounded up, for speed, and have room for words to come
 # Not to be asked, in the middle of a night, whether to run the code that a model brings
@@ -114,8 +114,3 @@ def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
             f"The vocabulary in {folder} does not fit: the tokenizer has {len(tokenizer)} tokens, the model says "
             f"{num_rows}. Both must be of one training: fetch them again."
         )
-
-
-def one_line(error: BaseException) -> str:
-    """Returns what an error says, for a line of another."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

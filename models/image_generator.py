@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.base import GeneratedImage, ImageModel, ImageOptions, Prompt, TextModel
 from models.device import choose_device, half_precision
-from models.errors import FlagError, ModelError
+from models.errors import FlagError, ModelError, one_line
 from models.generator import Generator, GeneratorConfig, to_pixels
 from models.pixels import Pixels
 from models.store import digest, load_state, localise, read_config, read_tensors, write_file, write_tensors
@@ -58,7 +58,7 @@ def read_generator(folder: Path, kinds: Sequence[str]) -> tuple[Generator, TextS
         text = TextSource.from_json(config["text"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"{folder / CONFIG} does not describe a generator of this version: {type(error).__name__} {error}. "
+            f"{folder / CONFIG} does not describe a generator of this version: {one_line(error, with_type=True)}. "
             f"Expected what `diptych train {config['kind']}` writes: train it again."
         ) from error
     load_state(generator, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))

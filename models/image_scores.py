@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.device import choose_device
 from models.encoder import create_encoder, load_weights
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 from models.store import digest, localise, read_tensors
 
 INCEPTION = "inception"
@@ -78,8 +78,8 @@ def _inception(device: torch.device) -> nn.Module:
         network: nn.Module = FrechetInceptionDistance(feature=_INCEPTION_DIM).inception.to(device)
     except Exception as error:  # of its download as of its parts
         raise ModelError(
-            f"the Inception network of the FID cannot be had ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}). It comes with `pip install torch-fidelity`, and its weights over "
+            f"the Inception network of the FID cannot be had "
+            f"({one_line(error, 200, with_type=True)}). It comes with `pip install torch-fidelity`, its weights over "
             "the network; without, name other --features, as resnet50."
         ) from error
     return network

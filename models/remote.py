@@ -24,6 +24,9 @@ def open_store(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         OSError: The store cannot be opened.
     """
     protocol, _ = split_protocol(url)
+    if protocol in (None, "file", "local") and "::" in url and url.count("://") <= 1:
+        local = fsspec.filesystem("file")  # a name that fsspec would take for a chain of file systems
+        return local, str(local._strip_protocol(url))
     fs, path = fsspec.core.url_to_fs(url, **_settings(protocol or "file"))
     return fs, path
 

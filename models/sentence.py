@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 from models.store import load_state, read_tensors
 
 # In the order in which several are joined; the keys are those of files from before version 6.
@@ -113,7 +113,7 @@ def _read_json(path: Path, expected: type) -> Any:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{path} cannot be read: {error}. It is part of the model: fetch it again."
+            f"{path} cannot be read: {one_line(error)}. It is part of the model: fetch it again."
         ) from error
     if not isinstance(found, expected):
         raise ModelError(f"{path} is damaged: it holds no {expected.__name__}. Fetch the model again.")

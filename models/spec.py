@@ -8,6 +8,7 @@ from typing import Any, cast
 from models.base import CaptionModel, CaptionOptions, ImageOptions, Model, TextModel, TextOptions
 from models.compute import compute
 from models.errors import ModelError
+from models.location import absolute_if_there, redacted
 from models.text_model import TEXT_KINDS as TEXT_KINDS
 from models.text_model import load_text_model
 
@@ -45,7 +46,23 @@ class ModelSpec:
     device: str = "auto"
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.location}"
+        return redacted(f"{self.kind}:{self.location}")
+
+    @property
+    def name(self) -> str:
+        """The same wherever the model lies: of a local path the last part, of anything else all of it."""
+        location = os.path.basename(self.location) if os.path.isabs(self.location) else self.location
+        return redacted(f"{self.kind}:{location}")
+
+    def absolute(self) -> "ModelSpec":
+        """Returns the spec with local paths made absolute, also those in its options; names on a hub stay names."""
+        options = self.options
+        if isinstance(options, MatchOptions):
+            options = MatchOptions(options.captioner.absolute(), options.text.absolute())
+        elif isinstance(options, ImageOptions) and options.text_model:
+            kind, colon, location = options.text_model.partition(":")
+            options = dataclasses.replace(options, text_model=f"{kind}{colon}{absolute_if_there(location)}")
+        return dataclasses.replace(self, location=absolute_if_there(self.location), options=options)
 
 
 _loaded: dict[ModelSpec, Model[Any, Any]] = {}
@@ -58,22 +75,15 @@ def load_model(spec: ModelSpec) -> Model[Any, Any]:
     Raises:
         ModelError: It cannot be loaded, or is of another kind.
     """
-    spec = _named(spec)
+    spec = spec.absolute()
     with _lock:
         if spec not in _loaded:
             compute(_load_once, spec)
         return _loaded[spec]
 
 
-def _named(spec: ModelSpec) -> ModelSpec:
-    """Returns the spec under the one name that its place has, however the user writes it."""
-    path = os.path.expanduser(spec.location)
-    is_local = "://" not in path and os.path.exists(path)
-    return dataclasses.replace(spec, location=os.path.abspath(path)) if is_local else spec
-
-
 def _load_once(spec: ModelSpec) -> Model[Any, Any]:
-    spec = _named(spec)
+    spec = spec.absolute()
     if spec not in _loaded:
         _loaded[spec] = _load(spec)
     return _loaded[spec]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.cache import MODEL_SUFFIXES, OTHER_FOLDERS, PICKLE_SUFFIXES, fetch, is_model_file
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CARD = re.compile(r"(^|[/_-])card\.json$|(^|/)license", re.I)
@@ -91,7 +91,7 @@ def _fetch_from_hub(name: str, download: Callable[[str], Any]) -> Path:
         remedy = "Make room or give the right to write there, or name another folder with HF_HUB_CACHE"
         raise _no_hub_model(name, why, remedy) from error
     except Exception as error:  # of its HTTP client, of which there have been two
-        why = f"the hub cannot be reached ({type(error).__name__}: {error})"
+        why = f"the hub cannot be reached ({one_line(error, with_type=True)})"
         raise _no_hub_model(name, why, "Run again with a network, or give the folder of a model") from error
     return Path(folder)
 
@@ -153,7 +153,7 @@ def read_config(folder: Path, kinds: Sequence[str]) -> dict[str, Any]:
         raise ModelError(f"{path} cannot be read: {error.strerror}. Expected {expected}.") from error
     except ValueError as error:
         raise ModelError(
-            f"{path} is damaged: {error}. Expected {expected}: fetch or train it again."
+            f"{path} is damaged: {one_line(error)}. Expected {expected}: fetch or train it again."
         ) from error
     kind = config.get("kind") if isinstance(config, dict) else None
     if kind not in kinds:
@@ -190,7 +190,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{path} is no whole safetensors file: {error}. Fetch, convert or train it again."
+            f"{path} is no whole safetensors file: {one_line(error)}. Fetch, convert or train it again."
         ) from error
     return tensors
 

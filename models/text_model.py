@@ -1,12 +1,12 @@
 """A text model by its kind, for the jobs and for the models that are told of the text by one."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.base import TextModel, TextOptions
 from models.errors import FlagError, ModelError
+from models.location import absolute_if_there, redacted
 
 TEXT_KINDS = ("word2vec", "bert")
 
@@ -58,9 +58,7 @@ class TextSource:
     def of(cls, model: str, options: TextOptions, digest: str) -> "TextSource":
         """Returns the source of a text model that is loaded."""
         kind, _, location = model.partition(":")
-        if "://" not in location and os.path.exists(os.path.expanduser(location)):
-            location = os.path.abspath(os.path.expanduser(location))
-        return cls(f"{kind}:{location}", digest, options)
+        return cls(redacted(f"{kind}:{absolute_if_there(location)}"), digest, options)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TextSource":

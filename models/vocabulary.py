@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 
 PAD, START, END, UNKNOWN = range(4)
 _SPECIAL = ("<pad>", "<start>", "<end>", "<unknown>")
@@ -67,7 +67,7 @@ class Vocabulary:
             words = path.read_text(encoding="utf-8").split("\n")[:-1]
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(
-                f"{path} cannot be read ({error}). It must be a text file, one word a line."
+                f"{path} cannot be read ({one_line(error)}). It must be a text file, one word a line."
             ) from error
         if len({*words, *_SPECIAL}) != len(words) + len(_SPECIAL):
             raise ModelError(f"{path} names a word twice. It must be the file that was saved with the model.")

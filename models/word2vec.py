@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from models.base import TextModel, TextOptions, TextVector
-from models.errors import FlagError, ModelError
+from models.errors import FlagError, ModelError, one_line
 from models.store import localise, read_config, read_tensors, write_file, write_tensors
 from models.word_vectors import Vectors, read_word_vectors
 
@@ -23,20 +23,29 @@ WEIGHTS = "vectors.safetensors"
 WORDS = "words.json"
 
 _FILES = ("*.kv", "*.model", "*.vec", "*.vec.gz", "*.bin", "*.bin.gz", "*.txt", "*.txt.gz")
-_ASCII_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)*")
+_ASCII_WORD = re.compile(r"[A-Za-z0-9]+(?:'[A-Za-z0-9]+)*")
 _BATCH_SIZE = 1024
 
 
 def tokenize(text: str) -> list[str]:
     """Returns the words of a text, in lower case: the same ones in training and in use.
 
+    Words are those of `split_words`.
+    """
+    return split_words(text, lowercase=True)
+
+
+def split_words(text: str, lowercase: bool = False) -> list[str]:
+    """Returns the words of a text, in the case that they have or in lower case.
+
     A word is a run of letters, digits and combining marks, apostrophes inside it included (`don't`); all else, hyphens
     and underscores too, only divides words. Unicode is brought to its form NFKC, so that one word is spelt one way.
     Scripts that write no spaces (Chinese, Thai) come out as long runs, of which few are known: they want `bert`.
     """
     if text.isascii():
-        return _ASCII_WORD.findall(text.lower())
-    return _unicode_word().findall(unicodedata.normalize("NFKC", text).lower().replace("’", "'"))
+        return _ASCII_WORD.findall(text.lower() if lowercase else text)
+    text = unicodedata.normalize("NFKC", text).replace("’", "'")
+    return _unicode_word().findall(text.lower() if lowercase else text)
 
 
 @functools.cache
@@ -110,6 +119,7 @@ class Word2Vec(TextModel):
         content.update(f"{vectors.shape} mean normalize={self.options.normalize}".encode())
         self.digest = content.hexdigest()[:16]
         self._rows = {word: row for row, word in reversed(list(enumerate(self.words)))}
+        self._has_capitals = any(word != word.lower() for word in self.words)
 
     @classmethod
     def load(cls, location: str, options: TextOptions) -> "Word2Vec":
@@ -145,11 +155,16 @@ class Word2Vec(TextModel):
 
     def prepare(self, inputs: Sequence[str]) -> _Prepared:
         """Looks up the words of captions."""
-        get = self._rows.get
-        found = [[row for row in map(get, tokenize(text)) if row is not None] for text in inputs]
+        look_up, split = (self._find, split_words) if self._has_capitals else (self._rows.get, tokenize)
+        found = [[row for row in map(look_up, split(text)) if row is not None] for text in inputs]
         lengths = np.fromiter(map(len, found), np.int64, len(found))
         rows = np.fromiter((row for caption in found for row in caption), np.int64, int(lengths.sum()))
         return _Prepared(rows, lengths)
+
+    def _find(self, word: str) -> int | None:
+        """Returns the row of a word as it is written, else in lower case: others train on text with capitals."""
+        row = self._rows.get(word)
+        return self._rows.get(word.lower()) if row is None else row
 
     def predict(self, prepared: _Prepared) -> list[TextVector]:
         """Returns the means."""
@@ -189,7 +204,7 @@ def _read_own(folder: Path) -> tuple[list[str], Vectors]:
         words = json.loads((folder / WORDS).read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{folder / WORDS} cannot be read: {error}. Fetch or train the model again."
+            f"{folder / WORDS} cannot be read: {one_line(error)}. Fetch or train the model again."
         ) from error
     vectors = tensors.get("vectors")
     is_list = isinstance(words, list) and all(isinstance(word, str) for word in words)

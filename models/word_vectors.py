@@ -4,6 +4,7 @@ gensim saves are pickles. They are read by an unpickler that knows a fixed list 
 container of our own: nothing of gensim's, NumPy's or anyone's code runs, whatever the file says.
 """
 
+import codecs
 import gzip
 import io
 import os
@@ -14,15 +15,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _PICKLE_MAGIC = b"\x80"
+_FASTTEXT_MAGIC = (793712314).to_bytes(4, "little")
+_BLANKS = b" \t\r\n"
 _LONGEST_LINE_BYTES = 1 << 20
 _NUMBERS = ("f2", "f4", "f8")
-_FORMATS = "a gensim save (KeyedVectors or Word2Vec), or word2vec's text or binary format, plain or .gz"
+_FORMATS = (
+    "a gensim save (KeyedVectors, Word2Vec or FastText), word2vec's text or binary format, plain or .gz, or fastText's "
+    ".bin or .vec"
+)
 
 
 class WordVectors(NamedTuple):
@@ -50,12 +56,17 @@ def read_word_vectors(path: Path) -> WordVectors:
             magic = file.peek(1)[:1]
             first = file.readline(_LONGEST_LINE_BYTES)
             second = file.readline(_LONGEST_LINE_BYTES)
-        found = _read_gensim(path) if magic == _PICKLE_MAGIC else _read_word2vec(path, first, second)
+        if first.startswith(_FASTTEXT_MAGIC):
+            found = _read_fasttext(path)
+        elif magic == _PICKLE_MAGIC:
+            found = _read_gensim(path)
+        else:
+            found = _read_word2vec(path, first.removeprefix(codecs.BOM_UTF8), second)
     except ModelError:
         raise
     except (MemoryError, EOFError, ValueError, OSError, zlib.error) as error:
         raise ModelError(
-            f"{path} cannot be read: {_one_line(error)}. Expected {_FORMATS}: fetch it again."
+            f"{path} cannot be read: {one_line(error)}. Expected {_FORMATS}: fetch it again."
         ) from error
     return _checked(path, found)
 
@@ -79,6 +90,19 @@ def _open(path: Path) -> Any:
     return io.BufferedReader(gzip.open(path)) if packed else open(path, "rb")
 
 
+def _read_fasttext(path: Path) -> WordVectors:
+    """Reads the vectors of the words of fastText's own format; those of parts of words are left out."""
+    from gensim.models.fasttext import load_facebook_vectors
+
+    try:
+        found = load_facebook_vectors(str(path))
+    except Exception as error:  # a damaged file may raise anything that its reader can
+        raise ModelError(
+            f"{path} is damaged: {one_line(error)}. Expected {_FORMATS}: fetch it again."
+        ) from error
+    return WordVectors(list(found.index_to_key), np.ascontiguousarray(found.vectors, np.float32))
+
+
 def _read_word2vec(path: Path, first: bytes, second: bytes) -> WordVectors:
     header = first.split()
     has_header = len(header) == 2 and all(part.isdigit() for part in header)
@@ -96,28 +120,33 @@ def _read_word2vec(path: Path, first: bytes, second: bytes) -> WordVectors:
 def _is_text_row(line: bytes, dim: int) -> bool:
     """Tells a line of a word and its numbers from the start of binary vectors."""
     try:
-        _, *numbers = line.decode("utf-8", "strict").rstrip().rsplit(" ", dim)
+        _, *numbers = line.rstrip(_BLANKS).rsplit(None, dim)
         return len([float(number) for number in numbers]) == dim > 0
     except ValueError:
         return False
 
 
 def _read_text(path: Path, count: int | None, dim: int) -> WordVectors:
-    """Reads a word and its numbers a line, of which gensim would take too few numbers for granted."""
+    """Reads a word and its numbers a line, of which gensim would take too few numbers for granted.
+
+    Of a word that occurs more than once, the first vector counts, as in gensim. Blanks in a word are the word's.
+    """
     vectors: dict[str, Vectors] = {}
+    num_lines = 0
     with _open(path) as file:
         if count is not None:
             file.readline()
-        for ordinal, line in enumerate(file):
-            word, *numbers = line.decode("utf-8", "replace").rstrip().rsplit(" ", dim)
+        for line in file:
+            if not line.strip(_BLANKS):
+                continue
+            num_lines += 1
+            line = line.removeprefix(codecs.BOM_UTF8) if num_lines == 1 else line
+            word, *numbers = line.rstrip(_BLANKS).rsplit(None, dim)
             if len(numbers) != dim:
-                raise ValueError(f"vector {ordinal + 1} has {len(numbers)} numbers, not {dim}")
-            vectors.setdefault(word, np.array(numbers, np.float32))
-            if ordinal + 1 == count:
-                break
-        else:
-            if count is not None:
-                raise EOFError(f"it ends after {len(vectors)} words of {count}")
+                raise ValueError(f"vector {num_lines} has {len(numbers)} numbers, not {dim}")
+            vectors.setdefault(word.decode("utf-8", "replace"), np.array(numbers, np.float32))
+    if count is not None and num_lines < count:
+        raise EOFError(f"it ends after {num_lines} words of {count}")
     return WordVectors(list(vectors), np.stack(list(vectors.values())))
 
 
@@ -133,7 +162,7 @@ def _read_gensim(path: Path) -> WordVectors:
                 "binary=True)."
             ) from error
         except Exception as error:  # a damaged pickle may raise anything that its containers can
-            raise ModelError(f"{path} is damaged: {_one_line(error)}. Expected {_FORMATS}.") from error
+            raise ModelError(f"{path} is damaged: {one_line(error)}. Expected {_FORMATS}.") from error
     prefix = str(path)
     fields = _fields(state)
     if "wv" in fields:
@@ -141,15 +170,43 @@ def _read_gensim(path: Path) -> WordVectors:
     words = next(
         (fields[name] for name in ("index_to_key", "index2word", "index2entity") if name in fields), None
     )
-    vectors = None
-    for name in ("vectors", "syn0"):
+
+    def array(name: str) -> Any:
         if name in (fields.get("__numpys") or ()):
-            vectors = _read_numpy(f"{prefix}.{name}", packed)
-        elif isinstance(fields.get(name), _Array):
-            vectors = fields[name].values
+            return _read_numpy(f"{prefix}.{name}", packed)
+        return fields[name].values if isinstance(fields.get(name), _Array) else None
+
+    arrays = (array(name) for name in ("vectors", "syn0"))
+    vectors = next((values for values in arrays if values is not None), None)
+    if vectors is None and isinstance(words, list):
+        vectors = _subword_vectors(words, array("vectors_vocab"), array("vectors_ngrams"), fields)
     if not isinstance(words, list) or vectors is None:
         raise ModelError(f"{path} is a save of gensim's, but holds no word vectors. Expected {_FORMATS}.")
     return WordVectors([str(word) for word in words], np.ascontiguousarray(vectors, np.float32))
+
+
+def _subword_vectors(words: list[Any], vocab: Any, ngrams: Any, fields: dict[Any, Any]) -> Any:
+    """Returns the vectors of the words of a FastText save, which holds them as their parts; None where it has none.
+
+    A word's vector is the mean over its own and those of its character n-grams (Bojanowski et al. 2017), as gensim
+    makes it when it loads such a save.
+    """
+    shape = [fields.get(name) for name in ("min_n", "max_n", "bucket")]
+    if (
+        vocab is None
+        or ngrams is None
+        or len(vocab) != len(words)
+        or not all(isinstance(n, int) for n in shape)
+    ):
+        return None
+    from gensim.models.fasttext import ft_ngram_hashes
+
+    vectors = np.array(vocab, np.float32)
+    for row, word in enumerate(words):
+        hashes = ft_ngram_hashes(str(word), *shape)
+        if hashes:
+            vectors[row] = (vectors[row] + ngrams[hashes].sum(axis=0)) / (len(hashes) + 1)
+    return vectors
 
 
 def _read_numpy(path: str, packed: bool) -> Any:
@@ -168,10 +225,6 @@ def _read_numpy(path: str, packed: bool) -> Any:
 
 def _fields(state: Any) -> dict[Any, Any]:
     return state.fields if isinstance(state, _Object) else {}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class _Object(dict):  # type: ignore[type-arg]
@@ -253,8 +306,9 @@ class _Unpickler(pickle.Unpickler):
 _GENSIM = {
     "gensim.models.keyedvectors": (
         "KeyedVectors", "Word2VecKeyedVectors", "EuclideanKeyedVectors", "BaseKeyedVectors",
-        "WordEmbeddingsKeyedVectors", "Vocab", "CompatVocab", "SimpleVocab",
+        "WordEmbeddingsKeyedVectors", "FastTextKeyedVectors", "Vocab", "CompatVocab", "SimpleVocab",
     ),
+    "gensim.models.fasttext": ("FastText", "FastTextKeyedVectors", "FastTextVocab", "FastTextTrainables"),
     "gensim.models.word2vec": ("Word2Vec", "Word2VecVocab", "Word2VecTrainables", "Vocab"),
     "gensim.utils": ("call_on_class_only",),
     "builtins": ("int", "hash", "object", "set", "frozenset"),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
+from pipelines.streams import safe_streams, use_utf8
 from transforms.errors import DiptychError, OptionError
 from transforms.progress import PROGRESS_THREAD
 
@@ -32,15 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Beam warns of extras that are not installed as it is imported
     logging.getLogger().setLevel(logging.CRITICAL)
+    if argv is None:
+        use_utf8()
     argv = list(sys.argv[1:] if argv is None else argv)
-    with _stoppable() as signals:
+    with safe_streams(), _stoppable() as signals:
         try:
-            code = _main(argv, signals)
-            sys.stdout.flush()
-            return code
-        except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+            return _main(argv, signals)
         except BaseException as error:
             if signals:  # whatever became of the interrupt on its way through a runner
                 print("diptych: stopped. The same command goes on from here.", file=sys.stderr)

@@ -1,6 +1,9 @@
 """What a job asks of Google Cloud Dataflow: GPUs where a model wants one, one copy of it a GPU, and no main session."""
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from apache_beam.options.pipeline_options import (
     DebugOptions,
@@ -10,10 +13,12 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from transforms.errors import OptionError
+from pipelines.flink import Watch
+from transforms.errors import DiptychError, OptionError
 
 # Threads of a worker with a GPU: one chunk is in the model, the others are read, decoded and written
 _GPU_WORKER_THREADS = 4
+_ASK_EACH_S = 10.0
 
 
 def is_dataflow(args: Sequence[str]) -> bool:
@@ -32,6 +37,55 @@ def dataflow_flags(args: Sequence[str]) -> list[str]:
     if not is_dataflow(args) or not given.isdisjoint(("--save_main_session", "--no_save_main_session")):
         return []
     return ["--no_save_main_session"]  # all of it can be imported
+
+
+@contextlib.contextmanager
+def ended_on_dataflow(
+    result: Any, permanent: Callable[[str], DiptychError | None], watch: Watch
+) -> Iterator[None]:
+    """Ends a job on Dataflow, while the body waits for it, where no second try of a bundle can mend its failure.
+
+    Dataflow tries each four times, which may be an hour of machines.
+
+    Args:
+        result: Of the run; nothing is done for that of another runner.
+        permanent: Returns the error in a message that a second try cannot mend, None where there is none.
+        watch: Gets the error.
+    """
+    if type(result).__name__ != "DataflowPipelineResult" or not result.has_job:
+        yield
+        return
+    stopped = threading.Event()
+
+    def look() -> None:
+        since = None
+        while not stopped.wait(_ASK_EACH_S):
+            with contextlib.suppress(Exception):  # of a client that has many; the body meets what lasts
+                for message in _error_messages(result, since):
+                    since = message.time
+                    if (error := permanent(message.message_text)) is not None:
+                        watch.error = error
+                        result.cancel()
+                        return
+
+    thread = threading.Thread(target=look, name="dataflow-errors", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join(1)
+
+
+def _error_messages(result: Any, since: Any) -> Iterator[Any]:
+    page = None
+    while True:
+        messages, page = result._runner.dataflow_client.list_messages(
+            result.job_id(), start_time=since, page_token=page, minimum_importance="JOB_MESSAGE_ERROR"
+        )
+        yield from messages
+        if not page:
+            return
 
 
 def gpu_flags(args: Sequence[str], gpu: str) -> list[str]:

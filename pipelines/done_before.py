@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from fsspec.core import has_magic
 
+from models.location import redacted
 from pipelines.job import is_same_place
 from pipelines.options import ModelJobOptions
 from transforms.done_keys import write_done_keys
@@ -83,7 +84,10 @@ def _earlier_outputs(options: ModelJobOptions) -> list[str]:
                 ]
                 found.update(dict.fromkeys(named))
                 if not named:
-                    print(f"diptych: --skip_done_in {url} names no earlier output yet.", file=sys.stderr)
+                    print(
+                        f"diptych: --skip_done_in {redacted(url)} names no earlier output yet.",
+                        file=sys.stderr,
+                    )
             else:
                 found[url] = None
     return [root for root in found if not is_same_place(root, options.output)]

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
+from models.errors import one_line
+from models.location import redacted
 from models.scores import score_captions
 from models.tokens import tokenize
 from transforms.errors import InputError, OptionError, OutputError
@@ -21,7 +23,7 @@ from transforms.output_layout import JOB, SUCCESS, data_files, read_json
 from transforms.references import References, read_references
 from transforms.sink import DAMAGE
 from transforms.sources.parts import Ref
-from transforms.storage import input_errors, join, locate, output_errors
+from transforms.storage import input_errors, join, locate, make_folder_of, output_errors, upload
 
 _NAMES = {
     "bleu_1": "BLEU-1",
@@ -116,6 +118,8 @@ def evaluate_captions(options: EvaluateOptions) -> dict[str, Any]:
         InputError: There are no finished captions, no references, or none of them is of the same image.
         OutputError: A file cannot be written, or the output is damaged.
     """
+    for url in filter(None, (options.results, options.scores)):  # before the scoring, which may take long
+        make_folder_of(url)
     candidates = list(read_candidates(options.input))
     if not candidates:
         raise InputError(f"{join(options.input, 'captions')} holds no row. There is nothing to score.")
@@ -126,8 +130,8 @@ def evaluate_captions(options: EvaluateOptions) -> dict[str, Any]:
     if not pairs and (file or not options.results):
         raise _no_pair(options, unique, file or None)
     report = {
-        "input": options.input,
-        "references": options.references or join(options.input, "captions"),
+        "input": redacted(options.input),
+        "references": redacted(options.references or join(options.input, "captions")),
         "scores": _score(pairs) if pairs else None,
         "num_scored": len(pairs),
         "num_references": sum(len(row) for _, row in pairs),
@@ -166,7 +170,7 @@ def read_candidates(root: str) -> Iterator[Candidate]:
         try:
             yield from _read_file(url)
         except DAMAGE as error:
-            what = " ".join(str(error).split())[:300]
+            what = one_line(error)
             raise OutputError(f"{url} cannot be read: {what}. Delete it, and run the job again.") from error
 
 
@@ -231,16 +235,18 @@ def write_json(url: str, value: Any) -> None:
     """
     with output_errors(url):
         fs, path = locate(url)
-        fs.pipe_file(path, (json.dumps(value, indent=1) + "\n").encode())
+        upload(fs, path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def table(report: Mapping[str, Any]) -> str:
     """Returns a report of `evaluate_captions` for people."""
     scores = report["scores"] or {}
+    note = ["CIDEr weighs words by how few of the images have them: of one image alone it is 0 by definition"]
     lines = [
         f"{report['num_scored']:,} captions of {report['input']} against {report['num_references']:,} references of "
         f"{report['references']}",
         *(f"{_NAMES[name]:8} {value:.4f}" for name, value in scores.items()),
+        *(note if scores and report["num_scored"] == 1 else []),
     ]
     counts = {
         "captions without references, not scored": report["num_without_references"],

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import torch
 
 from models.base import CaptionOptions, TextOptions, TextVector
-from models.errors import ModelError
+from models.errors import ModelError, one_line
 from models.image_scores import Distances, Features, pairwise_distances
+from models.location import redacted
 from models.matching import cosines
 from models.pixels import decode_pixels, resize_square
 from models.spec import CAPTION_KINDS, TEXT_KINDS, ModelSpec, load_model
@@ -151,8 +152,8 @@ def _evaluate(options: EvaluateImagesOptions, features: Features) -> dict[str, A
         pixels = _decode([row.data for row in batch], size_px)
         distances.add(features(_resize(pixels, features.size_px)), real=True)
     return {
-        "input": join(options.input, options.dataset),
-        "references": join(options.references or options.input, "images"),
+        "input": redacted(join(options.input, options.dataset)),
+        "references": redacted(join(options.references or options.input, "images")),
         "features": features.name,
         "size_px": size_px,
         "num_made": distances.counts[False],
@@ -293,7 +294,7 @@ def _decode(images: Sequence[bytes], size_px: int) -> np.ndarray[Any, Any]:
         return np.stack([decode_pixels(data, size_px) for data in images])
     except (ValueError, OSError) as error:
         raise InputError(
-            f"an image cannot be decoded ({error}). `diptych verify` names the file at fault."
+            f"an image cannot be decoded ({one_line(error)}). `diptych verify` names the file at fault."
         ) from error
 
 
@@ -324,7 +325,7 @@ def _read_made(root: str, dataset: str) -> Iterator[_Made]:
                                 (row["key"], row["prompt_index"]), row["prompt"], row["image"]["bytes"]
                             )
         except DAMAGE as error:
-            what = " ".join(str(error).split())[:300]
+            what = one_line(error)
             raise OutputError(f"{url} cannot be read: {what}. Delete it, and run the job again.") from error
 
 

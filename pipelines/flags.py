@@ -42,6 +42,7 @@ def add_source_flags(source: argparse._ArgumentGroup, flag: str = "--input") -> 
 
 def _add_caption_flags(text: argparse._ArgumentGroup) -> None:
     text.add_argument("--lowercase", action="store_true", help="lower-case them")
+    text.add_argument("--keep_markup", action="store_true", help="keep HTML tags and entities as they are")
     text.add_argument(
         "--min_caption_chars", type=int, default=1, metavar="N", help="drop shorter ones (default 1)"
     )
@@ -90,6 +91,13 @@ def _add_image_flags(image: argparse._ArgumentGroup) -> None:
         help="reject longer images (default 10)",
     )
     image.add_argument(
+        "--max_image_bytes",
+        type=int,
+        default=limits.max_image_bytes,
+        metavar="N",
+        help="reject images of more encoded bytes (default 256 MiB)",
+    )
+    image.add_argument(
         "--keep_rejected_bytes", action="store_true", help="keep the original bytes of rejects"
     )
 
@@ -135,7 +143,12 @@ def prepare_options(args: argparse.Namespace, beam_args: Sequence[str]) -> Prepa
     return PrepareOptions(
         **job_values(args, beam_args),
         clean=CleanOptions(
-            args.lowercase, args.min_caption_chars, args.max_caption_chars, args.require_caption, keep_bytes
+            args.lowercase,
+            args.min_caption_chars,
+            args.max_caption_chars,
+            args.require_caption,
+            keep_bytes,
+            args.keep_markup,
         ),
         resize=ResizeOptions(
             size_px=args.size,
@@ -145,7 +158,7 @@ def prepare_options(args: argparse.Namespace, beam_args: Sequence[str]) -> Prepa
             pixels=args.pixels,
             mean=args.pixel_mean,
             std=args.pixel_std,
-            limits=Limits(args.max_pixels, args.min_side_px, args.max_aspect_ratio),
+            limits=Limits(args.max_pixels, args.min_side_px, args.max_aspect_ratio, args.max_image_bytes),
             keep_bytes=keep_bytes,
         ),
     )

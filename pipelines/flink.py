@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -20,11 +21,12 @@ from apache_beam.options.pipeline_options import (
     FlinkRunnerOptions,
     GoogleCloudOptions,
     PipelineOptions,
+    PortableOptions,
     StandardOptions,
 )
 from apache_beam.runners.portability.flink_runner import MAGIC_HOST_NAMES, FlinkRunner
 
-from transforms.errors import OptionError
+from transforms.errors import DiptychError, OptionError
 from transforms.progress import PROGRESS_THREAD
 
 # A cluster's job is begun again when one of its machines has gone; what is committed is skipped then
@@ -135,39 +137,61 @@ def cancel_on_flink(pipeline: beam.Pipeline) -> None:
                 _ask(master, f"jobs/{job['jid']}?mode=cancel", "PATCH")
 
 
+@dataclasses.dataclass
+class Watch:
+    """What was seen of a job that runs elsewhere.
+
+    Attributes:
+        error: Why it was ended: what a second try of its tasks cannot mend; None where it was not.
+    """
+
+    error: DiptychError | None = None
+
+
 @contextlib.contextmanager
-def failures_told(pipeline: beam.Pipeline, reason: Callable[[str], str]) -> Iterator[None]:
+def failures_told(
+    pipeline: beam.Pipeline,
+    reason: Callable[[str], str],
+    permanent: Callable[[str], DiptychError | None] = lambda trace: None,
+) -> Iterator[Watch]:
     """Says on standard error, while the body runs, why tasks on a Flink cluster failed that are begun again.
+
+    A job whose tasks would fail in the same way again is ended, and the error is left in what the body gets.
 
     Args:
         pipeline: Of the job.
         reason: Returns what a stack trace says in a line.
+        permanent: Returns the error in a stack trace that a second try cannot mend, None where there is none.
     """
+    watch = Watch()
     master = _cluster_of(pipeline)
     if master is None:
-        yield
+        yield watch
         return
     stopped = threading.Event()
     name = pipeline.options.view_as(GoogleCloudOptions).job_name
+
+    def look() -> None:
+        told: set[int] = set()
+        while watch.error is None and not stopped.wait(_ASK_EACH_S):
+            for when, trace in _failures(master, name):
+                if when in told:
+                    continue
+                told.add(when)
+                if (error := permanent(trace)) is not None:
+                    watch.error = error
+                    cancel_on_flink(pipeline)
+                    return
+                print(f"diptych: a task failed and is begun again: {reason(trace)}", file=sys.stderr)
+
     # under the name of the one thread beside the main one that may print
-    thread = threading.Thread(
-        target=_tell_failures, name=PROGRESS_THREAD, args=(master, name, reason, stopped), daemon=True
-    )
+    thread = threading.Thread(target=look, name=PROGRESS_THREAD, daemon=True)
     thread.start()
     try:
-        yield
+        yield watch
     finally:
         stopped.set()
         thread.join(1)
-
-
-def _tell_failures(master: str, name: str, reason: Callable[[str], str], stopped: threading.Event) -> None:
-    told: set[int] = set()
-    while not stopped.wait(_ASK_EACH_S):
-        for when, trace in _failures(master, name):
-            if when not in told:
-                told.add(when)
-                print(f"diptych: a task failed and is begun again: {reason(trace)}", file=sys.stderr)
 
 
 def _failures(master: str, name: str) -> list[tuple[int, str]]:
@@ -178,6 +202,12 @@ def _failures(master: str, name: str) -> list[tuple[int, str]]:
                 found = _ask(master, f"jobs/{job['jid']}/exceptions")["exceptionHistory"]["entries"]
                 return [(one["timestamp"], str(one["stacktrace"])) for one in found]
     return []
+
+
+def has_other_machines(pipeline: beam.Pipeline) -> bool:
+    """Tells whether a job runs on a Flink cluster, by workers that are not this process's."""
+    is_here = pipeline.options.view_as(PortableOptions).environment_type == "LOOPBACK"
+    return _cluster_of(pipeline) is not None and not is_here
 
 
 def _cluster_of(pipeline: beam.Pipeline) -> str | None:

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
@@ -263,9 +263,8 @@ def _delete_dataset(root: str, wanted: DatasetClaim) -> None:
         claims = [
             f"{RECORDS}/{name}" for name in list_names(join(root, RECORDS)) if name.endswith(".job.json")
         ]
-        old_plans = [
-            join(PLAN, name) for name in list_names(join(root, PLAN)) if name != digest(wanted.fingerprint)
-        ]
+        own = digest(wanted.fingerprint)  # the plans of this run are made by now
+        old_plans = [join(PLAN, name) for name in list_names(join(root, PLAN)) if not name.startswith(own)]
         delete(root, (SUCCESS, *successes, *DATASETS, "rejects", *old_plans, SCRATCH))
         delete(root, (name for name in claims if name != kept))
         if not kept:
@@ -284,9 +283,7 @@ def _delete_dataset(root: str, wanted: DatasetClaim) -> None:
 def _state(root: str, dataset: str) -> State:
     """Returns what is there of a data set that is the job's own."""
     totals = read_success(root) or {}
-    # who deletes the file that people see wants the run's end made again
-    is_shown = dataset in (read_json(root, SUCCESS) or {})
-    is_done = is_shown and dataset in totals and totals[dataset].files == len(data_files(root, dataset))
+    is_done = dataset in totals and totals[dataset].files == len(data_files(root, dataset))
     return State.DONE if is_done else State.RESUMED
 
 
@@ -318,8 +315,17 @@ def start_writing(root: str, claim: DatasetClaim, shards: Iterable[str]) -> Left
     _refuse_foreign(root, claim.dataset, files, {name for name in files if shard_of(name) in own})
     # there where somebody deleted a data file of a finished output
     forget_success(root, claim.dataset, claim.scratch)
-    rejects, names = _own_rejects(root, claim.dataset), {*files}
-    return Leftovers(bool(files), frozenset(path for path in rejects if path.rpartition("/")[2] not in names))
+    return Leftovers(bool(files), frozenset(_orphans(root, claim, {*files})))
+
+
+def _orphans(root: str, claim: DatasetClaim, files: Collection[str]) -> Iterator[str]:
+    """Yields the files of a data set's rejects, below `root`, that have no data file beside them."""
+    own = MODEL_STAGES.get(claim.dataset)
+    for stage in list_names(join(root, "rejects")):
+        # what is made from images that are prepared has no rejects but its model's
+        if stage == own or not (claim.reads_own_images or stage in MODEL_STAGES.values()):
+            folder = join("rejects", stage)
+            yield from (join(folder, name) for name in data_files(root, folder) if name not in files)
 
 
 def _written_by_diptych(root: str, dataset: str, files: Iterable[str]) -> set[str]:

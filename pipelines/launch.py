@@ -14,8 +14,10 @@ import pyarrow as pa
 from apache_beam.options.pipeline_options import TestOptions
 from apache_beam.pvalue import PCollection
 
+from models.location import redacted
 from pipelines.job import DatasetClaim, State, check_output, clean_up, start_writing, take_output
 from pipelines.options import JobOptions
+from pipelines.reach import check_reach
 from pipelines.running import Result, run_pipeline
 from transforms.chunk import add_counts
 from transforms.errors import DiptychError, OutputError
@@ -135,11 +137,14 @@ def launch(
     Raises:
         DiptychError: The run failed; what was committed stays, and the same call goes on from there.
     """
+    check_reach(job.options, pipeline)
     options, claims = job.options, job.claims()
     if not options.quiet:
         for note in source.notes:
-            print(f"diptych: {note}", file=sys.stderr)
-    states = {check_output(options.output, claim) for claim in claims.values()}
+            print(f"diptych: {redacted(note)}", file=sys.stderr)
+    # what is deleted for the first is deleted for all
+    checked = list(claims.values())[:1] if options.overwrite else claims.values()
+    states = {check_output(options.output, claim) for claim in checked}
     state = states.pop() if len(states) == 1 else State.RESUMED
     if state is State.DONE:
         result = Result.of(options.output, state, job.datasets)
@@ -209,5 +214,5 @@ def source_options(options: JobOptions, source: Source) -> dict[str, Any]:
     """Returns, as JSON values, what of the source and its options decides an output's bytes."""
     values = options_to_json(options.source) | {"format": source.format}
     if options.source.images:  # where the folder is decides no byte, here or on a store
-        values["images"] = posixpath.basename(options.source.images.rstrip("/"))
+        values["images"] = posixpath.basename(redacted(options.source.images).rstrip("/"))
     return values

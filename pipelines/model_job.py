@@ -11,6 +11,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from models.base import Model
 from models.errors import FlagError, ModelError
+from models.location import redacted
 from models.spec import MatchOptions, ModelSpec, load_model
 from pipelines.done_before import check_earlier, find_done
 from pipelines.job import is_same_place, refuse_overlap
@@ -162,7 +163,7 @@ def model_branch(
     of_model = dataclasses.asdict(spec.options)
     of_model.pop("text_model", None)  # where it lies decides no byte; what it is is in the digest
     run_model = RunModel(spec, task, options.batch_size, options.max_failure_rate, model.digest)
-    about = {"model": str(spec), "model_digest": model.digest}
+    about = {"model": spec.name, "model_digest": model.digest}
     return Branch(
         job,
         dataset,
@@ -221,7 +222,7 @@ def run_model_job(
         "chunk_rows": chunk_rows,
         "source": source_options(options, found.source),
         **before_asked,
-        **({"skip_done_in": list(options.skip_done_in)} if options.skip_done_in else {}),
+        **({"skip_done_in": [*map(redacted, options.skip_done_in)]} if options.skip_done_in else {}),
     }
     run_fingerprint = fingerprint(branch.job, found.source.inputs(), asked, branch.libraries)
     datasets = {branch.dataset: branch.written}

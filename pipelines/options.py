@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from models.base import CaptionOptions, ImageOptions
+from models.location import absolute
 from models.spec import TEXT_KINDS, ModelSpec
 from transforms.clean import CleanOptions
 from transforms.errors import OptionError
@@ -20,6 +21,8 @@ _PROMPTS_A_ROW = 8
 @dataclasses.dataclass(frozen=True)
 class JobOptions:
     """Options that all jobs share.
+
+    Local paths become absolute: a worker may have another working folder.
 
     Attributes:
         inputs: Paths, fsspec URLs, globs or folders.
@@ -48,6 +51,11 @@ class JobOptions:
     def __post_init__(self) -> None:
         for flag, place in (("--output", self.output), *(("--input", url) for url in self.inputs)):
             check(bool(place.strip()), flag, repr(place), "a path or URL")
+        if self.source.images is not None:
+            source = dataclasses.replace(self.source, images=absolute(self.source.images))
+            object.__setattr__(self, "source", source)
+        object.__setattr__(self, "inputs", tuple(map(absolute, self.inputs)))
+        object.__setattr__(self, "output", absolute(self.output))
         check(self.chunk_rows >= 1, "--chunk_rows", self.chunk_rows, "at least 1")
         bound = "at most 100000, a chunk is held in memory"
         check(self.chunk_rows <= 100_000, "--chunk_rows", self.chunk_rows, bound)
@@ -96,6 +104,12 @@ class PrepareOptions(JobOptions):
         check(1 <= resize.quality <= 100, "--quality", resize.quality, "between 1 and 100")
         check(resize.limits.max_pixels >= 1, "--max_pixels", resize.limits.max_pixels, "at least 1")
         check(resize.limits.min_side_px >= 1, "--min_side_px", resize.limits.min_side_px, "at least 1")
+        check(
+            resize.limits.max_image_bytes >= 1,
+            "--max_image_bytes",
+            resize.limits.max_image_bytes,
+            "at least 1",
+        )
         ratio = resize.limits.max_aspect_ratio
         check(ratio >= 1, "--max_aspect_ratio", ratio, "at least 1")
         check(all(map(math.isfinite, resize.mean)), "--pixel_mean", resize.mean, "finite")
@@ -124,6 +138,8 @@ class ModelJobOptions(JobOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "model", self.model.absolute())
+        object.__setattr__(self, "skip_done_in", tuple(map(absolute, self.skip_done_in)))
         columns = ",".join(self.source.metadata_columns)
         check(not columns, "--metadata_columns", columns, "left out: only `diptych prepare` carries them")
         batch_size = self.batch_size
@@ -180,6 +196,9 @@ class GenerateOptions(ModelJobOptions):
         )
         named, colon, location = (asked.text_model or "bert:x").partition(":")
         is_named = named in TEXT_KINDS and bool(colon and location.strip())
+        for name in ("match_with", "match_by"):
+            if (spec := getattr(self, name)) is not None:
+                object.__setattr__(self, name, spec.absolute())
         check(is_named, "--text_model", asked.text_model, f"KIND:LOC, of kind {' or '.join(TEXT_KINDS)}")
         check(is_told, "--text_model", asked.text_model, "left out: a diffusers pipeline brings its own")
 

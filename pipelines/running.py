@@ -14,7 +14,9 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from tqdm import tqdm
 
-from pipelines.dataflow import dataflow_flags
+from models.errors import one_line
+from models.location import redacted
+from pipelines.dataflow import dataflow_flags, ended_on_dataflow
 from pipelines.flink import cancel_on_flink, check_flink, failures_told, flink_flags, size_for_flink
 from pipelines.job import State
 from transforms import errors
@@ -59,7 +61,7 @@ def new_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:
     try:
         pipeline = beam.Pipeline(options=PipelineOptions([*args, *flink_flags(args), *dataflow_flags(args)]))
     except ValueError as error:
-        raise errors.OptionError(f"Apache Beam refuses its flags: {' '.join(str(error).split())}") from error
+        raise errors.OptionError(f"Apache Beam refuses its flags: {one_line(error, 1000)}") from error
     check_flink(pipeline)
     os.rmdir(
         pipeline.local_tempdir
@@ -75,15 +77,19 @@ def run_pipeline(pipeline: beam.Pipeline, num_shards: int, quiet: bool) -> None:
     """
     size_for_flink(pipeline, num_shards)
     progress.start()
-    with _shown(num_shards, quiet), failures_told(pipeline, _reason):
+    with _shown(num_shards, quiet), failures_told(pipeline, _reason, _permanent_error) as watch:
         try:
-            pipeline.run().wait_until_finish()
+            result = pipeline.run()
+            with ended_on_dataflow(result, _permanent_error, watch):
+                result.wait_until_finish()
         except KeyboardInterrupt:
             cancel_on_flink(pipeline)
             raise
         except errors.DiptychError as error:
             raise type(error)(_STEP.sub("", str(error))) from error
         except Exception as error:
+            if watch.error is not None:
+                raise watch.error from error
             if found := _worker_error(str(error)) or _runner_error(pipeline, error):
                 raise found from error
             raise
@@ -103,19 +109,25 @@ def _worker_error(text: str) -> errors.DiptychError | None:
     return getattr(errors, name, errors.DiptychError)(message)
 
 
+def _permanent_error(text: str) -> errors.DiptychError | None:
+    """Returns the project's own error in the text of a runner's where a second try cannot mend it, else None."""
+    error = _worker_error(text)
+    return error if error is not None and error.is_permanent else None
+
+
 def _reason(trace: str) -> str:
     """Returns what the stack trace of a runner says in a line."""
     if error := _worker_error(trace):
         return str(error)
     causes = re.findall(r"^Caused by: (.*)", trace, re.M)
-    return (causes or trace.strip().splitlines() or ["it does not say why"])[-1][:1000]
+    return redacted((causes or trace.strip().splitlines() or ["it does not say why"])[-1])[:1000]
 
 
 def _runner_error(pipeline: beam.Pipeline, error: Exception) -> errors.DiptychError | None:
     """Returns what a runner outside this process says about itself; None of an error in the job's own code."""
     if isinstance(pipeline.runner, FnApiRunner) or "Traceback" in str(error):
         return None
-    what = " ".join(str(error).split())[:500] or type(error).__name__
+    what = one_line(error, 500)
     return errors.DiptychError(
         f"{type(pipeline.runner).__name__} failed: {what}. Check its flags, and that it is there and has room; what "
         "was committed stays, and the same command goes on from there."

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+from models.location import redacted
 from pipelines.job import State
 from pipelines.running import Result
 from transforms.errors import NothingWritten
@@ -16,17 +17,17 @@ def summary(result: Result, seconds: float) -> str:
     """Returns read, written, rejected by reason, seconds, rows a second, and where it all is."""
     if not result.ran:
         return "translated, and not run, as --dry_run asks"
-    lines = []
+    lines, output = [], redacted(result.output)
     for dataset, totals in result.totals.items():
         unit = _UNITS.get(dataset, "rows")
         lines += [
             f"read      {totals.read:,} {unit}",
-            f"written   {totals.written:,} to {join(result.output, dataset)}",
+            f"written   {totals.written:,} to {join(output, dataset)}",
         ]
         if totals.rejected:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(totals.rejected.items()))
             lines.append(
-                f"rejected  {sum(totals.rejected.values()):,} to {join(result.output, 'rejects')}: {reasons}"
+                f"rejected  {sum(totals.rejected.values()):,} to {join(output, 'rejects')}: {reasons}"
             )
         else:
             lines.append("rejected  0")
@@ -67,8 +68,8 @@ def failure_json(output: str, seconds: float, error: BaseException, stopped: boo
             "stopped", output, seconds, error="stopped by a signal; the same command goes on from here"
         )
     outcome = "nothing_written" if isinstance(error, NothingWritten) else "failed"
-    return _line(outcome, output, seconds, error=str(error) or type(error).__name__)
+    return _line(outcome, output, seconds, error=redacted(str(error)) or type(error).__name__)
 
 
 def _line(outcome: str, output: str, seconds: float, **more: object) -> str:
-    return json.dumps({"outcome": outcome, "output": output, "seconds": round(seconds, 1), **more})
+    return json.dumps({"outcome": outcome, "output": redacted(output), "seconds": round(seconds, 1), **more})

@@ -9,7 +9,6 @@ folder of the local cache (`DIPTYCH_CACHE`) and uploaded when it is done; to go 
 
 import argparse
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -21,6 +20,7 @@ from models.card import CURVES, README, draw_curves, write_card
 from models.device import choose_device
 from models.errors import ModelError
 from models.image_options import GanTraining, VaeTraining
+from models.location import redacted
 from models.store import digest as digest_of
 from models.store import localise
 from models.word2vec_training import Word2VecTraining
@@ -317,20 +317,20 @@ def _describe_model(folder: Path, options: TrainOptions, rows: tuple[Rows, Rows]
 
 def _summary(options: TrainOptions, state: State, seconds: float) -> list[str]:
     """Returns what a training came to, in a few lines."""
-    found = ModelFolder(options.output).summary()
+    found, output = ModelFolder(options.output).summary(), redacted(options.output)
     kind, job = found["kind"], _JOBS[options.model]
     lines = [
         f"trained   {kind}; kept epoch {found['best_epoch']}: {describe_entry(found['scores'])}",
-        f"model     {options.output}",
-        f"curve     {join(options.output, CURVES)}",
-        f"card      {join(options.output, README)}",
+        f"model     {output}",
+        f"curve     {join(output, CURVES)}",
+        f"card      {join(output, README)}",
     ]
     if state is State.DONE:
         lines.append("nothing to do: an earlier run has finished this")
     else:
         took = f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
         lines.append(f"took      {took}")
-    model = f"{kind}:{os.fspath(options.output)}"
+    model = f"{kind}:{output}"
     source = "--prompts" if job == "generate" else "--input"
     return [*lines, f"next      diptych {job} --model {model} {source} SRC --output OUT"]
 

@@ -20,7 +20,17 @@ from models.cache import cache_folder
 from pipelines.job import State
 from transforms.errors import OptionError, OutputError
 from transforms.output_layout import JOB, SUCCESS, read_json
-from transforms.storage import delete, exists, is_file, is_folder, join, locate, output_errors, write_whole
+from transforms.storage import (
+    delete,
+    exists,
+    is_file,
+    is_folder,
+    join,
+    locate,
+    output_errors,
+    put_whole,
+    write_whole,
+)
 
 _WORKING = "_training"
 # The one entry of `_job.json`, where an output has one for each of its data sets
@@ -169,11 +179,11 @@ class ModelFolder:
         is_local = isinstance(fs, LocalFileSystem)
         # the configuration makes a folder a model, so it comes last
         for name in sorted(files, key=lambda name: name == "config.json"):
-            with output_errors(join(self.url, name)):
-                if is_local:  # a link or a copy, so that a training that is killed here still has its files
+            if is_local:  # a link or a copy, so that a training that is killed here still has its files
+                with output_errors(join(self.url, name)):
                     _place(self.model / name, Path(root) / name)
-                else:
-                    fs.put_file(os.fspath(self.model / name), join(root, name))
+            else:
+                put_whole(join(self.url, name), os.fspath(self.model / name))
         success = {_ENTRY: {**summary, "files": files}}
         write_whole(self.url, SUCCESS, (json.dumps(success, indent=2, sort_keys=True) + "\n").encode())
         self._delete_working()

@@ -12,12 +12,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.job import read_jobs
+from models.errors import one_line
 from transforms.chunk import ChunkKey, add_counts
 from transforms.errors import DiptychError, InputError
 from transforms.fingerprint import digest
 from transforms.finish import Totals, read_success
-from transforms.output_layout import DATASETS, JOB, SUCCESS, data_files, shard_of
+from transforms.output_layout import (
+    DATASETS,
+    JOB,
+    RECORDS,
+    SUCCESS,
+    RecordKind,
+    data_files,
+    read_records,
+    read_view,
+    shard_of,
+)
 from transforms.schemas import REJECTS
 from transforms.sink import DAMAGE, Commit, parse_commit
 from transforms.storage import input_errors, join, locate
@@ -57,12 +67,18 @@ def verify(root: str) -> Findings:
     Raises:
         InputError: There is no output of Diptych.
     """
-    jobs = read_jobs(root)
+    jobs = read_view(root, RecordKind.JOB)
     if jobs is None:
         raise InputError(
             f"{root} has no {JOB}, so it is not the output of a job. Expected the --output of one."
         )
     findings = Findings([], {})
+    if (records := read_records(root, RecordKind.JOB) or {}) != jobs:
+        findings.problems.append(
+            f"{join(root, JOB)} does not say what {join(root, RECORDS)} says: it was changed, or a run was killed as "
+            "it wrote it. Run the command that writes the output again."
+        )
+        jobs = {**records, **jobs}
     rejects: dict[_RejectFile, Mapping[str, int]] = {}
     for dataset in DATASETS:
         if dataset in jobs or data_files(root, dataset):
@@ -106,7 +122,7 @@ def _check_dataset(root: str, dataset: str, fingerprint: str, findings: Findings
 def _unreadable(url: str, error: Exception) -> str:
     if isinstance(error, InputError):
         return str(error)
-    return f"{url} cannot be read: {' '.join(str(error).split())[:300]}"
+    return f"{url} cannot be read: {one_line(error)}"
 
 
 def _file_problem(name: str, commit: Commit, num_rows: int, fingerprint: str) -> str | None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +16,66 @@ REPOSITORY = Path(__file__).parents[1]
 AIRFLOW = Path(sys.prefix) / "airflow" / "bin" / "python"  # its packages and ours do not go together
 
 
-@pytest.mark.timeout(180)
-def test_its_commands_run_and_its_checks_raise_an_alert(tmp_path, monkeypatch, capsys):
+def arguments(command: str, environment: dict[str, str], folder: Path) -> list[str]:
+    """Returns what `diptych` gets from a command that bash runs, as Airflow has it run."""
+    program = folder / "bin" / "diptych"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    program.chmod(0o755)
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**os.environ, **environment, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return list(json.loads(done.stdout))
+
+
+@pytest.fixture
+def airflow() -> list[str]:
+    """The command that loads the example, but for its parameters."""
     if not AIRFLOW.exists():
         assert os.environ.get("CI") != "true", f"{AIRFLOW} is not there"
         pytest.skip("No Airflow: `make .venv/airflow/installed`")
+    loader = REPOSITORY / "tests" / "airflow_loader.py"
+    return [str(AIRFLOW), str(loader), str(REPOSITORY / "deploy" / "airflow_dag.py")]
+
+
+def home(folder: Path) -> dict[str, str]:
+    return {**os.environ, "AIRFLOW_HOME": str(folder / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "false"}
+
+
+@pytest.mark.timeout(180)
+def test_a_parameter_is_never_a_command(airflow, tmp_path):
+    bad = "gs://b/x'; touch run; echo '\" $(touch run) `touch run` ${HOME} %s \\ 数据 *\n; touch run #"
+    parameters = {"images": bad, "prompts": bad, "outputs": bad, "captioner": bad, "generator": bad}
+    parameters["flags"] = "--chunk_rows 7 $(touch run) ;touch run * `touch run`"
+    done = subprocess.run(
+        [*airflow, json.dumps(parameters)],
+        env=home(tmp_path),
+        input="",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    line = next(line for line in done.stdout.splitlines() if line.startswith("commands "))
+    for job, (command, environment) in json.loads(line.removeprefix("commands ")).items():
+        assert bad not in command
+        argv = arguments(command, environment, tmp_path)
+        source = "--input" if job == "caption" else "--prompts"
+        expected = [f"{source}={bad}", f"--output={bad}/{job}/2026-11-22", f"--model={bad}"]
+        assert argv[:5] == [job, *expected, f"--skip_done_in={bad}/{job}/*"]
+        flags = argv[8 : -2 if job == "generate" else None]
+        assert flags == parameters["flags"].split()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(180)
+def test_its_commands_run_and_its_checks_raise_an_alert(airflow, tmp_path, monkeypatch, capsys):
     use_fakes(monkeypatch)
     scenes = write_data_set(str(tmp_path / "data"), 20, seed=1).webdataset
     assert main(["prepare", f"--input={scenes}", f"--output={tmp_path / 'prepared'}", "--quiet"]) == 0
@@ -36,32 +90,26 @@ def test_its_commands_run_and_its_checks_raise_an_alert(tmp_path, monkeypatch, c
         "generator": "diffusers:fake",
         "flags": "--chunk_rows 7 --max_failure_rate 0.5",
     }
-    loader = [str(AIRFLOW), str(REPOSITORY / "tests" / "airflow_loader.py")]
-    loader += [str(REPOSITORY / "deploy" / "airflow_dag.py"), json.dumps(parameters)]
-    home = {"AIRFLOW_HOME": str(tmp_path / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "false"}
+    loader = [*airflow, json.dumps(parameters)]
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        loader, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **home}
-    ) as airflow:
+        loader, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=home(tmp_path)
+    ) as process:
         try:
-            assert airflow.stdout is not None
-            found = next((line for line in airflow.stdout if line.startswith("commands ")), None)
-            assert found is not None, airflow.communicate(timeout=60)[1]
+            assert process.stdout is not None
+            found = next((line for line in process.stdout if line.startswith("commands ")), None)
+            assert found is not None, process.communicate(timeout=60)[1]
             commands = json.loads(found.removeprefix("commands "))
             lines = {}
-            for job, command in commands.items():
+            for job, (command, environment) in commands.items():
                 capsys.readouterr()
-                assert command.startswith("set -o pipefail; ")
-                program, *argv = shlex.split(
-                    command.removeprefix("set -o pipefail; ").removesuffix(" | tail -n 1")
-                )
-                assert (program, main(argv)) == ("diptych", 0)
+                assert main(arguments(command, environment, tmp_path)) == 0
                 lines[job] = capsys.readouterr().out.splitlines()[-1]
             asked = [f"caption 0.0 {lines['caption']}", f"generate 0.05 {lines['generate']}"]
             asked.append(f"generate 0.04 {lines['generate']}")
-            said, _ = airflow.communicate("".join(f"{line}\n" for line in asked), timeout=60)
+            said, _ = process.communicate("".join(f"{line}\n" for line in asked), timeout=60)
         finally:
-            airflow.kill()
+            process.kill()
     assert sorted(commands) == ["caption", "generate"]
     assert {path.name for path in (tmp_path / "nights").glob("*/*")} == {"2026-11-22"}
     assert [line for line in said.splitlines() if line.startswith("checked ")] == [

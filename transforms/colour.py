@@ -4,18 +4,19 @@ Nearly every RGB profile is three curves and a matrix (ICC.1:2022, 8.3.3). Those
 of the cost of Little CMS, after a comparison with Little CMS on sample colours; all others are left to it.
 """
 
-import functools
+import collections
+import hashlib
 import io
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageCms
 
-from transforms.decode import Pixels
+from transforms.raster import MAX_PROFILE_BYTES, Pixels
 
 _MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _SPACES = {1: "GRAY", 3: "RGB", 4: "CMYK"}
@@ -23,6 +24,10 @@ _SPACES = {1: "GRAY", 3: "RGB", 4: "CMYK"}
 _SAME_STEPS = 3
 # Tables may differ from Little CMS by its own rounding
 _TABLE_STEPS = 2
+
+# Of conversions that a thread keeps: at most so many, and so many bytes; a press's table of 17^4 colours has 0.5 MB
+_MAX_KEPT, _MAX_KEPT_BYTES = 256, 16 << 20
+_LITTLE_CMS_BYTES, _TABLES_BYTES = 1 << 20, 70_000
 
 _Array = np.ndarray[Any, Any]
 _Convert = Callable[[Pixels], Pixels]
@@ -33,13 +38,13 @@ def to_srgb(pixels: Pixels, profile: bytes | None) -> tuple[Pixels, bool]:
 
     Args:
         pixels: (H, W) grey, (H, W, 3) RGB or (H, W, 4) CMYK.
-        profile: The ICC profile they are in. A broken one, or one of another colour space, is ignored.
+        profile: The ICC profile they are in. A broken one, a giant or one of another colour space is ignored.
 
     Returns:
         (H, W, 3) RGB, and whether the profile changed anything.
     """
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
-    convert = _converter(profile, channels, threading.get_ident()) if profile else None
+    convert = _converters.of(profile, channels) if profile and len(profile) <= MAX_PROFILE_BYTES else None
     if convert is not None:
         return convert(np.ascontiguousarray(pixels)), True
     if channels == 3:
@@ -49,35 +54,70 @@ def to_srgb(pixels: Pixels, profile: bytes | None) -> tuple[Pixels, bool]:
     return np.asarray(Image.fromarray(np.ascontiguousarray(pixels), "CMYK").convert("RGB")), False
 
 
-@functools.lru_cache(maxsize=256)
-def _converter(profile: bytes, channels: int, thread: int) -> _Convert | None:
-    """Returns what converts pixels of a profile to sRGB, or None where there is nothing to do.
+class _Converters(threading.local):
+    """The conversions that this thread used last; a transform of Little CMS keeps its last colour and is not shared.
 
-    The thread is part of the cache's key: a transform of Little CMS keeps its last colour and is not shared.
+    Bounded by bytes as well as by number: a data set may have as many profiles as images.
     """
-    del thread
+
+    def __init__(self) -> None:
+        self._kept: collections.OrderedDict[tuple[bytes, int], _Conversion] = collections.OrderedDict()
+        self._num_bytes = 0
+
+    def of(self, profile: bytes, channels: int) -> "_Convert | None":
+        """Returns what converts pixels of a profile to sRGB, or None where there is nothing to do."""
+        key = hashlib.sha256(profile).digest(), channels
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key].convert
+        conversion = _conversion(profile, channels)
+        self._kept[key] = conversion
+        self._num_bytes += conversion.num_bytes
+        while self._num_bytes > _MAX_KEPT_BYTES or len(self._kept) > _MAX_KEPT:
+            self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
+        return conversion.convert
+
+
+_converters = _Converters()
+
+
+class _Conversion(NamedTuple):
+    """A conversion to sRGB.
+
+    Attributes:
+        convert: What converts pixels, or None where there is nothing to do.
+        num_bytes: About how much memory it holds.
+    """
+
+    convert: "_Convert | None"
+    num_bytes: int
+
+
+def _conversion(profile: bytes, channels: int) -> _Conversion:
+    """Returns the conversion of pixels of a profile to sRGB."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() != _SPACES[channels]:
-            return None
+            return _Conversion(None, 0)
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), _MODES[channels], "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
+        return _Conversion(None, 0)
 
     def convert(pixels: Pixels) -> Pixels:
         image = Image.fromarray(pixels, _MODES[channels])
         return np.asarray(ImageCms.applyTransform(image, transform))
 
+    by_little_cms = _Conversion(convert, len(profile) + _LITTLE_CMS_BYTES)
     if channels != 3:
-        return convert
+        return by_little_cms
     colours = _sample_colours()
     expected = convert(colours).astype(int)
     if np.abs(expected - colours).max() <= _SAME_STEPS:
-        return None
+        return _Conversion(None, 0)
     by_tables = _matrix_converter(profile)
     if by_tables and np.abs(by_tables(colours) - expected).max() <= _TABLE_STEPS:
-        return by_tables
-    return convert
+        return _Conversion(by_tables, _TABLES_BYTES)
+    return by_little_cms
 
 
 def _sample_colours() -> Pixels:
@@ -121,28 +161,29 @@ def _matrix_converter(profile: bytes) -> _Convert | None:
     return convert
 
 
-def _tags(profile: bytes) -> dict[bytes, bytes]:
-    """Returns the tags of a profile (ICC.1:2022, 7.3)."""
+def _tags(profile: bytes) -> dict[bytes, memoryview]:
+    """Returns the tags of a profile (ICC.1:2022, 7.3): views, because all may be of the same bytes."""
+    view = memoryview(profile)
     count = min(struct.unpack_from(">I", profile, 128)[0], 100)
     entries = (struct.unpack_from(">4sII", profile, 132 + 12 * i) for i in range(count))
-    return {name: profile[offset : offset + size] for name, offset, size in entries}
+    return {name: view[offset : offset + size] for name, offset, size in entries}
 
 
-def _curve(tag: bytes) -> _Array:
+def _curve(tag: memoryview) -> _Array:
     """Returns a tone curve at 256 steps, 0 to 1 (ICC.1:2022, 10.6 and 10.18).
 
     Raises:
         ValueError: It is of an unknown type.
     """
-    at = np.arange(256) / 255
-    if tag[:4] == b"curv":
+    at, kind_name = np.arange(256) / 255, bytes(tag[:4])
+    if kind_name == b"curv":
         (count,) = struct.unpack_from(">I", tag, 8)
         if count <= 1:
             return at ** (struct.unpack_from(">H", tag, 12)[0] / 256) if count else at
         table = np.frombuffer(tag, ">u2", count, 12) / 65535
         return np.interp(at, np.linspace(0, 1, count), table)
-    if tag[:4] != b"para":
-        raise ValueError(f"a curve of type {tag[:4]!r}")
+    if kind_name != b"para":
+        raise ValueError(f"a curve of type {kind_name!r}")
     kind = struct.unpack_from(">H", tag, 8)[0]
     values = [value / 65536 for value in struct.unpack_from(f">{(1, 3, 4, 5, 7)[kind]}i", tag, 12)]
     g, a, b, c, d, e, f = values + [1.0, 0.0, 0.0, 0.0, 0.0, 0.0][len(values) - 1 :]

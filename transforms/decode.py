@@ -1,4 +1,4 @@
-"""Encoded images to 8-bit pixels: what an image is is decided from its header and pixels, never from its name.
+"""Encoded images to 8-bit pixels: the format is detected from the bytes, never from the file name.
 
 JPEG, nearly all of what is read, goes through libjpeg-turbo (simplejpeg), at a reduced scale where the picture
 stays larger than needed, and only where libjpeg finds no damage; everything else goes through Pillow.
@@ -16,7 +16,7 @@ def decode(data: bytes | memoryview, limits: Limits, shorter_px: int = 0, longer
 
     Alpha is laid over white, 16-bit samples are scaled to 8, palettes are looked up, of an animation the first
     frame is taken. A JPEG is decoded at 1/2, 1/4 or 1/8 scale as long as it stays at least as large as asked
-    for: libjpeg's reduced inverse DCT, which costs less and loses nothing visible.
+    for: libjpeg's reduced inverse DCT, which costs less and loses nothing visible; a large JPEG 2000 likewise.
 
     Args:
         data: The encoded image.
@@ -27,8 +27,7 @@ def decode(data: bytes | memoryview, limits: Limits, shorter_px: int = 0, longer
     Raises:
         BadImage: With a reason from `transforms.schemas.REASONS["image"]`.
     """
-    if len(data) == 0:
-        raise BadImage("empty", "the image has no bytes")
+    limits.check_bytes(len(data))
     if bytes(data[:3]) == b"\xff\xd8\xff":
         return decode_jpeg(data, limits, shorter_px, longer_px)
-    return decode_pillow(bytes(data), limits)
+    return decode_pillow(bytes(data), limits, shorter_px, longer_px)

@@ -28,7 +28,7 @@ from transforms.sources.parquet import ParquetShard
 from transforms.sources.parquet_file import damaged_output, open_parquet
 from transforms.sources.shardfile import ShardDamage
 from transforms.sources.texts import TextShard
-from transforms.storage import input_errors, locate, output_errors
+from transforms.storage import input_errors, locate, put_whole
 
 # With 128 bits, two of a billion keys are alike with a chance of 1e-21
 _DIGEST_BYTES = 16
@@ -65,11 +65,7 @@ def write_done_keys(files: Iterable[str], url: str) -> int:
                 digests = np.unique(np.fromfile(part, _DIGEST)) if part.exists() else np.empty(0, _DIGEST)
                 file.write(digests.tobytes())
                 num_keys += len(digests)
-        with output_errors(url):
-            fs, path = locate(url)
-            fs.makedirs(os.path.dirname(path), exist_ok=True)
-            fs.put_file(os.fspath(whole), f"{path}.part")
-            fs.mv(f"{path}.part", path)
+        put_whole(url, os.fspath(whole))
     return num_keys
 
 

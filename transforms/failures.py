@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from transforms.errors import DiptychError
+from transforms.errors import FailureLimitError
 from transforms.schemas import REASONS
 from transforms.storage import input_errors, join, locate
 
@@ -44,7 +44,7 @@ class FailureLimit:
             root: The output folder, to look there for what went wrong.
 
         Raises:
-            DiptychError: The model failed on too many.
+            FailureLimitError: The model failed on too many.
         """
         failures = rejected.get(MODEL_ERROR, 0)
         own = {reason: count for reason, count in rejected.items() if reason in REASONS[self.stage]}
@@ -52,9 +52,9 @@ class FailureLimit:
         if failures > self.max_rate * rows and (failures > 1 or rows == 1 or self.max_rate == 0):
             raise self.error(_first_message(root, self.stage), failures, rows)
 
-    def error(self, first: str, failures: int, rows: int) -> DiptychError:
+    def error(self, first: str, failures: int, rows: int) -> FailureLimitError:
         """Returns the error to stop a job with."""
-        return DiptychError(
+        return FailureLimitError(
             f"The model fails on {failures} of {rows} rows, more than --max_failure_rate {self.max_rate:g} of them. "
             f"The first: {first}. Mend what is wrong, with --overwrite where rows were rejected for it, or allow more."
         )
@@ -83,7 +83,7 @@ class FailureCount:
         """Counts rows, and of them those that failed.
 
         Raises:
-            DiptychError: These are too many.
+            FailureLimitError: These are too many.
         """
         with self._lock:
             self._recent.append(_Counted(rows, len(messages), messages[0] if messages else ""))

@@ -18,7 +18,7 @@ from transforms.output_layout import (
     damaged_json,
     data_files,
     list_names,
-    read_records,
+    read_finished,
     write_success,
     write_view,
 )
@@ -237,7 +237,7 @@ def read_success(root: str) -> dict[str, Totals] | None:
     Raises:
         OutputError: It says something else.
     """
-    values = read_records(root, RecordKind.SUCCESS)
+    values = read_finished(root)
     if values is not None and "model" in values:
         raise OutputError(
             f"{root} holds a model that `diptych train` wrote, not data sets. Name another folder."

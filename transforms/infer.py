@@ -13,11 +13,11 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.shared import Shared
 from apache_beam.utils.windowed_value import WindowedValue
 
-from models.errors import ModelError
+from models.errors import ModelError, ModelOutageError
 from models.spec import ModelSpec, load_model
 from transforms.chunk import Chunk, ChunkKey, Reject, take_rows
 from transforms.cores import keep_imports
-from transforms.errors import InputError
+from transforms.errors import InputError, ModelInputError
 from transforms.failures import MODEL_ERROR, FailureCount, FailureLimit
 from transforms.micro_batches import Failure, ModelRunner
 
@@ -87,17 +87,19 @@ class ChunkModelHandler(ModelHandler[Chunk, Chunk, ModelRunner[Any, Any]]):
         """Returns the model of this process, loaded once.
 
         Raises:
-            InputError: It cannot be loaded, or is another than where the job started.
+            ModelInputError: It cannot be loaded, or is another than where the job started.
         """
         return self._shared_runner.acquire(self._load)
 
     def _load(self) -> ModelRunner[Any, Any]:
         try:
             model = load_model(self._spec)
-        except ModelError as error:
+        except ModelOutageError as error:
             raise InputError(str(error)) from error
+        except ModelError as error:
+            raise ModelInputError(str(error)) from error
         if self._digest not in (None, model.digest):
-            raise InputError(
+            raise ModelInputError(
                 f"{self._spec} is another model on a worker (digest {model.digest}) than where the job started "
                 f"({self._digest}). Keep the model as it is while a job runs, or give a place that all workers see."
             )
@@ -113,7 +115,7 @@ class ChunkModelHandler(ModelHandler[Chunk, Chunk, ModelRunner[Any, Any]]):
         """Returns the chunk with the model's results.
 
         Raises:
-            DiptychError: The model has failed on too many rows.
+            FailureLimitError: The model has failed on too many rows.
         """
         chunk: Chunk = batch
         results = model.run(functools.partial(self._task.inputs, chunk.rows), chunk.key)

@@ -7,20 +7,25 @@ import threading
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
 
 from transforms.raster import BadImage, Limits, Pixels, Raster
+from transforms.tiff import exif_orientation
 
 # ITU T.81 marker codes (table B.1): scans, the end, frames that libjpeg-turbo decodes, those without a length
 _SOS, _EOI = 0xDA, 0xD9
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
 _PROGRESSIVE = frozenset({0xC2, 0xCA})
+# An arithmetic coder leaves zeros at the end out, so that nobody can tell whether blocks are missing
+_ARITHMETIC = frozenset({0xC9, 0xCA})
 _OTHER_FRAMES = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF})
-_BARE = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
+# A marker that has a length, or the end; what stands before it, fill bytes among that, is passed over
+_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _SCAN_OR_END = re.compile(rb"\xff[\xd9\xda]")
 _COLOUR_SPACES = {1: "GRAY", 3: "RGB", 4: "CMYK"}
 # More passes over the picture than any encoder makes are an attack: each costs time and hardly a byte
 _MAX_SCANS = 100
+# More segments before the first scan than 256 MB of metadata fill
+_MAX_SEGMENTS = 10_000
 # Some encoders align the end marker with zeros: fewer than this are no damage
 _MAX_PADDING_BYTES = 64
 
@@ -53,11 +58,13 @@ def decode_jpeg(data: bytes | memoryview, limits: Limits, shorter_px: int, longe
         pixels = _decode_scans(data, header, size)
     except ValueError:
         pixels = _decode_odd_scans(bytes(data), header, size)
-    orientation = _orientation(header.exif)
+    orientation = exif_orientation(header.exif)
     if orientation >= 5:
         width, height = height, width
     channels = pixels.shape[2]
-    if channels == 4 and header.is_adobe:  # Adobe stores the inks inverted
+    if (
+        channels == 4
+    ):  # Adobe stores the inks inverted, and all others do as Adobe, with its marker or without
         np.invert(pixels, out=pixels)
     return Raster(pixels[..., 0] if channels == 1 else pixels, width, height, orientation, header.profile)
 
@@ -85,7 +92,6 @@ class _JpegHeader:
         segments: (marker, start, end) of each segment; the last is the header of the first scan.
         exif: EXIF payload (EXIF 3.0, 4.7.2), or None.
         profile: ICC profile (ICC.1:2022, B.4), or None.
-        is_adobe: Whether Adobe's marker is there.
     """
 
     frame: int
@@ -96,32 +102,27 @@ class _JpegHeader:
     segments: list[tuple[int, int, int]]
     exif: bytes | None
     profile: bytes | None
-    is_adobe: bool
 
 
 def _jpeg_header(data: bytes | memoryview) -> _JpegHeader:
     """Reads a JPEG's header as libjpeg does, which passes over what stands between segments."""
-    frame, exif, is_adobe = None, None, False
-    segments, profile = [], []
+    frame, exif = None, None
+    segments: list[tuple[int, int, int]] = []
+    profile: list[bytes] = []
     position, end, marker = 2, len(data) - 4, 0
-    while position <= end and marker != _SOS:
+    while marker != _SOS and (match := _SEGMENT.search(data, position)) and match.start() <= end:
+        position = match.start()
         marker = data[position + 1]
-        if data[position] != 0xFF or marker == 0xFF:
-            position += 1
-            continue
-        if marker in _BARE:
-            position += 2
-            continue
         if marker == _EOI:
             break
+        if len(segments) == _MAX_SEGMENTS:
+            raise BadImage("corrupt", f"a JPEG of more than {_MAX_SEGMENTS} segments before its first scan")
         start, position = position, position + 2 + (data[position + 2] << 8 | data[position + 3])
         segments.append((marker, start, position))
         if marker == 0xE1 and exif is None and data[start + 4 : start + 10] == b"Exif\0\0":
             exif = bytes(data[start + 4 : position])
         elif marker == 0xE2 and data[start + 4 : start + 16] == b"ICC_PROFILE\0":
             profile.append(bytes(data[start + 16 : position]))
-        elif marker == 0xEE and data[start + 4 : start + 9] == b"Adobe":
-            is_adobe = True
         elif marker in _FRAMES and frame is None and start + 10 <= position <= len(data):
             frame = _jpeg_frame(marker, bytes(data[start + 4 : position]))
         elif marker in _OTHER_FRAMES:
@@ -129,9 +130,20 @@ def _jpeg_header(data: bytes | memoryview) -> _JpegHeader:
     if frame is None or marker != _SOS or position > len(data):
         reason = "truncated" if b"\xff\xd9" not in bytes(data[-64:]) else "corrupt"
         raise BadImage(reason, f"a JPEG of {len(data)} bytes with an unreadable header")
-    # each part of a profile begins with its number and their count
-    parts = b"".join(part[2:] for part in sorted(profile, key=lambda part: part[:1]))
-    return _JpegHeader(*frame, segments, exif, parts or None, is_adobe)
+    return _JpegHeader(*frame, segments, exif, _joined_profile(profile))
+
+
+def _joined_profile(parts: list[bytes]) -> bytes | None:
+    """Returns an ICC profile from its parts, or None where there is none, or not all of it.
+
+    Args:
+        parts: In any order; each begins with its number, from 1, and their count.
+    """
+    parts = sorted(parts, key=lambda part: part[:1])
+    is_whole = [part[:2] for part in parts] == [
+        bytes([i, len(parts)]) for i in range(1, min(len(parts), 255) + 1)
+    ]
+    return b"".join(part[2:] for part in parts) or None if is_whole else None
 
 
 def _jpeg_frame(marker: int, parameters: bytes) -> tuple[int, int, int, bytes, bytes]:
@@ -166,8 +178,8 @@ def _check_scans(data: bytes | memoryview, header: _JpegHeader) -> None:
             if component in missing_bits:
                 missing_bits[component][first : last + 1] = approximation & 15
         num_scans += 1
-    if num_scans > _MAX_SCANS:
-        raise BadImage("corrupt", f"{header.width}x{header.height} JPEG of {num_scans} scans")
+        if num_scans > _MAX_SCANS:
+            raise BadImage("corrupt", f"{header.width}x{header.height} JPEG of more than {_MAX_SCANS} scans")
     if any(bits.any() for bits in missing_bits.values()):
         raise BadImage("truncated", f"{header.width}x{header.height} JPEG that ends after {num_scans} scans")
 
@@ -196,11 +208,14 @@ def _decode_scans(
 def _decode_odd_scans(data: bytes, header: _JpegHeader, size: tuple[int, int]) -> Pixels:
     """Decodes a JPEG that libjpeg warns of, unless it is damaged.
 
-    libjpeg tells its first warning only. So what it would warn of without harm is set right first, and what it
-    warns of then is damage, but for a few zeros after the last scan.
+    libjpeg tells its first warning only. So what it would warn of without harm is set right first, a missing end
+    marker among that, and what it warns of then is damage, but for a few zeros after the last scan.
     """
     is_cut = b"\xff\xd9" not in data[header.segments[-1][1] :]
     data = _without_oddities(data, header)
+    if is_cut and header.frame not in _ARITHMETIC:
+        # libjpeg warns of its absence, and then no more of missing blocks
+        data = data.rstrip(b"\xff") + b"\xff\xd9"
     try:
         return _decode_scans(data, header, size)
     except ValueError as error:
@@ -219,30 +234,21 @@ def _decode_odd_scans(data: bytes, header: _JpegHeader, size: tuple[int, int]) -
 def _without_oddities(data: bytes, header: _JpegHeader) -> bytes:
     """Returns a JPEG without that in its header which libjpeg warns of although no pixel is wrong.
 
-    That is bytes between segments, versions of JFIF and colour transforms of Adobe that do not exist, and the
-    parameters of a sequential scan, which mean nothing (ITU T.81, B.2.3) and are anything from some cameras.
+    That is bytes between segments, profiles that lack a part, versions of JFIF and colour transforms of Adobe that do
+    not exist, and the parameters of a sequential scan, which mean nothing (ITU T.81, B.2.3) and are anything from
+    some cameras.
     """
     parts = [b"\xff\xd8"]
     for marker, start, end in header.segments:
         segment = bytearray(data[start:end])
+        if marker == 0xE2 and segment[4:16] == b"ICC_PROFILE\0":
+            continue
         if marker == 0xE0 and segment[4:9] == b"JFIF\0" and len(segment) > 10:
             segment[9:11] = b"\1\1"
-        elif marker == 0xEE and segment[4:9] == b"Adobe" and len(segment) > 15 and segment[15] > 2:
-            segment[15] = 2 if len(header.components) == 4 else 1
+        elif marker == 0xEE and segment[4:9] == b"Adobe" and len(segment) > 15:
+            known = (0, 2) if len(header.components) == 4 else (0, 1)
+            segment[15] = segment[15] if segment[15] in known else known[1]
         elif marker == _SOS and header.frame not in _PROGRESSIVE:
             segment[-3:] = b"\0\x3f\0"
         parts.append(bytes(segment))
     return b"".join([*parts, data[header.segments[-1][2] :]])
-
-
-def _orientation(exif: bytes | None) -> int:
-    """Returns the EXIF orientation, 1 where there is none or it is broken."""
-    if not exif or (b"\x12\x01" not in exif and b"\x01\x12" not in exif):
-        return 1
-    try:
-        parsed = Image.Exif()
-        parsed.load(exif)
-        value = parsed.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF raises nearly anything: it must not cost the picture
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1

@@ -15,6 +15,7 @@ import numpy as np
 
 from models.base import Model
 from models.compute import compute
+from models.errors import one_line
 from transforms.chunk import ChunkKey
 from transforms.cores import num_cores
 from transforms.device_errors import device_error, is_of_machine, is_out_of_device_memory, model_error
@@ -224,16 +225,12 @@ def _failure(error: Exception) -> Failure:
     if isinstance(error, _Bug):
         raise error
     if is_of_machine(error):
-        raise device_error(_one_line(error)) from error
-    return Failure(_one_line(error), is_out_of_device_memory(error))
+        raise device_error(one_line(error, 500, with_type=True)) from error
+    return Failure(one_line(error, 500, with_type=True), is_out_of_device_memory(error))
 
 
 def _is_failure(result: Any) -> bool:
     return isinstance(result, Failure)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500].removesuffix(": ")
 
 
 def _checked(output: Output, is_finite: bool) -> Output | Failure:

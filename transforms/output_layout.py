@@ -113,14 +113,39 @@ def read_records(root: str, kind: RecordKind) -> dict[str, Any] | None:
         InputError: One cannot be read.
     """
     if not (names := _record_names(root)):
-        values = read_json(root, _VIEWS[kind])
-        return None if values is None else _mapping(root, _VIEWS[kind], values)
+        return read_view(root, kind)
     records: dict[str, Any] = {}
     for name in names:
         # one that was deleted since the listing is none
         if name.endswith(kind.value) and (values := read_json(root, name)) is not None:
             records |= _mapping(root, name, values)
     return records or None
+
+
+def read_finished(root: str) -> dict[str, Any] | None:
+    """Returns the totals of the data sets that are complete, or None where none is.
+
+    `_SUCCESS.json` must show them too: who deletes it, as people do, wants to have it made again.
+
+    Raises:
+        OutputError: A file that says so is damaged.
+        InputError: One cannot be read.
+    """
+    if (shown := read_view(root, RecordKind.SUCCESS)) is None:
+        return None
+    records = read_records(root, RecordKind.SUCCESS) or {}
+    return {dataset: totals for dataset, totals in shown.items() if dataset in records}
+
+
+def read_view(root: str, kind: RecordKind) -> dict[str, Any] | None:
+    """Returns what the file that shows all records of a kind says, by data set, or None where there is none.
+
+    Raises:
+        OutputError: It is damaged.
+        InputError: It cannot be read.
+    """
+    values = read_json(root, _VIEWS[kind])
+    return None if values is None else _mapping(root, _VIEWS[kind], values)
 
 
 def write_view(root: str, kind: RecordKind, scratch: str) -> None:

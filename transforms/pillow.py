@@ -1,91 +1,134 @@
 """Images of every format but JPEG to pixels, through Pillow."""
 
+import contextlib
+import functools
+import importlib
 import io
-import operator
-import re
 import struct
 import warnings
-import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
+import cv2
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
+from models.errors import one_line
+from transforms.gif import without_long_extensions
+from transforms.jpeg2000 import check_codestream, decode_deep, halvings, is_deep, profile_of
+from transforms.png import essential_parts
 from transforms.raster import BadImage, Limits, Pixels, Raster
+from transforms.signatures import image_format
+from transforms.tiff import check_directories, check_tags, is_bomb, is_cut_tiff
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow warns of is decided here, row by row
 
-# What Pillow may open, by signature: others have none (TGA), run programs (EPS) or hide another size inside (ICO)
-_SIGNATURES = {
-    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
-    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
-    "GIF": re.compile(rb"GIF8[79]a"),
-    "BMP": re.compile(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL),
-    "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
-    "AVIF": re.compile(rb"....ftypavi[fs]", re.DOTALL),
-    "JPEG2000": re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n"),
-}
 Image.MAX_IMAGE_PIXELS = None  # `Limits` decides
-PngImagePlugin.MAX_TEXT_CHUNK = (
-    16 << 20
-)  # some editors' metadata and some ICC profiles are over Pillow's 1 MB
-TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader mixes up the bytes of planar 16-bit samples
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the pool's threads are the parallelism
+_HEIF_OPTIONS = {"decode_threads": 1, "thumbnails": False, "depth_images": False, "aux_images": False}
+
+# Large images are converted in strips, so that no step holds all of them once more
+_STRIP_PIXELS = 1 << 20
+_WEBP_ANIMATION = 2  # a flag of its extended header
 
 
-def decode_pillow(data: bytes, limits: Limits) -> Raster:
+def decode_pillow(data: bytes, limits: Limits, shorter_px: int, longer_px: int) -> Raster:
     """Decodes an image that is no JPEG; `transforms.decode.decode` has the arguments.
 
     Raises:
         BadImage: It is damaged, no image, of a kind that cannot become 8-bit RGB, or out of bounds.
     """
-    name = next((name for name, signature in _SIGNATURES.items() if signature.match(data)), None)
-    if name is None:
-        raise _not_an_image(data)
-    Image.init()
-    if name not in Image.OPEN:
-        raise BadImage("unsupported", f"this Pillow does not read {name}")
+    name = image_format(data)
+    _check_is_read(name)
     try:
-        with Image.open(io.BytesIO(data), formats=[name]) as image:
-            limits.check(*image.size)
-            if isinstance(image, TiffImagePlugin.TiffImageFile):
-                _check_tiff(image.tag_v2, len(data), limits)
-            elif image.format == "PNG":
-                _check_png(data)
-                _scale_transparency(image, bits=data[24])
-            profile = image.info.get("icc_profile")
-            image.load()
-            orientation = _pillow_orientation(image)
-            pixels = _to_8_bit(image)
+        return _READERS.get(name, _read)(name, data, limits, (shorter_px, longer_px))
     except BadImage:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything
+        is_unread = isinstance(error, UnidentifiedImageError)  # it names the buffer and nothing else
         if "truncated" in str(error).lower() or _is_cut(data):
             reason = "truncated"
         else:
-            is_odd = name == "TIFF" and isinstance(error, UnidentifiedImageError)
-            reason = "unsupported" if is_odd else "corrupt"
-        raise BadImage(reason, f"a {name} of {len(data)} bytes: {type(error).__name__}: {error}") from error
-    height, width = pixels.shape[:2]
-    if orientation >= 5:
-        width, height = height, width
+            reason = "unsupported" if name == "TIFF" and is_unread else "corrupt"
+        said = "its header cannot be read" if is_unread else one_line(error, with_type=True)
+        raise BadImage(reason, f"a {name} of {len(data)} bytes: {said}") from error
+
+
+def _read(name: str, data: bytes, limits: Limits, _: tuple[int, int]) -> Raster:
+    if name == "GIF":
+        data = without_long_extensions(data)
+    elif name in ("TIFF", "AVIF", "HEIF"):
+        check_directories(data)
+    with Image.open(io.BytesIO(data), formats=[name]) as image:
+        limits.check(*image.size)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            check_tags(image.tag_v2, len(data), limits)
+        profile = image.info.get("icc_profile")
+        image.load()
+        limits.check(*image.size)  # a HEIF may lie
+        return _raster(_to_8_bit(image), image, image.size, profile)
+
+
+def _read_png(name: str, data: bytes, limits: Limits, _: tuple[int, int]) -> Raster:
+    data, profile = essential_parts(data)
+    with Image.open(io.BytesIO(data), formats=[name]) as image:
+        limits.check(*image.size)
+        _scale_transparency(image, bits=data[24])
+        image.load()
+        return _raster(_to_8_bit(image), image, image.size, profile)
+
+
+def _read_webp(name: str, data: bytes, limits: Limits, _: tuple[int, int]) -> Raster:
+    with Image.open(io.BytesIO(data), formats=[name]) as image:
+        limits.check(*image.size)
+        profile = image.info.get("icc_profile")
+        pixels = _still_webp(data)
+        if pixels is None:
+            image.load()
+            pixels = _to_8_bit(image)
+        return _raster(pixels, image, image.size, profile)
+
+
+def _read_jpeg2000(name: str, data: bytes, limits: Limits, enough_px: tuple[int, int]) -> Raster:
+    check_codestream(data, limits)
+    with Image.open(io.BytesIO(data), formats=[name]) as image:
+        size = image.size
+        limits.check(*size)
+        if is_deep(data):
+            image.load()  # for its damage
+            pixels = _to_8_bit(Image.fromarray(decode_deep(data, image.mode)))
+        else:
+            setattr(image, "reduce", halvings(data, size, *enough_px))  # noqa: B010 - elsewhere it is a method
+            image.load()
+            pixels = _to_8_bit(image)
+        return _raster(pixels, image, size, profile_of(data))
+
+
+_READERS = {"PNG": _read_png, "WEBP": _read_webp, "JPEG2000": _read_jpeg2000}
+
+
+def _raster(pixels: Pixels, image: Image.Image, size: tuple[int, int], profile: bytes | None) -> Raster:
+    orientation = _pillow_orientation(image)
+    width, height = size if orientation < 5 else size[::-1]
     return Raster(pixels, width, height, orientation, profile)
 
 
-def _check_png(data: bytes) -> None:
-    """Raises `BadImage` where a checksum is wrong: Pillow does not look at those of the pixels."""
-    view, position = memoryview(data), 8
-    while position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + 12 + length
-        if end > len(data) or kind == b"IEND":
-            break
-        is_critical = kind[:1].isupper()
-        if is_critical and zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(
-            data[end - 4 : end], "big"
-        ):
-            raise BadImage("corrupt", f"PNG: the checksum of a chunk {kind!r} is wrong")
-        position = end
+@functools.cache
+def _formats() -> frozenset[str]:
+    """Returns the names of the formats that are read here, with a plug-in for HEIF where there is one."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener(**_HEIF_OPTIONS)
+    return frozenset(Image.OPEN)
+
+
+def _check_is_read(name: str) -> None:
+    if name in _formats():
+        return
+    if name == "HEIF":
+        raise BadImage(
+            "unsupported", "a HEIC image: pip install 'diptych[heif]' to read it, or convert it to JPEG"
+        )
+    raise BadImage("unsupported", f"a {name}, which this build of Pillow does not read")
 
 
 def _scale_transparency(image: Image.Image, bits: int) -> None:
@@ -95,39 +138,73 @@ def _scale_transparency(image: Image.Image, bits: int) -> None:
         image.info["transparency"] = transparent * 255 // (2**bits - 1)
 
 
-def _check_tiff(tags: Mapping[int, Any], num_bytes: int, limits: Limits) -> None:
-    """Raises `BadImage` where a TIFF breaks off, or where Pillow would make of it something that it is not."""
-    tile_width, tile_height = tags.get(322, 0), tags.get(323, 0)
-    if tile_width * tile_height > limits.max_pixels:
-        raise BadImage("too_many_pixels", f"TIFF with tiles of {tile_width}x{tile_height}")
-    for offsets, counts in ((273, 279), (324, 325)):
-        if max(map(operator.add, tags.get(offsets, ()), tags.get(counts, ())), default=0) > num_bytes:
-            raise BadImage("truncated", f"TIFF of {num_bytes} bytes: pixels lie beyond its end")
-    bits, formats = tags.get(258, (1,)), tags.get(339, (1,))
-    if not {*bits} <= {1, 2, 4, 8, 16} or not {*formats} <= {1, 4}:  # unsigned or undefined
-        raise BadImage("unsupported", f"TIFF with samples of {bits} bits, format {formats}: what is white?")
-
-
 def _pillow_orientation(image: Image.Image) -> int:
+    exif = image.info.get("exif")
     try:
+        if isinstance(exif, bytes) and is_bomb(exif.removeprefix(b"Exif\0\0")):
+            return 1
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # as in _orientation
+    except Exception:  # as in `exif_orientation`
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _to_8_bit(image: Image.Image) -> Pixels:
     """Returns a loaded image as (H, W) grey, (H, W, 3) RGB or (H, W, 4) CMYK, uint8."""
+    if image.mode in ("I", "F"):
+        raise BadImage("unsupported", f"{image.format} with samples of more than 16 bits")
+    is_inverted = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(262) == 0
+    width, height = image.size
+    if width * height <= _STRIP_PIXELS:
+        return _strip_to_8_bit(image, is_inverted)
+    pixels: Pixels | None = None
+    for top, bottom in _strips(width, height):
+        strip = _strip_to_8_bit(image.crop((0, top, width, bottom)), is_inverted)
+        if pixels is None:
+            pixels = np.empty((height, *strip.shape[1:]), np.uint8)
+        pixels[top:bottom] = strip
+    assert pixels is not None
+    return pixels
+
+
+def _strips(width: int, height: int) -> Iterator[tuple[int, int]]:
+    """Yields the first row and the one behind the last of each strip."""
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
+
+
+def _still_webp(data: bytes) -> Pixels | None:
+    """Decodes a WebP that is no animation with OpenCV, which holds it once where Pillow holds it four times.
+
+    Returns:
+        (H, W, 3) RGB; None where it is an animation or damaged.
+    """
+    if data[12:16] == b"VP8X" and data[20] & _WEBP_ANIMATION:
+        return None
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR or BGRA
+    if pixels is None:
+        return None
+    opaque = pixels if pixels.shape[2] == 3 else np.empty((*pixels.shape[:2], 3), np.uint8)
+    for top, bottom in _strips(pixels.shape[1], pixels.shape[0]):
+        if opaque is pixels:
+            opaque[top:bottom] = pixels[top:bottom, :, ::-1]
+        else:
+            strip = Image.fromarray(np.ascontiguousarray(pixels[top:bottom, :, [2, 1, 0, 3]]), "RGBA")
+            opaque[top:bottom] = _strip_to_8_bit(strip, is_inverted=False)
+    return np.asarray(opaque, np.uint8)
+
+
+def _strip_to_8_bit(image: Image.Image, is_inverted: bool) -> Pixels:
+    """Converts a part of an image; of 16-bit grey, zero may be white."""
     if image.mode.startswith("I;16"):
-        return _grey_16_to_8_bit(image)
+        return _grey_16_to_8_bit(image, is_inverted)
     if image.has_transparency_data:
         is_grey = image.mode in ("1", "L", "LA", "La")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA")).convert("L" if is_grey else "RGB")
     if image.mode in ("L", "RGB", "CMYK"):
         return np.asarray(image)
-    if image.mode in ("I", "F"):
-        raise BadImage("unsupported", f"{image.format} with samples of more than 16 bits")
     if image.mode == "LAB":
         lab = ImageCms.createProfile("LAB")
         image = (
@@ -136,27 +213,13 @@ def _to_8_bit(image: Image.Image) -> Pixels:
     return np.asarray(image.convert("RGB"))
 
 
-def _grey_16_to_8_bit(image: Image.Image) -> Pixels:
+def _grey_16_to_8_bit(image: Image.Image, is_inverted: bool) -> Pixels:
     samples = np.asarray(image)
     pixels = ((samples.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8)
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(262) == 0:  # zero is white
+    if is_inverted:
         pixels = np.invert(pixels)
     transparent = image.info.get("transparency")
     return pixels if transparent is None else np.where(samples == transparent, np.uint8(255), pixels)
-
-
-def _not_an_image(data: bytes) -> BadImage:
-    """Returns what bytes are that have no image's signature."""
-    head = data[:512].lstrip(b"\xef\xbb\xbf\r\n\t ").lower()
-    if head.startswith(b"version https://git-lfs"):
-        what = "a Git LFS pointer: fetch the file itself (git lfs pull)"
-    elif head.startswith(b"# xet version"):
-        what = "a Xet pointer: fetch the file itself (git xet checkout)"
-    elif head.startswith((b"<!doctype html", b"<html", b"<?xml", b"<svg")):
-        what = "HTML, XML or SVG"
-    else:
-        what = f"no known image signature, it begins with {data[:16]!r}"
-    return BadImage("not_an_image", f"{len(data)} bytes: {what}")
 
 
 def _is_cut(data: bytes) -> bool:
@@ -170,33 +233,10 @@ def _is_cut(data: bytes) -> bool:
     if data.startswith(b"GIF8"):
         return b";" not in data[-4:]
     if data.startswith((b"II", b"MM")):
-        return _is_cut_tiff(data)
+        return is_cut_tiff(data)
     if data[4:8] == b"ftyp":
         return _is_cut_avif(data)
     return data.startswith(b"BM") and (len(data) < 6 or struct.unpack_from("<I", data, 2)[0] > len(data))
-
-
-_TIFF_VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-
-
-def _is_cut_tiff(data: bytes) -> bool:
-    """Returns whether the first directory, or a value that it refers to, lies beyond the end (TIFF 6.0, section 2)."""
-    order, is_big = "<" if data.startswith(b"II") else ">", b"+" in data[2:4]
-    offset, number = struct.Struct(order + "IQ"[is_big]), struct.Struct(order + "HQ"[is_big])
-    try:
-        (start,) = offset.unpack_from(data, offset.size)
-        for i in range(number.unpack_from(data, start)[0]):
-            entry = start + number.size + i * (4 + 2 * offset.size)
-            (kind,) = struct.unpack_from(order + "H", data, entry + 2)
-            (count,), (value,) = (
-                offset.unpack_from(data, entry + 4 + offset.size * field) for field in (0, 1)
-            )
-            num_bytes = count * _TIFF_VALUE_BYTES.get(kind, 1)
-            if num_bytes > offset.size and value + num_bytes > len(data):
-                return True
-    except (struct.error, OverflowError):
-        return True
-    return False
 
 
 def _is_cut_avif(data: bytes) -> bool:

@@ -12,9 +12,18 @@ from collections.abc import Generator, Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.errors import one_line
 from transforms.errors import InputError, OutputError
 from transforms.fingerprint import digest
-from transforms.output_layout import JOB, SUCCESS, RecordKind, data_files, read_records, shard_of
+from transforms.output_layout import (
+    JOB,
+    SUCCESS,
+    RecordKind,
+    data_files,
+    read_finished,
+    read_records,
+    shard_of,
+)
 from transforms.storage import input_errors, is_file, join, locate
 
 _DATASET = "images"
@@ -54,7 +63,7 @@ class PreparedImages:
                 f"{url} is not an output of Diptych: it has no {JOB}. Expected the --output of a job."
             )
         try:
-            jobs, totals = read_records(root, RecordKind.JOB), read_records(root, RecordKind.SUCCESS)
+            jobs, totals = read_records(root, RecordKind.JOB), read_finished(root)
         except OutputError as error:
             raise InputError(str(error)) from error
         if totals is None:
@@ -150,7 +159,7 @@ def _root(url: str) -> str | None:
 
 
 def _damaged(url: str, error: Exception) -> InputError:
-    what = " ".join(str(error).split())[:300]
+    what = one_line(error)
     return InputError(
         f"{url} is damaged ({what}). `diptych verify` names every such file of an output: delete it, and run the "
         "command that writes it again."

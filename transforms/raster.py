@@ -5,6 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from transforms.sources.base import MAX_IMAGE_BYTES
+
+# The largest profiles of presses have some 3 MB
+MAX_PROFILE_BYTES = 8 << 20
+
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -22,17 +27,28 @@ class BadImage(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bounds on the size of an image, checked in its header before a pixel is decoded.
+    """Bounds on an image, checked before a pixel is decoded.
 
     Attributes:
         max_pixels: Largest width times height.
         min_side_px: Smallest shorter side.
         max_aspect_ratio: Largest ratio of the longer to the shorter side.
+        max_image_bytes: Most bytes of the encoded image.
     """
 
     max_pixels: int = 50_000_000
     min_side_px: int = 16
     max_aspect_ratio: float = 10.0
+    max_image_bytes: int = MAX_IMAGE_BYTES
+
+    def check_bytes(self, num_bytes: int) -> None:
+        """Raises `BadImage` where an encoded image of so many bytes is out of bounds."""
+        if num_bytes == 0:
+            raise BadImage("empty", "the image has no bytes")
+        if num_bytes > self.max_image_bytes:
+            raise BadImage(
+                "too_many_bytes", f"an image of {num_bytes} bytes: at most {self.max_image_bytes} are decoded"
+            )
 
     def check(self, width: int, height: int) -> None:
         """Raises `BadImage` where an image of this size is out of bounds."""

@@ -11,6 +11,7 @@ import pyarrow as pa
 from apache_beam.pvalue import DoOutputsTuple, PCollection, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
+from models.location import redacted
 from transforms.binary import BinaryBuilder
 from transforms.chunk import Chunk, ChunkKey, Reject, add_counts, concat, reject_batch
 from transforms.progress import progress
@@ -105,7 +106,7 @@ class _ChunkBuilder:
             self._num_other_bytes += sum(map(len, record.captions))
             self._rows.append(record._replace(image=b""))  # it is in the column now
         else:
-            self._rejects.append(Reject(*record[:5]))
+            self._rejects.append(Reject(*record[:3], redacted(record.message), record.data))
             self._num_other_bytes += len(record.data or b"")
 
     def finish(self, last: bool) -> Chunk:

@@ -6,8 +6,7 @@ from transforms.errors import InputError
 from transforms.sources import SourceOptions, open_source
 from transforms.sources.annotations import AnnotationSource
 from transforms.sources.coco import CocoSource
-from transforms.sources.parts import Caption, Image, Ref, stem
-from transforms.storage import input_errors, locate
+from transforms.sources.parts import Ref
 
 FORMATS = ("coco", "flickr30k", "karpathy")
 
@@ -30,7 +29,7 @@ def read_references(url: str, format: str = "auto", split: str | None = None) ->
     """Reads the captions of an annotation: COCO's, Karpathy's, or a file of lines as Flickr30k's.
 
     An image without captions has no entry in `captions`. Of two images with one key the first counts, as
-    it does where images are prepared.
+    it does where images are prepared; entries of one file are one, and ids that differ in type alone are the same.
 
     Args:
         url: The file, a folder with it, or a glob.
@@ -47,36 +46,20 @@ def read_references(url: str, format: str = "auto", split: str | None = None) ->
             f"--references {url} is no annotation that can be told. Expected captions_*.json of COCO, dataset_*.json "
             "of Karpathy, or a token or csv file of Flickr's: name the file, or its format with --format."
         )
-    references = References({}, {}, 0)
-    seen: set[str] = set()
+    references, seen = References({}, {}, 0), set[str]()
     for annotation in source.annotations:
-        keys, texts, num_bad = _read(source, annotation)
-        for ref, key in keys.items():
-            said = [text for text in texts.get(ref, ()) if text.strip()]
-            if key not in seen and said:
-                references.captions[key] = said
-            if key not in seen and isinstance(source, CocoSource):
-                references.image_ids[key] = ref
-            seen.add(key)
-        references = references._replace(num_bad=references.num_bad + num_bad)
+        with source.open_draft(annotation, None) as draft:
+            refs = dict(draft.refs()) if isinstance(source, CocoSource) else {}
+            keys: set[str] = set()
+            for entry in draft.entries():
+                captions = [text for text in entry.captions if text.strip()]
+                if entry.key not in seen and entry.reason is None and captions:
+                    references.captions[entry.key] = captions
+                if entry.reason is None:
+                    keys.add(entry.key)
+                references = references._replace(
+                    num_bad=references.num_bad + (entry.reason == "bad_annotation")
+                )
+        references.image_ids.update({key: ref for key, ref in refs.items() if key not in seen})
+        seen |= keys
     return references
-
-
-def _read(source: AnnotationSource, url: str) -> tuple[dict[Ref, str], dict[Ref, list[str]], int]:
-    """Returns the keys and the captions by what the annotation calls an image, and a count of its bad parts."""
-    texts: dict[Ref, list[str]] = {}
-    keys: dict[Ref, str] = {}
-    num_bad = 0
-    with input_errors(url):
-        fs, path = locate(url)
-        with fs.open(path, "rb") as file:
-            for part in source.parts(url, file):
-                if isinstance(part, Caption):
-                    texts.setdefault(part.ref, []).append(part.text)
-                elif not isinstance(part, Image):
-                    num_bad += 1
-                elif part.wanted:
-                    keys.setdefault(part.ref, stem(part.path))
-    if source.captions_name_images:
-        keys = {ref: stem(str(ref)) for ref in texts}
-    return keys, texts, num_bad

@@ -24,6 +24,7 @@ REASONS = {
         "corrupt": "the image is damaged",
         "unsupported": "an image of a kind that cannot be turned into 8-bit RGB",
         "too_many_pixels": "more pixels than --max_pixels",
+        "too_many_bytes": "more bytes than --max_image_bytes",
         "too_small": "a side shorter than --min_side_px",
         "aspect_ratio": "longer to shorter side above --max_aspect_ratio",
     },

@@ -20,6 +20,7 @@ from apache_beam.pvalue import PCollection
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
+from models.errors import one_line
 from transforms.chunk import Chunk, ChunkKey
 from transforms.errors import InputError, OutputError
 from transforms.fingerprint import digest
@@ -241,7 +242,7 @@ def read_commit(sink: Sink, key: ChunkKey, input: str) -> Commit | None:
             return None
         raise
     except DAMAGE as error:
-        raise _not_ours(url, f"it is damaged ({' '.join(str(error).split())[:300]})") from error
+        raise _not_ours(url, f"it is damaged ({one_line(error)})") from error
     if (commit.dataset, commit.key()) != (sink.dataset, key):
         name = join(commit.dataset, commit.key().file_name())
         raise _not_ours(url, f"its footer says that it is {name}")

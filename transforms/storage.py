@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import posixpath
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,8 +15,10 @@ from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
+from models.errors import one_line
+from models.location import redacted
 from models.remote import open_store
-from transforms.errors import InputError, OutputError
+from transforms.errors import InputError, MissingInputError, OutputError
 
 # Stores where one upload appears whole or not at all. A rename there is a copy and a delete: worse, not better.
 _ATOMIC_UPLOAD = frozenset({"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "memory"})
@@ -44,6 +47,17 @@ def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path
 
 
+def relative_name(url: str, root: str) -> str:
+    """Returns the path of a file below the input root, empty for the root; else its base name.
+
+    It is the same for two URLs that differ in what gives access to the file alone, and does not hold it.
+    """
+    path, top = (redacted(locate(place)[1]).rstrip("/") for place in (url, root))
+    if path == top:
+        return ""
+    return path.removeprefix(f"{top}/") if path.startswith(f"{top}/") else posixpath.basename(path)
+
+
 def join(url: str, *names: str) -> str:
     """Returns the URL of a file below a folder."""
     return "/".join([url.rstrip("/"), *names])
@@ -58,7 +72,7 @@ def input_errors(url: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(
+        raise MissingInputError(
             f"{url} is not there. It was expected as an input: put it back, or name another, and run again."
         ) from error
     except PermissionError as error:
@@ -135,19 +149,23 @@ def output_errors(url: str) -> Iterator[None]:
         ) from error
 
 
+def is_refusal(error: Exception) -> bool:
+    """Tells whether an error is the 403 of a Google store, for which gcsfs has no class."""
+    return type(error) is OSError and str(error).startswith("Forbidden: ")
+
+
 def _is_answer(error: Exception) -> bool:
     """Tells what a file system or a store's client raises from what a decoder raises for damaged data."""
     if isinstance(error, TimeoutError | asyncio.TimeoutError) or (
         isinstance(error, OSError) and error.errno is not None
     ):
         return True
-    is_refusal = type(error) is OSError and str(error).startswith("Forbidden: ")  # gcsfs gives it no class
-    return is_refusal or type(error).__module__.partition(".")[0] in _STORE_CLIENTS
+    return is_refusal(error) or type(error).__module__.partition(".")[0] in _STORE_CLIENTS
 
 
 def _what(error: Exception) -> str:
     said = error.strerror if isinstance(error, OSError) else None
-    return said or " ".join(str(error).split())[:300] or type(error).__name__
+    return said or one_line(error)
 
 
 def delete(root: str, names: Iterable[str]) -> None:
@@ -190,7 +208,7 @@ def write_whole(root: str, name: str, data: bytes | memoryview, scratch: str = "
     with output_errors(url):
         fs, path = locate(url)
         if _is_object_store(fs):
-            _upload(fs, path, bytes(data))
+            upload(fs, path, bytes(data))
             return
         place = _replace if isinstance(fs, LocalFileSystem) else fs.mv
         _write_and_place(fs, join(root, scratch), path, data, place)
@@ -219,7 +237,7 @@ def create(root: str, name: str, data: bytes, scratch: str = "_tmp") -> bool:
         fs, path = locate(url)
         try:
             if not isinstance(fs, LocalFileSystem):
-                _upload(fs, path, data, mode="create")
+                upload(fs, path, data, mode="create")
                 return True
             _write_and_place(fs, join(root, scratch), path, data, _link)
             return True
@@ -280,27 +298,67 @@ def _link(temporary: str, path: str) -> None:
     _sync_folder(os.path.dirname(path))
 
 
-def _upload(fs: fsspec.AbstractFileSystem, path: str, data: bytes, mode: str = "overwrite") -> None:
-    """Uploads a file; begins anew where a store stops taking it in, which no client has a time-out for.
+def put_whole(url: str, file: str) -> None:
+    """Copies a local file to where it appears whole or not at all, in the time that `write_whole` gives an upload.
+
+    Args:
+        url: Where to.
+        file: Path of the local file; it is not held in memory.
+
+    Raises:
+        OutputError: The store refused.
+    """
+    with output_errors(url):
+        fs, path = locate(url)
+        size_bytes = os.path.getsize(file)
+        if _is_object_store(fs):
+            _within_time(fs, "put_file", size_bytes, file, path)
+            return
+        fs.makedirs(os.path.dirname(path), exist_ok=True)
+        _within_time(fs, "put_file", size_bytes, file, f"{path}.part")
+        fs.mv(f"{path}.part", path)
+
+
+def make_folder_of(url: str) -> None:
+    """Makes the folder that a file is to be written to, where there is none.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    with output_errors(url):
+        fs, path = locate(url)
+        if isinstance(fs, LocalFileSystem):
+            fs.makedirs(os.path.dirname(path), exist_ok=True)
+
+
+def upload(fs: fsspec.AbstractFileSystem, path: str, data: bytes, mode: str = "overwrite") -> None:
+    """Writes a file in one operation of its file system, in bounded time.
 
     Raises:
         FileExistsError: The mode is `create`, and there is such a file.
     """
-    # The clients of some stores know only the one mode
-    how = {} if mode == "overwrite" else {"mode": mode}
+    # the clients of some stores know only the one mode
+    options = {} if mode == "overwrite" else {"mode": mode}
+    _within_time(fs, "pipe_file", len(data), path, data, **options)
+
+
+def _within_time(
+    fs: fsspec.AbstractFileSystem, method: str, size_bytes: int, *args: object, **options: str
+) -> None:
+    """Uploads a file; begins anew where a store stops taking it in, which no client has a time-out for."""
     if not fs.async_impl:
-        fs.pipe_file(path, data, **how)
+        getattr(fs, method)(*args, **options)
         return
-    limit_s = max(UPLOAD_S, len(data) / _UPLOAD_BYTES_A_S)
+    limit_s = max(UPLOAD_S, size_bytes / _UPLOAD_BYTES_A_S)
     for left in reversed(range(_UPLOADS)):
         try:
-            sync(fs.loop, fs._pipe_file, path, data, timeout=limit_s, **how)
+            sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=limit_s, **options)
             return
         except FSTimeoutError as error:
             if type(error.__cause__) not in (asyncio.TimeoutError, type(None)):
                 raise  # the client's own, which has tried again
             if not left:
-                what = f"it took longer than {limit_s:.0f} s for {len(data):,} bytes, {_UPLOADS} times"
+                what = f"it took longer than {limit_s:.0f} s for {size_bytes:,} bytes, {_UPLOADS} times"
                 raise TimeoutError(errno.ETIMEDOUT, what) from error
 
 

@@ -24,6 +24,16 @@ def vectors_of(model, captions):
     return model.predict(model.prepare(captions))
 
 
+def test_words_with_capitals_are_tried_as_they_are_and_then_in_lower_case():
+    vectors = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)
+    model = Word2Vec(["Paris", "paris", "dog"], vectors)
+    for text, row in (("Paris", 0), ("PARIS", 1), ("paris", 1), ("Dog", 2), ("DOG!", 2)):
+        [vector] = model.predict(model.prepare([text]))
+        assert vector.values.tolist() == vectors[row].tolist(), text
+    [vector] = model.predict(model.prepare(["LONDON"]))
+    assert not vector.known
+
+
 class TestTokenize:
     @pytest.mark.parametrize(
         ("text", "words"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gensim.models import FastText, KeyedVectors
 from gensim.models import Word2Vec as Trainer
+from gensim.models.fasttext import save_facebook_model
 
 from models.errors import ModelError
 from models.word_vectors import read_word_vectors
@@ -184,13 +185,56 @@ def test_pickles_of_other_things(tmp_path, state):
         read_word_vectors(tmp_path / "w.kv")
 
 
-def test_fasttext_says_what_to_do_and_that_works(tmp_path):
-    trainer = FastText(SENTENCES, vector_size=7, min_count=1, workers=1)
+@pytest.mark.parametrize("name", ["ft.model", "ft.kv", "ft.bin", "ft.vec"])
+def test_fasttext(tmp_path, name):
+    trainer = FastText(SENTENCES, vector_size=7, min_count=1, workers=1, bucket=500)
     trainer.save(str(tmp_path / "ft.model"))
-    with pytest.raises(ModelError, match="save_word2vec_format"):
-        read_word_vectors(tmp_path / "ft.model")
-    trainer.wv.save_word2vec_format(str(tmp_path / "vectors.bin"), binary=True)
-    assert_equal(tmp_path / "vectors.bin", trainer.wv)
+    trainer.wv.save(str(tmp_path / "ft.kv"))
+    save_facebook_model(trainer, str(tmp_path / "ft.bin"))
+    trainer.wv.save_word2vec_format(str(tmp_path / "ft.vec"))
+    words, vectors = read_word_vectors(tmp_path / name)
+    assert words == trainer.wv.index_to_key
+    np.testing.assert_allclose(vectors, trainer.wv.vectors, atol=1e-5)
+
+
+def test_a_damaged_fasttext_file_is_an_error(tmp_path):
+    trainer = FastText(SENTENCES, vector_size=7, min_count=1, workers=1, bucket=500)
+    save_facebook_model(trainer, str(tmp_path / "ft.bin"))
+    data = (tmp_path / "ft.bin").read_bytes()
+    for size in (4, 20, 200, len(data) // 2):
+        (tmp_path / "cut.bin").write_bytes(data[:size])
+        with pytest.raises(ModelError, match="fetch it again"):
+            read_word_vectors(tmp_path / "cut.bin")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbf2 2\ndog 1 2\nnew york 3 4\n",
+        b"2 2\r\ndog 1 2\r\nnew york 3 4\r\n",
+        b"2\t2\ndog\t1\t2\nnew york\t3\t4\n",
+        b"2 2 \ndog 1 2 \nnew york 3 4 \n",
+        b"dog 1 2\nnew york 3 4\n",
+        b"\xef\xbb\xbfdog 1 2\nnew york 3 4\n",
+        b"3 2\ndog 1 2\ndog 9 9\nnew york 3 4\n",
+        b"1 2\ndog 1 2\nnew york 3 4\n",
+        b"2 2\ndog 1.0 2e0\n\nnew york 3 4",
+        b"dog  1  2\nnew york  3 4\n",
+    ],
+)
+def test_text_of_every_form(tmp_path, text):
+    (tmp_path / "w.txt").write_bytes(text)
+    words, vectors = read_word_vectors(tmp_path / "w.txt")
+    assert words == ["dog", "new york"]
+    assert vectors.tolist() == [[1, 2], [3, 4]]
+    with gzip.open(tmp_path / "w.txt.gz", "wb") as file:
+        file.write(text)
+    assert read_word_vectors(tmp_path / "w.txt.gz").words == words
+
+
+def test_words_that_are_not_utf8_are_kept_apart_from_others(tmp_path):
+    (tmp_path / "w.txt").write_bytes(b"3 1\ncaf\xe9 1\n\xc2\xa0 2\ndog 3\n")
+    assert read_word_vectors(tmp_path / "w.txt").words == ["caf\ufffd", "\xa0", "dog"]
 
 
 def test_gone(tmp_path):

@@ -7,14 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 from fake_models import use_fakes
 
+from pipelines import dataflow, running
 from pipelines.cli import main
+from pipelines.dataflow import ended_on_dataflow
+from pipelines.flink import Watch
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import write_data_set
@@ -178,3 +184,58 @@ class TestDeployment:
         )
         assert done.returncode == 0
         assert done.stdout.startswith("usage: diptych run ")
+
+
+class DataflowPipelineResult:
+    """What a job on Dataflow gives, as Beam's class of this name does, and the client that it asks."""
+
+    has_job = True
+
+    def __init__(self, messages: list[list[str]], fails: int = 0) -> None:
+        self.pages, self.fails, self.asked = messages, fails, []
+        self.cancelled = threading.Event()
+        self._runner = SimpleNamespace(dataflow_client=self)
+
+    def job_id(self) -> str:
+        return "job"
+
+    def list_messages(self, job_id: str, start_time: Any, page_token: Any, minimum_importance: str) -> Any:
+        self.asked.append((job_id, start_time, page_token, minimum_importance))
+        if len(self.asked) <= self.fails:
+            raise OSError("no answer")
+        page = int(page_token or 0)
+        found = [SimpleNamespace(message_text=text, time=page) for text in self.pages[page]]
+        return found, str(page + 1) if page + 1 < len(self.pages) else None
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+class TestFailuresOnDataflow:
+    TRACE = (
+        "Error message from worker: Traceback\ntransforms.errors.MissingInputError: gs://b/x is not there."
+    )
+
+    @pytest.mark.parametrize("fails", [0, 2])
+    def test_what_a_second_try_cannot_mend_ends_the_job(self, fails, monkeypatch):
+        monkeypatch.setattr(dataflow, "_ASK_EACH_S", 0.01)
+        result, watch = DataflowPipelineResult([["no worker yet"], ["x", self.TRACE]], fails), Watch()
+        with ended_on_dataflow(result, running._permanent_error, watch):
+            assert result.cancelled.wait(10)
+        assert str(watch.error) == "gs://b/x is not there."
+        assert result.asked[-1] == (
+            "job",
+            None if not fails else result.asked[-1][1],
+            "1",
+            "JOB_MESSAGE_ERROR",
+        )
+
+    def test_other_failures_are_dataflows_own_to_try_again(self, monkeypatch):
+        monkeypatch.setattr(dataflow, "_ASK_EACH_S", 0.01)
+        result, watch = DataflowPipelineResult([["transforms.errors.InputError: no answer"]]), Watch()
+        with ended_on_dataflow(result, running._permanent_error, watch):
+            deadline = time.monotonic() + 10
+            while len(result.asked) < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert not result.cancelled.is_set()
+        assert watch.error is None

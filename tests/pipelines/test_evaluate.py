@@ -10,6 +10,7 @@ from pycocotools.coco import COCO
 
 from models.scores import SCORES, score_captions
 from models.tokens import tokenize
+from pipelines.cli import main
 from pipelines.evaluate import (
     EvaluateOptions,
     evaluate,
@@ -194,6 +195,17 @@ class TestCommand:
         with pytest.raises(OptionError, match=flags[0]):
             self.run("--input", out, *flags)
 
+    def test_a_folder_that_is_not_there_is_made(self, out, coco, tmp_path):
+        results = tmp_path / "not" / "there" / "results.json"
+        argv = ["evaluate", "captions", f"--input={out}", f"--references={coco}", f"--results={results}"]
+        assert main(argv) == 0
+        assert len(json.loads(results.read_text())) == 4
+
+    def test_says_that_cider_of_one_image_is_0_by_definition(self, tmp_path, capsys):
+        out = write_output(tmp_path / "out", [("a", "a dog runs", ["a dog runs"])] * 2)
+        assert main(["evaluate", "captions", f"--input={out}"]) == 0
+        assert "of one image alone it is 0 by definition" in capsys.readouterr().out
+
 
 class TestRefused:
     def test_no_image_in_common(self, out, tmp_path):
@@ -239,5 +251,6 @@ class TestRefused:
 
     @pytest.mark.parametrize("flag", ["results", "scores"])
     def test_a_file_that_cannot_be_written(self, out, coco, tmp_path, flag):
+        (tmp_path / "file").touch()
         with pytest.raises(OutputError, match="cannot be written"):
-            evaluate_captions(EvaluateOptions(out, coco, **{flag: str(tmp_path / "gone" / "x.json")}))
+            evaluate_captions(EvaluateOptions(out, coco, **{flag: str(tmp_path / "file" / "x.json")}))

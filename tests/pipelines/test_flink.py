@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import queue
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,7 +35,7 @@ from pipelines.flink import cancel_on_flink, failures_told, flink_flags, num_buf
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import write_data_set
-from transforms.errors import OptionError
+from transforms.errors import FailureLimitError, MissingInputError, ModelInputError, OptionError
 
 CLUSTER = Path(__file__).parents[2] / "deploy" / "flink_cluster.py"
 CHUNK_ROWS = 5
@@ -155,6 +156,45 @@ def test_a_killed_process_costs_nothing(victim, cluster, scenes, local, tmp_path
     assert files_in(out) == local
 
 
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_an_input_that_goes_while_it_runs_ends_the_job_at_once(cluster, scenes, tmp_path):
+    data = Path(shutil.copytree(scenes, tmp_path / "data"))
+    out = tmp_path / "out"
+    pipe = subprocess.PIPE
+    argv = command(Path("data"), Path("out"), cluster)
+    with subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=environment()) as job:
+        try:
+            while not out.exists():
+                assert job.poll() is None, job.communicate()[1]
+                time.sleep(0.02)
+            shutil.rmtree(data)
+            _, stderr = job.communicate(timeout=120)
+        finally:
+            job.kill()
+    assert job.returncode == 1
+    assert f"{data}/" in stderr
+    assert "is not there. It was expected as an input" in stderr
+    assert "is begun again" not in stderr
+
+
+@pytest.mark.timeout(300)
+def test_relative_paths_are_found_by_workers(cluster, scenes, local, tmp_path):
+    (tmp_path / "data").symlink_to(scenes)
+    argv = command(Path("data"), Path("out"), cluster)
+    done = subprocess.run(
+        argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert files_in(tmp_path / "out") == local
+
+
+def environment() -> dict[str, str]:
+    """Returns this process's environment, with which another folder's process finds the project as well."""
+    places = [str(CLUSTER.parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+
+
 def times_in(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in out.glob("images/*.parquet")}
 
@@ -218,9 +258,7 @@ class TestWorkerPool:
             (process,) = multiprocessing.active_children()
             assert not start_worker(others).error
             (other,) = set(multiprocessing.active_children()) - {process}
-            worker_pool.WorkerPool(use_process=True).StopWorker(
-                beam_fn_api_pb2.StopWorkerRequest(worker_id="7-1"), None
-            )
+            worker_pool.WorkerPool().StopWorker(beam_fn_api_pb2.StopWorkerRequest(worker_id="7-1"), None)
             hang_up()
             process.join(30)
             assert process.exitcode == 0
@@ -234,12 +272,88 @@ class TestWorkerPool:
             assert worker_pool.main([f"--service_port={port}"]) == 1
         assert f"port {port} cannot be opened: " in capsys.readouterr().err
 
+    def test_it_listens_on_the_loopback_and_to_nobody_else(self, capsys):
+        assert pool_error("10.1.2.3:999") == (
+            "the Python worker 7-1 was not started: it would run what 10.1.2.3 sends, which this pool does not know. "
+            "Where that is a task manager of yours, start the pool with --allow 10.1.2.3."
+        )
+        for flags in (["--bind=0.0.0.0"], ["--bind=::"], ["--bind=localhost", "--allow=no such host"]):
+            with pytest.raises(SystemExit) as stopped:
+                worker_pool.main(flags)
+            assert stopped.value.code == 2
+        assert "--allow HOST" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("field", ["control", "logging", "artifact", "provision"])
+    def test_every_address_of_a_request_is_asked_about(self, field):
+        request = beam_fn_api_pb2.StartWorkerRequest(worker_id="7-1")
+        request.control_endpoint.url = "localhost:1"
+        getattr(request, f"{field}_endpoint").url = "[2001:db8::7]:5"
+        assert "--allow 2001:db8::7." in worker_pool.WorkerPool().StartWorker(request, None).error
+
+    @pytest.mark.parametrize(
+        ("endpoint", "allowed", "is_allowed"),
+        [
+            ("localhost:7", (), True),
+            ("127.0.0.1:7", (), True),
+            ("127.9.9.9:7", (), True),
+            ("[::1]:7", (), True),
+            ("[::ffff:127.0.0.1]:7", (), True),
+            ("ipv4:///127.0.0.1:7", (), True),
+            ("10.0.0.6:7", (), False),
+            ("10.0.0.6:7", ("10.0.0.6",), True),
+            ("[::ffff:10.0.0.6]:7", ("10.0.0.6",), True),
+            ("10.0.0.66:7", ("10.0.0.6",), False),
+            ("localhost.invalid:7", (), False),
+            ("127.0.0.1.invalid:7", (), False),
+            ("localhost@10.0.0.6:7", (), False),
+            ("0.0.0.0:7", (), False),
+            ("unix:/tmp/x", (), False),
+            ("", (), False),
+        ],
+    )
+    def test_who_is_allowed(self, endpoint, allowed, is_allowed):
+        assert worker_pool.is_allowed(worker_pool.host_of(endpoint), allowed) is is_allowed
+
+    @pytest.mark.parametrize(
+        ("peer", "host"),
+        [("ipv4:10.0.0.6:41", "10.0.0.6"), ("ipv6:%5B::1%5D:41", "::1"), ("unix:/x", "unix:/x")],
+    )
+    def test_who_asks(self, peer, host):
+        assert worker_pool.peer_of(peer) == host
+
+    def test_it_cannot_be_reached_from_elsewhere(self):
+        port = free_ports()
+        server = worker_pool._serve(worker_pool.WorkerPool(), "localhost", port)
+        try:
+            socket.create_connection(("localhost", port), 5).close()
+            with pytest.raises(
+                (ConnectionError, TimeoutError, OSError), match=r"refused|timed out|unreachable"
+            ):
+                socket.create_connection((own_address(), port), 5).close()
+        finally:
+            server.stop(0)
+
+
+def own_address() -> str:
+    """Returns an address of this machine that others know it by, or one that is nobody's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent
+        except OSError:
+            return "192.0.2.1"
+        return str(probe.getsockname()[0])
+
+
+def pool_error(control: str) -> str:
+    """Returns what a pool that starts nothing says to a request."""
+    return str(start_worker(control).error)
+
 
 def start_worker(control: str = "") -> beam_fn_api_pb2.StartWorkerResponse:
     """Asks a pool for a worker of a task manager; all of them give the same name."""
     request = beam_fn_api_pb2.StartWorkerRequest(worker_id="7-1")
     request.control_endpoint.url = control
-    return worker_pool.WorkerPool(use_process=True).StartWorker(request, None)
+    return worker_pool.WorkerPool().StartWorker(request, None)
 
 
 @contextlib.contextmanager
@@ -407,6 +521,46 @@ class TestWhileItRuns:
             "diptych: a task failed and is begun again: java.G: no room",
             "diptych: a task failed and is begun again: gone",
         ]
+
+    @pytest.mark.parametrize(
+        ("trace", "kind"),
+        [
+            (
+                r"Traceback\ntransforms.errors.MissingInputError: x is not there. [while running \'Read\']",
+                MissingInputError,
+            ),
+            ("transforms.errors.ModelInputError: x is not there.", ModelInputError),
+            ("transforms.errors.FailureLimitError: x is not there.", FailureLimitError),
+            ("Caused by: y\ntransforms.errors.OptionError: x is not there.\n\tat z", OptionError),
+        ],
+    )
+    def test_what_a_second_try_cannot_mend_ends_the_job(self, trace, kind, master, monkeypatch, capsys):
+        monkeypatch.setattr(flink, "_ASK_EACH_S", 0.01)
+        master.jobs = [{"jid": "1", "name": "mine", "state": "RESTARTING"}]
+        master.failures = [{"timestamp": 1, "stacktrace": trace}]
+        pipeline, stopped = self.pipeline(master), threading.Event()
+        monkeypatch.setattr(running, "size_for_flink", lambda *_: None)
+
+        class Job:
+            def wait_until_finish(self) -> None:
+                deadline = time.monotonic() + 10
+                while not master.told and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                stopped.set()
+                raise RuntimeError("Pipeline diptych failed in state CANCELLED: None")
+
+        monkeypatch.setattr(pipeline, "run", Job)
+        with pytest.raises(kind, match=r"^x is not there\.") as raised:
+            running.run_pipeline(pipeline, 1, quiet=True)
+        assert stopped.is_set()
+        assert master.told == ["/jobs/1?mode=cancel"]
+        assert "while running" not in str(raised.value)
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize("name", ["InputError", "OutputError", "DiptychError"])
+    def test_what_may_pass_is_tried_again(self, name):
+        assert running._permanent_error(f"transforms.errors.{name}: the store does not answer.") is None
+        assert running._permanent_error("java.net.ConnectException: refused") is None
 
     @pytest.mark.parametrize(
         "jobs", [[], [{"no": "name"}], [{"jid": "1", "name": "mine", "state": "FAILED"}]]

@@ -232,7 +232,7 @@ class TestOpenOutput:
         ("name", "remedy"),
         [
             ("_records/source.job.json", "Delete the output folder"),
-            ("_records/images.success.json", "Delete it and run again"),
+            (SUCCESS, "Delete it and run again"),
         ],
     )
     @pytest.mark.parametrize("content", ["", "{", "\0", '{"images": ', '{"images": {"rows": 1}}', "[1]"])

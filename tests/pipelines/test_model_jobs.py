@@ -51,11 +51,17 @@ from pipelines.scene_folders import SceneFolders, write_data_set
 from pipelines.verify import verify
 from transforms import storage
 from transforms.clean import CleanCaptions, CleanOptions
-from transforms.errors import DeviceError, DiptychError, InputError, OptionError, OutputError
+from transforms.errors import (
+    DeviceError,
+    DiptychError,
+    InputError,
+    NothingWritten,
+    OptionError,
+    OutputError,
+)
 from transforms.finish import read_success
 from transforms.generate import sample_seed
 from transforms.schemas import captions_schema, embeddings_schema, generated_schema
-from transforms.sink import Sink
 from transforms.sources import SourceOptions, open_source
 from transforms.sources.texts import TextShard
 
@@ -175,6 +181,18 @@ class TestEmbed:
         totals = read_success(str(tmp_path / "out"))["embeddings"]
         assert (totals.read, totals.written, totals.rejected) == (3, 2, {"no_caption": 1})
         assert problems(tmp_path / "out") == []
+
+    def test_an_annotation_without_its_images(self, scenes, tmp_path):
+        """The rows are those with images, and no image folder need be there."""
+        run("embed", scenes.coco, tmp_path / "beside")
+        shutil.copytree(scenes.coco / "annotations", tmp_path / "alone")
+        run("embed", tmp_path / "alone", tmp_path / "out")
+        assert rows_in(tmp_path / "out", "embeddings") == rows_in(tmp_path / "beside", "embeddings")
+        shutil.copy(scenes.flickr30k / "results_20130124.token", tmp_path)
+        run("embed", tmp_path / "results_20130124.token", tmp_path / "lines")
+        assert {row["key"] for row in rows_in(tmp_path / "lines", "embeddings")} == {
+            row["key"] for row in rows_in(tmp_path / "out", "embeddings")
+        }
 
     def test_the_columns_that_the_user_names(self, tmp_path):
         (tmp_path / "in").mkdir()
@@ -549,15 +567,15 @@ class TestKilled:
                 return real(*args, **kwargs)
 
             patch.setattr(os, name, act)
-        write = storage._write_and_rename
+        write = storage._write_synced
 
-        def write_half(temporary: str, path: str, data: Any) -> None:
+        def write_half(temporary: str, data: Any) -> None:
             if next(events) >= at:
                 Path(temporary).write_bytes(bytes(data)[: len(data) // 2])
                 raise Killed
-            write(temporary, path, data)
+            write(temporary, data)
 
-        patch.setattr(storage, "_write_and_rename", write_half)
+        patch.setattr(storage, "_write_synced", write_half)
 
 
 def test_killed_by_the_system(prepared: Path, tmp_path: Path) -> None:
@@ -629,7 +647,7 @@ class TestModelFailures:
 
     @pytest.mark.parametrize("count", [2, 100])
     def test_too_many_stop_the_job_and_the_next_run_as_well(self, tmp_path, count):
-        texts = [f"{TROUBLE} {number}" for number in range(count)]
+        texts = ["fine", *(f"{TROUBLE} {number}" for number in range(count))]
         pq.write_table(pa.table({"captions": texts}), tmp_path / "a.parquet")
         for _ in range(2):
             with pytest.raises(DiptychError, match=r"more than --max_failure_rate 0\.1 .*'a trouble \d+'"):
@@ -694,7 +712,12 @@ class TestSeveralDataSets:
         options = PrepareOptions((str(scenes.webdataset),), str(full), quiet=True, overwrite=True)
         assert prepare(options).state is State.FRESH
         assert set(read_jobs(str(full))) == set(read_success(str(full))) == {"images"}
-        assert {name.split("/")[0] for name in files_in(full)} == {"images", "_job.json", "_SUCCESS.json"}
+        assert {name.split("/")[0] for name in files_in(full)} == {
+            "images",
+            "_job.json",
+            "_SUCCESS.json",
+            "_records",
+        }
 
     def test_other_images_are_refused(self, full, scenes):
         before = files_in(full)
@@ -726,14 +749,15 @@ class TestSeveralDataSets:
             (tmp_path / "in" / name).write_bytes(data)
         out = tmp_path / "out"
         prepare(PrepareOptions((str(tmp_path / "in"),), str(out), quiet=True))
-        run("embed", out, out)
+        with pytest.raises(NothingWritten, match="no_caption 1"):
+            run("embed", out, out)
         assert sorted(name for name in files_in(out) if name.startswith("rejects")) == [
             "rejects/embed/files-00000-00000-00000.parquet",
             "rejects/image/files-00000-00000.parquet",
         ]
-        assert problems(out) == []
-        run("embed", out, out, chunk_rows=1, overwrite=True)
-        assert problems(out) == []
+        with pytest.raises(NothingWritten):
+            run("embed", out, out, chunk_rows=1, overwrite=True)
+        assert [problem for problem in problems(out) if "_SUCCESS.json" not in problem] == []
         (out / "rejects/embed/files-00000-00000-00000.parquet").unlink()
         assert any("rejects/embed/files-00000-00000-00000.parquet holds {}" in p for p in problems(out))
 
@@ -744,12 +768,14 @@ class TestSeveralDataSets:
             shutil.copy(path, tmp_path / "in")
         out = tmp_path / "out"
         prepare(PrepareOptions((str(tmp_path / "in"),), str(out), quiet=True))
-        run("embed", out, out, chunk_rows=3)
+        with pytest.raises(NothingWritten):
+            run("embed", out, out, chunk_rows=3)
         before = files_in(out)
-        run("generate", out, out, chunk_rows=2)
+        with pytest.raises(NothingWritten):
+            run("generate", out, out, chunk_rows=2)
         rejects = {name: data for name, data in before.items() if name.startswith("rejects/embed")}
         assert rejects.items() <= files_in(out).items()
-        assert problems(out) == []
+        assert [problem for problem in problems(out) if "_SUCCESS.json" not in problem] == []
 
     def test_a_data_set_that_has_only_begun_is_not_complete(self, full):
         jobs = read_jobs(str(full))
@@ -834,10 +860,10 @@ class TestLaws:
         shards = open_source(options.inputs, "auto", SourceOptions()).shards("", 10)
         pipeline = new_pipeline(())
         branch = embed_branch(options, pipeline)
-        job = Job({"embeddings": branch.written}, {}, 10)
-        sinks = {"embeddings": Sink(str(tmp_path), "embeddings", {"fingerprint": ""}, branch.written.schema)}
+        about = {"job": "embed", "versions": {"diptych": "1"}}
+        job = Job({"embeddings": branch.written}, about, 10, options)
         before = {"CleanCaptions": CleanCaptions(CleanOptions())}
-        model_graph(pipeline, shards, job, options.output, sinks, branch, before, with_images=False)
+        model_graph(pipeline, shards, job, job.sinks(), branch, before, with_images=False)
         return pipeline.to_runner_api()
 
     def test_reading_to_writing_is_one_fused_stage(self, graph):

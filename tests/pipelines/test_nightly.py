@@ -16,12 +16,13 @@ from pipelines.caption import caption
 from pipelines.cli import main
 from pipelines.embed import embed
 from pipelines.generate import generate
-from pipelines.job import State
+from pipelines.job import State, read_jobs
 from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import write_data_set
 from pipelines.verify import verify
 from transforms.errors import InputError, OutputError
+from transforms.fingerprint import digest
 from transforms.finish import read_success
 from transforms.sources import SourceOptions
 from transforms.sources.parquet import ParquetShard
@@ -150,8 +151,10 @@ def test_a_night_that_died_goes_on_with_what_it_left_out_at_first(data, shards, 
     wanted = {path.name: path.read_bytes() for path in (second / "embeddings").iterdir()}
     for name in ("_SUCCESS.json", "embeddings/train-0-00001.parquet", "embeddings/train-1-00002.parquet"):
         (second / name).unlink()
-    keys = second / "_plan" / "done-embeddings.keys"
-    done_before.find_done(ModelJobOptions(**options_of(second, earlier)), "embeddings")
+    # as the run's first start left it
+    plan = second / "_plan" / digest(read_jobs(str(second))["embeddings"])
+    keys = plan / "done-embeddings.keys"
+    done_before.find_done(ModelJobOptions(**options_of(second, earlier)), "embeddings", str(plan))
     assert keys.exists()
 
     def refuse(*args: object) -> None:

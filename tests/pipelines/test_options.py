@@ -58,6 +58,7 @@ class TestFlags:
             ),
             *("--image_format=png", "--quality=90", "--pixels=float32", "--pixel_mean=0.1,0.2,0.3"),
             *("--pixel_std=1,2,3", "--max_pixels=1000", "--min_side_px=5", "--max_aspect_ratio=3.5"),
+            "--max_image_bytes=7000",
             *("--keep_rejected_bytes", "--chunk_rows=10", "--overwrite", "--quiet"),
         )
         assert options == PrepareOptions(
@@ -67,7 +68,7 @@ class TestFlags:
             source=SourceOptions("d", "train,val", "e", "f", "g", ("h", "i")),
             clean=CleanOptions(True, 2, 3, True, True),
             resize=ResizeOptions(
-                64, "pad", "png", 90, "float32", (0.1, 0.2, 0.3), (1, 2, 3), Limits(1000, 5, 3.5), True
+                64, "pad", "png", 90, "float32", (0.1, 0.2, 0.3), (1, 2, 3), Limits(1000, 5, 3.5, 7000), True
             ),
             chunk_rows=10,
             overwrite=True,
@@ -109,6 +110,7 @@ class TestBounds:
             ("--quality", "0", "between 1 and 100"),
             ("--quality", "101", "between 1 and 100"),
             ("--max_pixels", "0", "at least 1"),
+            ("--max_image_bytes", "0", "at least 1"),
             ("--min_side_px", "0", "at least 1"),
             ("--max_aspect_ratio", "0.9", "at least 1"),
             ("--max_aspect_ratio", "nan", "at least 1"),

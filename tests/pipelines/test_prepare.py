@@ -255,6 +255,20 @@ class TestDone:
         assert files_in(out) == before
         assert run(shards / "*0.tar", out, overwrite=True) is State.FRESH
 
+    @pytest.mark.parametrize("is_done", [True, False])
+    def test_overwriting_what_has_a_plan(self, scenes, tmp_path, is_done):
+        annotation = scenes.coco / "annotations" / "captions_val2017.json"
+        run(annotation, tmp_path / "out")
+        expected = files_in(tmp_path / "out")
+        if not is_done:
+            shutil.rmtree(tmp_path / "out" / "images")
+            (tmp_path / "out" / "_SUCCESS.json").unlink()
+        assert run(annotation, tmp_path / "out", overwrite=True) is State.FRESH
+        assert files_in(tmp_path / "out") == expected
+        run(annotation, tmp_path / "out", overwrite=True, chunk_rows=3)
+        run(annotation, tmp_path / "out", overwrite=True)
+        assert files_in(tmp_path / "out") == expected
+
     def test_the_same_data_elsewhere_is_the_same_input(self, scenes, tmp_path, undisturbed):
         shutil.copytree(scenes.webdataset, tmp_path / "copy")
         run(tmp_path / "copy", tmp_path / "out")

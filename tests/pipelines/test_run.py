@@ -269,15 +269,15 @@ def kill_at(patch: pytest.MonkeyPatch, at: int, events: Iterator[int]) -> None:
             return real(*args, **kwargs)
 
         patch.setattr(os, name, act)
-    write = storage._write_and_rename
+    write = storage._write_synced
 
-    def write_half(temporary: str, path: str, data: Any) -> None:
+    def write_half(temporary: str, data: Any) -> None:
         if next(events) >= at:
             Path(temporary).write_bytes(bytes(data)[: len(data) // 2])
             raise Killed
-        write(temporary, path, data)
+        write(temporary, data)
 
-    patch.setattr(storage, "_write_and_rename", write_half)
+    patch.setattr(storage, "_write_synced", write_half)
 
 
 class TestCommandLine:
@@ -312,7 +312,8 @@ class TestCommandLine:
         assert message in error
 
     def test_metadata_columns_are_the_images_own(self, scenes, models, tmp_path):
-        table = pa.table({"key": ["a"], "image": [b"x"], "caption": ["red"], "licence": ["free"]})
+        jpeg = next((scenes.flickr30k / "flickr30k-images").iterdir()).read_bytes()
+        table = pa.table({"key": ["a"], "image": [jpeg], "caption": ["red"], "licence": ["free"]})
         (tmp_path / "in").mkdir()
         pq.write_table(table, tmp_path / "in" / "a.parquet")
         argv = ["run", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--quiet"]

@@ -91,7 +91,7 @@ class TestFlink:
         done = run_command(command(scenes.webdataset, tmp_path, *flags))
         assert done.returncode == 0, done.stderr
         assert "read      69 rows\n" in done.stdout
-        assert "7 rows were there from before" in done.stdout
+        assert "13 rows were there from before" in done.stdout
         assert files_in(tmp_path) == local
 
     def test_a_failure_is_one_paragraph_and_the_next_run_completes(
@@ -175,7 +175,7 @@ class TestStores:
         with pytest.raises(InputError, match=r"has no _job\.json"):
             verify(f"{filled}/data")
         none = f"{filled.partition('://')[0]}://diptych-none/out"
-        with pytest.raises(OutputError, match=rf"{none}/_job\.json cannot be written"):
+        with pytest.raises(OutputError, match=rf"{none}/_records/source\.job\.json cannot be written"):
             run(str(scenes.webdataset), none)
 
 

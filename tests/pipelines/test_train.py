@@ -22,7 +22,7 @@ from models.errors import ModelError
 from models.word2vec import Word2Vec
 from pipelines import train as train_module
 from pipelines.cli import main
-from pipelines.job import open_output
+from pipelines.job import DatasetClaim, check_output
 from pipelines.options import PrepareOptions
 from pipelines.prepare import prepare
 from pipelines.scene_folders import SceneFolders, write_data_set
@@ -397,7 +397,7 @@ def test_other_jobs_leave_the_folder_of_a_model_alone(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "_job.json").write_text('{"model": {}}')
     with pytest.raises(OutputError, match="is where `diptych train` wrote a model, or is at it"):
-        open_output(folder, "captions", {"job": "caption"}, overwrite=True)
+        check_output(folder, DatasetClaim("captions", {"job": "caption"}, overwrite=True))
     (tmp_path / "model" / "_SUCCESS.json").write_text('{"model": {"best_epoch": 1}}')
     with pytest.raises(OutputError, match="holds a model that `diptych train` wrote, not data sets"):
         read_success(folder)

@@ -259,7 +259,7 @@ class TestNoOutput:
 
     def test_a_job_file_that_names_no_data_set(self, out):
         (out / "_job.json").write_text("{}")
-        assert any("the output is of run" in problem for problem in problems(out))
+        assert any("_job.json does not say what" in problem for problem in problems(out))
 
 
 class TestMemory:

@@ -105,6 +105,22 @@ def test_characters(text: str, cleaned: str) -> None:
         ("AT&T, R&D, a & b", "AT&T, R&D, a & b"),
         ("I <3 cats, 1 < 2, x > y", "I <3 cats, 1 < 2, x > y"),
         ("<john@example.com> wrote", "<john@example.com> wrote"),
+        ("<PERSON> plays guitar next to <PERSON>", "<PERSON> plays guitar next to <PERSON>"),
+        ("a sign that reads vector<int> and x<y and y>z", "a sign that reads vector<int> and x<y and y>z"),
+        ("a <TV> on a <Table>", "a <TV> on a <Table>"),
+        ("<unk> <start> <end> <pad> <mask> <image> <eos>", "<unk> <start> <end> <pad> <mask> <image> <eos>"),
+        ("<|endoftext|> <|im_start|>", "<|endoftext|> <|im_start|>"),
+        ("see <https://a.b/c?d=e> or <mailto:a@b.c>", "see <https://a.b/c?d=e> or <mailto:a@b.c>"),
+        ("if a<b and b>c, p <q or q> r", "if a<b and b>c, p <q or q> r"),
+        ("map<string, int>, List<T>, Foo<Bar<Baz>>", "map<string, int>, List<T>, Foo<Bar<Baz>>"),
+        ("<object> on the <time> of <title>", "<object> on the <time> of <title>"),
+        ("<time datetime='2020'>noon</time> <object>x</object>", "noon x"),
+        ("&lt;PERSON&gt; and &lt;b&gt;bold&lt;/b&gt;", "<PERSON> and bold"),
+        ("<PERSON", "<PERSON"),
+        ("<person_1> <my-tag> <猫>", "<person_1> <my-tag> <猫>"),
+        ("<-- this <3 >_< <!> <?>", "<-- this <3 >_< <!> <?>"),
+        ("A<I>italic</I><FONT COLOR=red>x</FONT>", "Aitalicx"),
+        ("</object> </b> </p>", "</object>"),
         ("it ends in <b", "it ends in <b"),
         ("<" * 3 + "b" + ">" * 3, "<<>>"),
     ],
@@ -346,3 +362,17 @@ def test_in_beam() -> None:
             equal_to([(expected.rows.to_pylist(), expected.rejects.to_pylist(), expected.counters)]),
         )
     assert expected.rows.num_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("a <b>bold</b>  cat", "a <b>bold</b> cat"),
+        ("fish &amp; chips", "fish &amp; chips"),
+        ("<PERSON>\u200b", "<PERSON>"),
+    ],
+)
+def test_markup_that_is_kept(text: str, cleaned: str) -> None:
+    assert clean_caption(text, keep_markup=True) == cleaned
+    options = CleanOptions(keep_markup=True)
+    assert clean_captions([text], options)[0] == [cleaned]

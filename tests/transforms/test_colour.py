@@ -1,102 +1,33 @@
 import io
 import struct
 import threading
-from collections.abc import Sequence
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from profiles import (
+    ADOBE_RGB,
+    CURVES,
+    DISPLAY_P3,
+    SPACES,
+    SRGB,
+    SRGB_CURVE,
+    SRGB_PROFILE,
+    cmyk_profile,
+    gamma_curve,
+    grey_profile,
+    parametric_curve,
+    profile_of,
+    rgb_profile,
+)
 
 from transforms import colour
 from transforms.colour import to_srgb
 
 Array = np.ndarray[Any, Any]
-
-# Colorants as profiles hold them, adapted to D50 (rows R, G, B of X, Y, Z)
-SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
-ADOBE_RGB = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
-DISPLAY_P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
-PROPHOTO = ((0.79767, 0.28804, 0.0), (0.13519, 0.71188, 0.0), (0.03134, 0.00009, 0.82491))
-SPACES = {"sRGB": SRGB, "Adobe RGB": ADOBE_RGB, "Display P3": DISPLAY_P3, "ProPhoto": PROPHOTO}
-
-SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-
-
-def fixed(*values: float) -> bytes:
-    return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
-
-
-def xyz(*values: float) -> bytes:
-    return b"XYZ \0\0\0\0" + fixed(*values)
-
-
-def gamma_curve(gamma: float) -> bytes:
-    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
-
-
-def table_curve(steps: Sequence[float]) -> bytes:
-    return b"curv\0\0\0\0" + struct.pack(
-        f">I{len(steps)}H", len(steps), *(round(65535 * step) for step in steps)
-    )
-
-
-def parametric_curve(kind: int, *values: float) -> bytes:
-    return b"para\0\0\0\0" + struct.pack(">HH", kind, 0) + fixed(*values)
-
-
-SRGB_CURVE = parametric_curve(3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
-CURVES = {
-    "linear": b"curv\0\0\0\0" + bytes(4),
-    "gamma 1.8": gamma_curve(1.8),
-    "gamma 2.2": gamma_curve(2.19921875),
-    "table of sRGB": table_curve(
-        [((i / 1023 + 0.055) / 1.055) ** 2.4 if i > 41 else i / 1023 / 12.92 for i in range(1024)]
-    ),
-    "table of 3": table_curve([0, 0.2, 1]),
-    "parametric 0": parametric_curve(0, 2.2),
-    "parametric 1": parametric_curve(1, 2.2, 1.1, -0.1),
-    "parametric 2": parametric_curve(2, 2.2, 0.9, 0.05, 0.02),
-    "parametric 3": SRGB_CURVE,
-    "parametric 4": parametric_curve(4, 2.4, 0.94, 0.05, 0.08, 0.04, 0.004, 0.002),
-}
-
-
-def profile_of(space: bytes, pcs: bytes, kind: bytes, tags: dict[bytes, bytes], version: int = 2) -> bytes:
-    """An ICC profile (ICC.1:2022, 7): a header, a table of tags, and the tags."""
-    tags = {b"wtpt": xyz(0.9642, 1.0, 0.8249), b"desc": b"desc\0\0\0\0\0\0\0\x02x\0" + bytes(78), **tags}
-    offset = 132 + 12 * len(tags)
-    table, content = struct.pack(">I", len(tags)), b""
-    for name, tag in tags.items():
-        padded = tag + bytes(-len(tag) % 4)
-        table += struct.pack(">4sII", name, offset + len(content), len(tag))
-        content += padded
-    header = bytearray(128)
-    struct.pack_into(">I4xI", header, 0, 128 + len(table) + len(content), version << 24)
-    header[12:24] = kind + space + pcs
-    header[36:40] = b"acsp"
-    header[68:80] = fixed(0.9642, 1.0, 0.8249)
-    return bytes(header) + table + content
-
-
-def rgb_profile(colorants: Sequence[Sequence[float]], curve: bytes, version: int = 2) -> bytes:
-    tags = {bytes([letter]) + b"XYZ": xyz(*values) for letter, values in zip(b"rgb", colorants, strict=True)}
-    tags |= {bytes([letter]) + b"TRC": curve for letter in b"rgb"}
-    return profile_of(b"RGB ", b"XYZ ", b"mntr", tags, version)
-
-
-def grey_profile(curve: bytes) -> bytes:
-    return profile_of(b"GRAY", b"XYZ ", b"mntr", {b"kTRC": curve})
-
-
-def cmyk_profile() -> bytes:
-    """A press whose only visible ink is black: Lab is a table of two steps an ink (ICC.1:2022, 10.11)."""
-    ramp = bytes(range(256))
-    corners = b"".join(bytes([0 if corner & 1 else 255, 128, 128]) for corner in range(16))
-    identity = fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
-    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + ramp * 4 + corners + ramp * 3
-    return profile_of(b"CMYK", b"Lab ", b"prtr", {b"A2B0": table})
 
 
 def by_little_cms(pixels: Array, profile: bytes, mode: str) -> Array:
@@ -299,7 +230,38 @@ def test_threads_do_not_share_a_transform() -> None:
         return all(np.array_equal(to_srgb(colours(1), profile)[0], expected) for _ in range(50))
 
     for _ in range(2):
-        colour._converter.cache_clear()
         with ThreadPoolExecutor(4) as pool:
             assert all(pool.map(convert_often, range(4)))
-        assert colour._converter.cache_info().currsize == 4
+
+
+def test_what_is_kept_of_profiles_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set may have a profile of its own for each image, made by an attacker or by a scanner."""
+    converters = colour._Converters()
+    grey = grey_profile(gamma_curve(1.8))
+    for i in range(300):
+        assert converters.of(grey + i.to_bytes(2, "big") + bytes(100_000), 1) is not None
+        assert converters.of(b"junk" + i.to_bytes(2, "big") + bytes(100_000), 3) is None
+    kept = converters._kept.values()
+    assert converters._num_bytes == sum(conversion.num_bytes for conversion in kept) <= 16 << 20
+    assert len(kept) <= 256
+    made = []
+    monkeypatch.setattr(colour, "_conversion", lambda *args: made.append(args))
+    assert converters.of(grey + (299).to_bytes(2, "big") + bytes(100_000), 1) is not None
+    assert made == []
+
+
+def test_a_giant_profile_is_ignored() -> None:
+    profile = grey_profile(gamma_curve(1.8))
+    assert to_srgb(colours(1), profile + bytes(1_000_000))[1] is True
+    assert to_srgb(colours(1), profile + bytes(9_000_000))[1] is False
+
+
+def test_tags_of_the_same_bytes_cost_no_memory() -> None:
+    tags = [struct.pack(">4sII", b"%04d" % i, 0, 4_000_000) for i in range(100)]
+    profile = bytes(128) + struct.pack(">I", 100) + b"".join(tags) + bytes(4_000_000)
+    tracemalloc.start()
+    try:
+        assert len(colour._tags(profile)) == 100
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()

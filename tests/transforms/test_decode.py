@@ -1,7 +1,9 @@
 import base64
+import contextlib
 import functools
 import io
 import itertools
+import os
 import re
 import struct
 import subprocess
@@ -9,24 +11,44 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import simplejpeg
-import tifffile
+from pictures import (
+    HEIGHT,
+    WIDTH,
+    Array,
+    alpha,
+    exif,
+    grey,
+    jpeg_frame,
+    over_white,
+    palette_image,
+    picture,
+    png,
+    png_chunk,
+    png_rows,
+    save,
+    save_tiff,
+    wide,
+    with_jpeg_size,
+    with_tiff_tag,
+)
 from PIL import Image, ImageCms
+from profiles import cmyk_profile
 
+from transforms.colour import to_srgb
 from transforms.decode import BadImage, Limits, Raster, decode
 from transforms.schemas import REASONS
 
 # Pillow warns of broken files while it finds out what they are
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
-Array = np.ndarray[Any, Any]
 ANY = Limits(max_pixels=2_000_000, min_side_px=1, max_aspect_ratio=1e6)
-HEIGHT, WIDTH = 49, 66
 
 # How a picture is stored so that an EXIF orientation shows it upright
 STORED: dict[int, Callable[[Array], Array]] = {
@@ -74,74 +96,6 @@ THREE_SCANS_JPEG = (
 )
 
 
-@functools.cache
-def picture(height: int = HEIGHT, width: int = WIDTH, channels: int = 3, seed: int = 0) -> Array:
-    """A picture of soft blobs and some grain, as photos have."""
-    noise = np.random.default_rng(seed).normal(size=(height, width, channels)).astype(np.float32)
-    blurred = [sigma * cv2.GaussianBlur(noise, (0, 0), sigma) for sigma in (1, 6, 24)]
-    mixed = (0.1 * blurred[0] + blurred[1] + 3 * blurred[2]).reshape(height, width, channels)
-    mixed = (mixed - mixed.min()) / (mixed.max() - mixed.min()) * 255
-    return mixed.astype(np.uint8).squeeze()
-
-
-def grey() -> Array:
-    return picture(channels=1)
-
-
-def alpha() -> Array:
-    mask = picture(channels=1, seed=1).copy()
-    mask[:10], mask[-10:] = 0, 255
-    return mask
-
-
-def over_white(pixels: Array, mask: Array) -> Array:
-    share = (mask / 255.0).reshape(mask.shape + (1,) * (pixels.ndim - 2))
-    return pixels * share + 255 * (1 - share)
-
-
-def wide(pixels: Array) -> Array:
-    """8-bit samples as the 16-bit samples that are the same shades."""
-    return pixels.astype(np.uint16) * 257
-
-
-def save(pixels: Array | Image.Image, file_format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def save_tiff(pixels: Array, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, np.ascontiguousarray(pixels), **options)
-    return buffer.getvalue()
-
-
-def exif(orientation: Any) -> Image.Exif:
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
-
-
-def palette_image(num_colours: int = 16) -> Image.Image:
-    return Image.fromarray(picture()).quantize(num_colours)
-
-
-def png_chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, *chunks: bytes) -> bytes:
-    """A PNG of a kind that Pillow does not write."""
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0))
-    pixels = png_chunk(b"IDAT", zlib.compress(rows))
-    return b"".join([b"\x89PNG\r\n\x1a\n", header, *chunks, pixels, png_chunk(b"IEND", b"")])
-
-
-def png_rows(pixels: Array) -> bytes:
-    return b"".join(b"\0" + row.tobytes() for row in pixels.astype(pixels.dtype.newbyteorder(">")))
-
-
 def decoded(data: bytes, limits: Limits = ANY) -> Array:
     """The pixels as RGB, or CMYK, of a type that holds differences."""
     pixels = decode(data, limits).pixels
@@ -164,37 +118,6 @@ def reason_of(data: bytes, limits: Limits = ANY) -> str | None:
     assert error.reason in REASONS["image"]
     assert str(error)
     return error.reason
-
-
-def tiff_tag(data: bytes, tag: int) -> tuple[int, int]:
-    """Position and type of the entry of a tag in a little-endian TIFF."""
-    (start,) = struct.unpack_from("<I", data, 4)
-    for entry in range(start + 2, start + 2 + 12 * struct.unpack_from("<H", data, start)[0], 12):
-        found, kind = struct.unpack_from("<HH", data, entry)
-        if found == tag:
-            return entry, kind
-    raise KeyError(tag)
-
-
-def with_tiff_tag(data: bytes, tag: int, value: int) -> bytes:
-    entry, kind = tiff_tag(data, tag)
-    return (
-        data[: entry + 8]
-        + struct.pack("<I" if kind == 4 else "<HH", *([value] if kind == 4 else [value, 0]))
-        + (data[entry + 12 :])
-    )
-
-
-def jpeg_frame(data: bytes) -> int:
-    """Position of the frame's marker."""
-    found = re.search(rb"\xff[\xc0\xc1\xc2\xc9]\0", data)
-    assert found
-    return found.start()
-
-
-def with_jpeg_size(data: bytes, width: int, height: int) -> bytes:
-    at = jpeg_frame(data) + 5
-    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
 
 # ---- what is decoded, and to what
@@ -403,12 +326,60 @@ def test_ycck_is_decoded_as_pillow_decodes_it() -> None:
     assert np.abs(decode(JPEGS["cmyk baseline"], ANY).pixels - expected).max() > 50
 
 
-def test_inks_are_inverted_only_where_adobe_wrote_them() -> None:
-    data = JPEGS["cmyk baseline"]
+def without_adobe(data: bytes) -> bytes:
     at = data.index(b"\xff\xee")
-    plain = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
-    assert np.array_equal(255 - decoded(plain), decoded(data))
-    assert np.abs(decoded(data) - picture(channels=4)).mean() < 6
+    return data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+
+
+@pytest.mark.parametrize("name", [name for name in JPEGS if name.startswith("cmyk")])
+@pytest.mark.parametrize("profile", [None, cmyk_profile()])
+@pytest.mark.parametrize("marker", ["none", "0", "1", "2", "9", "JFIF", "JFIF and 0", "JFIF and 2"])
+def test_inks_are_read_as_pillow_and_opencv_read_them(name: str, profile: bytes | None, marker: str) -> None:
+    """Nobody writes inks but as Adobe does, inverted: not even those who leave out its marker."""
+    data = with_profile(JPEGS[name], profile)
+    transform = marker.removeprefix("JFIF and ")
+    data = with_adobe_transform(data, int(transform)) if transform.isdigit() else without_adobe(data)
+    if "JFIF" in marker:
+        data = data[:2] + b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0" + data[2:]
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "CMYK"
+        expected = np.asarray(image).astype(int)
+        as_rgb = np.asarray(image.convert("RGB")).astype(int)
+    raster = decode(data, ANY)
+    assert raster.profile == profile
+    assert np.abs(raster.pixels - expected).max() <= 2
+    by_opencv = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1].astype(int)
+    assert np.abs(by_opencv - as_rgb).mean() < 3
+    converted, _ = to_srgb(raster.pixels, profile)
+    if profile is None:
+        assert np.abs(converted - as_rgb).max() <= 3
+
+
+def with_profile(data: bytes, profile: bytes | None) -> bytes:
+    """A JPEG with an ICC profile that fits one segment."""
+    if profile is None:
+        return data
+    content = b"ICC_PROFILE\0\1\1" + profile
+    return data[:2] + b"\xff\xe2" + struct.pack(">H", 2 + len(content)) + content + data[2:]
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("transform", [None, 0, 1, 2, 9])
+@pytest.mark.parametrize("identifiers", [b"\1\2\3", b"RGB", b"\0\1\2", b"abc"])
+def test_adobes_transform_of_three_colours_is_read_as_pillow_reads_it(
+    subsampling: int, transform: int | None, identifiers: bytes
+) -> None:
+    """Without JFIF's marker, libjpeg looks at Adobe's, then at the components' names."""
+    data = save(picture(), "JPEG", quality=90, subsampling=subsampling)
+    frame, scan = jpeg_frame(data), data.index(b"\xff\xda")
+    named = bytearray(data)
+    for i, identifier in enumerate(identifiers):
+        named[frame + 10 + 3 * i] = named[scan + 5 + 2 * i] = identifier
+    adobe = b"" if transform is None else b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform])
+    data = bytes(named[:2]) + adobe + bytes(named[20:])
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image).astype(int)
+    assert np.abs(decoded(data) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("text", [ARITHMETIC_JPEG, SAMPLED_1X4_JPEG, THREE_SCANS_JPEG])
@@ -576,6 +547,27 @@ def test_a_profile_in_several_segments_of_a_jpeg_is_put_together(num_bytes: int)
     assert decode(data[: bounds[0]] + b"".join(parts[::-1]) + data[bounds[-1] :], ANY).profile == profile
 
 
+@pytest.mark.parametrize("change", ["lost", "twice", "of another count", "number 0", "cut short", "empty"])
+@pytest.mark.parametrize("name", ["4:2:0 baseline", "4:4:4 progressive", "cmyk baseline"])
+def test_a_profile_that_lacks_a_part_costs_nothing_but_itself(name: str, change: str) -> None:
+    parts = [b"ICC_PROFILE\0" + bytes([i, 3]) + bytes(range(100)) for i in (1, 2, 3)]
+    if change == "lost":
+        parts.pop()
+    elif change == "twice":
+        parts[1] = parts[0]
+    elif change == "of another count":
+        parts[1] = parts[1].replace(b"\2\3", b"\2\4")
+    elif change == "number 0":
+        parts[0] = parts[0].replace(b"\1\3", b"\0\3")
+    else:
+        parts = [b"ICC_PROFILE\0" + b"\1" * (change == "cut short")]
+    segments = b"".join(b"\xff\xe2" + struct.pack(">H", 2 + len(part)) + part for part in parts)
+    data = JPEGS[name]
+    raster = decode(data[:2] + segments + data[2:], ANY)
+    assert raster.profile is None
+    assert np.array_equal(raster.pixels, decode(data, ANY).pixels)
+
+
 def test_a_profile_of_a_png_may_be_large() -> None:
     profile = np.random.default_rng(0).bytes(2_000_000)
     assert decode(save(picture(), "PNG", icc_profile=profile), ANY).profile == profile
@@ -602,18 +594,15 @@ def test_empty() -> None:
         (b"# xet version 0\nfilesize = 349915\nhash = '59d0'\n", "Xet pointer"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "HTML"),
         (b"\xef\xbb\xbf\r\n <HTML><head>", "HTML"),
-        (b'<?xml version="1.0"?><svg width="9" height="9"/>', "SVG"),
+        (b'<?xml version="1.0"?><rss/>', "XML"),
         (b"Not found", "begins with b'Not found'"),
         (b"BMW, a car maker from Munich, " * 20, "no known image signature"),
         (b"II and MM are fine words to begin with", "no known image signature"),
-        (b"RIFF\x24\0\0\0WAVEfmt ", "no known image signature"),
-        (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "no known image signature"),
-        (b"%PDF-1.7\n", "no known image signature"),
-        (
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\n99 99 moveto\n",
-            "no known image",
-        ),
-        (b"P6\n9 9\n255\n" + bytes(243), "no known image signature"),
+        (b"RIFF\x24\0\0\0WAVEfmt ", "sound"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "a video"),
+        (b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "a video"),
+        (b"PK\3\4\x14\0\6\0", "a ZIP archive"),
+        (b"\x1f\x8b\x08\0\0\0\0\0", "unpack it"),
         (b"\xff\xd8", "no known image signature"),
         (b"\0", "no known image signature"),
         (bytes(10_000), "no known image signature"),
@@ -632,19 +621,30 @@ def test_random_bytes_are_not_an_image(seed: int) -> None:
     assert reason_of(generator.bytes(int(generator.integers(1, 5_000)))) == "not_an_image"
 
 
-def test_what_pillow_could_open_and_nobody_should_is_not_an_image() -> None:
-    for file_format in ("ICO", "TGA", "PCX", "PPM", "EPS", "SGI", "IM"):
-        assert reason_of(save(picture(), file_format)) == "not_an_image", file_format
-
-
 # ---- what is cut
 
 
 @pytest.mark.parametrize("name", JPEGS)
 def test_a_cut_jpeg_is_truncated_wherever_it_is_cut(name: str) -> None:
     data = JPEGS[name]
-    cuts = {*range(3, 40), *range(41, len(data) - 40, 31), *range(len(data) - 40, len(data))}
+    cuts = {*range(3, 40), *range(41, len(data) - 40, 31), *range(len(data) - 40, len(data) - 2)}
     assert {reason_of(data[:cut]) for cut in cuts} == {"truncated"}
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_that_lacks_its_end_marker_alone_is_whole(name: str) -> None:
+    data, expected = JPEGS[name], decoded(JPEGS[name])
+    for end in (b"", b"\xff", b"\xff\xff", bytes(1), bytes(63), bytes(8) + b"\xff"):
+        assert np.array_equal(decoded(data[:-2] + end), expected), end
+    for end in (bytes(500), b"surplus" * 9):
+        assert reason_of(data[:-2] + end) in ("truncated", "corrupt"), end
+    half = decode(data[:-2], ANY, 12)
+    assert np.array_equal(half.pixels, decode(data, ANY, 12).pixels)
+
+
+def test_an_arithmetic_jpeg_without_its_end_may_lack_anything() -> None:
+    data = base64.b64decode(ARITHMETIC_JPEG)
+    assert {reason_of(data[:cut]) for cut in range(3, len(data))} == {"truncated"}
 
 
 @pytest.mark.parametrize("name", JPEGS)
@@ -661,7 +661,7 @@ def test_a_cut_jpeg_that_was_given_an_end_is_no_half_picture(name: str) -> None:
 @pytest.mark.parametrize("name", ["4:2:0 baseline", "grey progressive", "cmyk baseline"])
 def test_a_cut_jpeg_is_found_at_a_reduced_scale_too(name: str) -> None:
     data = JPEGS[name]
-    for shorter_px, cut in itertools.product((24, 12, 6), range(len(data) // 2, len(data) - 1, 97)):
+    for shorter_px, cut in itertools.product((24, 12, 6), range(len(data) // 2, len(data) - 2, 97)):
         with pytest.raises(BadImage) as found:
             decode(data[:cut], ANY, shorter_px)
         assert found.value.reason == "truncated"
@@ -757,6 +757,8 @@ def test_a_damaged_jpeg_is_rejected_wherever_libjpeg_sees_it(name: str) -> None:
         reason = reason_of(damaged)
         assert reason in (None, "corrupt", "truncated")
         num_rejected += reason is not None
+        if b"\xff\xd9" not in damaged[start:]:  # and perhaps nothing but it: that test is elsewhere
+            continue
         try:
             simplejpeg.decode_jpeg(damaged, channels)
         except ValueError:
@@ -809,7 +811,8 @@ def test_what_libjpeg_warns_of_without_harm_hides_no_damage(
     for _ in range(40):
         damaged = damage(data, start, generator)
         assert reason_of(oddity(damaged)) == reason_of(damaged)
-    assert reason_of(odd[:-2]) == "truncated"
+    assert np.array_equal(decoded(odd[:-2]), decoded(data))
+    assert reason_of(odd[:-3]) == "truncated"
     assert reason_of(odd[:-200]) == "truncated"
 
 
@@ -1003,20 +1006,112 @@ def test_a_jpeg_of_thousands_of_scans_is_not_decoded() -> None:
     assert reason_of(bombs()["scans"], Limits()) == "corrupt"
 
 
-def test_bombs_cost_no_memory(tmp_path: Any) -> None:
+def test_too_many_bytes() -> None:
+    for name, data in (("jpeg", JPEGS["4:2:0 baseline"]), ("png", FILES["png"]), ("junk", bytes(10_000))):
+        error = rejected(data, Limits(max_image_bytes=len(data) - 1))
+        assert error is not None, name
+        assert error.reason == "too_many_bytes"
+        assert str(error) == f"an image of {len(data)} bytes: at most {len(data) - 1} are decoded"
+        assert reason_of(data, Limits(max_image_bytes=len(data))) in (None, "not_an_image")
+
+
+@functools.cache
+def heavy_files() -> dict[str, bytes]:
+    """Files whose metadata or later frames are heavy: their pictures can be had."""
+    junk = np.random.default_rng(0).bytes(66_000)
+    jpeg, gif = JPEGS["4:2:0 baseline"], FILES["gif"]
+    segments = b"".join(
+        b"\xff\xe2\xff\xf9ICC_PROFILE\0" + bytes([i, 255]) + junk[:65_513] for i in range(1, 255)
+    )
+    frames = [palette_image(colours) for colours in range(2, 60)]
+    pictures = [Image.fromarray(np.roll(picture(), shift)) for shift in range(60)]
+    exif_tags = struct.pack("<4sIH", b"II*\0", 8, 5_000) + b"".join(
+        struct.pack("<HHII", 0x112 + i, 7, 60_000, 8) for i in range(5_000)
+    )
+    comment = b"\x21\xfe" + (b"\xff" + bytes(255)) * 40_000 + b"\0"
+    at = 13 + (3 << (gif[10] & 7) + 1)
+    return {
+        "jpeg with a profile of 16 MB": jpeg[:2] + segments + jpeg[2:],
+        "jpeg with 500 comments": jpeg[:2] + (b"\xff\xfe\xfd\xea" + junk[:65_000]) * 500 + jpeg[2:],
+        "jpeg with overlapping exif": save(picture(), "JPEG", exif=b"Exif\0\0" + exif_tags),
+        "webp with overlapping exif": save(picture(), "WEBP", exif=b"Exif\0\0" + exif_tags + bytes(60_000)),
+        "gif with a comment of 10 MB": gif[:at] + comment + gif[at:],
+        "gif of many frames": save(frames[0], "GIF", save_all=True, append_images=frames[1:] * 10),
+        "webp of many frames": save(pictures[0], "WEBP", save_all=True, append_images=pictures[1:]),
+        "avif of many frames": save(
+            pictures[0], "AVIF", speed=10, save_all=True, append_images=pictures[1:20]
+        ),
+        "tiff of many frames": save(pictures[0], "TIFF", save_all=True, append_images=pictures[1:]),
+        "jpeg with junk behind": jpeg + junk * 300,
+    }
+
+
+@pytest.mark.parametrize("name", heavy_files())
+def test_heavy_metadata_costs_no_picture(name: str) -> None:
+    raster = decode(heavy_files()[name], ANY)
+    assert (raster.width, raster.height, raster.orientation) == (WIDTH, HEIGHT, 1)
+
+
+def lying_files() -> dict[str, bytes]:
+    """Files whose headers promise what is not there."""
+    tiff, bmp = FILES["tiff raw"], bytearray(FILES["bmp"])
+    palette = bytearray(FILES["palette bmp"])
+    bmp[10:14] = struct.pack("<I", 0x7FFFFFFF)
+    palette[46:50] = struct.pack("<I", 0x7FFFFFFF)
+    avif = FILES["avif"]
+    size = avif.index(b"ispe") + 8
+    return {
+        "bmp whose pixels are far away": bytes(bmp),
+        "bmp of two billion colours": bytes(palette),
+        "tiff of giant strips": with_tiff_tag(tiff, 279, 0x7FFFFFFF),
+        "tiff of many samples": with_tiff_tag(tiff, 277, 60_000),
+        "tiff of one giant strip": with_tiff_tag(with_tiff_tag(tiff, 278, 0x7FFFFFFF), 257, 600_000),
+        "avif": avif[:size] + struct.pack(">II", 60_000, 60_000) + avif[size + 8 :],
+        "jpeg of 65535 x 65535": with_jpeg_size(JPEGS["4:4:4 progressive"], 65_535, 65_535),
+        "big tiff of 2^60 tags": b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 1 << 60) + bytes(1_000),
+    }
+
+
+@pytest.mark.parametrize("name", lying_files())
+def test_headers_that_lie_are_rejected(name: str) -> None:
+    assert reason_of(lying_files()[name], Limits(min_side_px=1)) is not None
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("filling", "reason"),
+    [
+        (b"\xff" * 50_000_000, None),
+        (bytes(50_000_000), None),
+        (b"\xff\xd0" * 20_000_000, None),
+        (b"\xff\xfe\0\2" * 5_000_000, "corrupt"),
+        (b"\xff\xfe\0\0" * 5_000_000, "corrupt"),
+        (b"\xff\xfe\0\2" * 9_000, None),
+    ],
+    ids=["fill bytes", "zeros", "restart markers", "segments", "segments of no length", "fewer segments"],
+)
+def test_a_header_of_millions_of_parts_is_walked_quickly(filling: bytes, reason: str | None) -> None:
+    data = JPEGS["4:2:0 baseline"]
+    assert reason_of(data[:2] + b"\xff\xfe\0\2" + filling + data[2:]) == reason
+
+
+def test_bombs_cost_no_memory(tmp_path: Path) -> None:
     paths = []
-    for name in bombs():
-        (tmp_path / name).write_bytes(bombs()[name])
+    for name, data in {**bombs(), **heavy_files(), **lying_files()}.items():
+        (tmp_path / name).write_bytes(data)
         paths.append(str(tmp_path / name))
     code = """
 import resource, sys
 from pathlib import Path
+from transforms.colour import to_srgb
 from transforms.decode import BadImage, Limits, decode
 
 def try_all(names):
     for name in names:
         try:
-            decode(Path(name).read_bytes(), Limits())
+            raster = decode(Path(name).read_bytes(), Limits())
+            to_srgb(raster.pixels, raster.profile)
+            print(Path(name).name, "passes")
         except BadImage as error:
             print(Path(name).name, error.reason)
 
@@ -1034,43 +1129,101 @@ print("grown by", peak() - before)
     *lines, grown = done.stdout.decode().splitlines()
     assert len(lines) == len(paths) + 1
     unit = 1024**2 if sys.platform == "darwin" else 1024
-    assert int(grown.rpartition(" ")[2]) / unit < 50
+    assert int(grown.rpartition(" ")[2]) / unit < 200
 
 
 # ---- anything at all
 
 
+def mutate(data: bytes, generator: np.random.Generator) -> bytes:
+    """A file with a few bytes changed, left out, doubled or added, half of them in its header."""
+    mutated = bytearray(data)
+    for _ in range(int(generator.integers(1, 5))):
+        header_bytes = min(len(mutated), 700)
+        at = int(generator.integers(header_bytes if generator.integers(2) else len(mutated)))
+        length = int(generator.integers(1, 64))
+        kind = generator.integers(5)
+        if kind == 0:
+            mutated[at] = int(generator.integers(256))
+        elif kind == 1:
+            mutated[at] = (0x00, 0xFF, 0xD8, 0xD9, 0xDA, 0xC4)[int(generator.integers(6))]
+        elif kind == 2:
+            del mutated[at : at + length]
+        elif kind == 3:
+            mutated[at:at] = mutated[at : at + length]
+        else:
+            mutated[at:at] = generator.bytes(length)
+        mutated = mutated or bytearray(1)
+    return bytes(mutated)
+
+
+def fuzz(name: str, num_mutations: int) -> dict[str, int]:
+    """Decodes mutations of a file and counts the verdicts; where Pillow opens one that passes, the size is the same."""
+    data = {**JPEGS, **FILES}[name]
+    generator, verdicts = np.random.default_rng(zlib.crc32(name.encode())), dict.fromkeys(REASONS["image"], 0)
+    verdicts["passes"] = 0
+    for _ in range(num_mutations):
+        mutated = mutate(data, generator)
+        error = None
+        try:
+            raster = decode(memoryview(mutated), ANY, int(generator.choice([0, 10, 30])))
+        except BadImage as raised:
+            error = raised
+        if error is not None:
+            verdicts[error.reason] += 1
+            assert not re.search(r" at 0x|\n", str(error)), str(error)
+            continue
+        verdicts["passes"] += 1
+        check_raster(raster)
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(mutated)) as image:
+            # of several frames in a JPEG Pillow takes the last and libjpeg none, of TIFF it turns the size itself
+            if image.format not in ("TIFF", "MPO"):
+                assert sorted(image.size) == sorted((raster.width, raster.height))
+    return verdicts
+
+
 @pytest.mark.parametrize("name", [*JPEGS, *FILES])
 def test_mutated_files_raise_nothing_else(name: str) -> None:
-    data = {**JPEGS, **FILES}[name]
-    generator = np.random.default_rng(zlib.crc32(name.encode()))
-    reasons = set()
-    for _ in range(200):
-        mutated = bytearray(data)
-        for _ in range(int(generator.integers(1, 5))):
-            header_bytes = min(len(mutated), 700)
-            at = int(generator.integers(header_bytes if generator.integers(2) else len(mutated)))
-            length = int(generator.integers(1, 64))
-            kind = generator.integers(5)
-            if kind == 0:
-                mutated[at] = int(generator.integers(256))
-            elif kind == 1:
-                mutated[at] = (0x00, 0xFF, 0xD8, 0xD9, 0xDA, 0xC4)[int(generator.integers(6))]
-            elif kind == 2:
-                del mutated[at : at + length]
-            elif kind == 3:
-                mutated[at:at] = mutated[at : at + length]
-            else:
-                mutated[at:at] = generator.bytes(length)
-            mutated = mutated or bytearray(1)
-        view = memoryview(bytes(mutated))
+    verdicts = fuzz(name, 200)
+    assert sum(verdicts.values()) == 200
+    assert verdicts["passes"] < 200
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", [*JPEGS, *FILES])
+def test_many_mutated_files_raise_nothing_else(name: str) -> None:
+    assert sum(fuzz(name, 4_000).values()) == 4_000
+
+
+def test_messages_are_the_same_in_every_process() -> None:
+    """No address, no order of a set, no name of a temporary file is in a message of a reject."""
+    code = """
+import hashlib, sys
+sys.path[:0] = sys.argv[1:]
+import numpy as np
+from test_decode import ANY, FILES, JPEGS, BadImage, decode, mutate
+
+generator, digest, num_rejects = np.random.default_rng(7), hashlib.sha256(), 0
+for name, data in {**JPEGS, **FILES}.items():
+    for mutated in [data[: len(data) // 2], *(mutate(data, generator) for _ in range(12))]:
         try:
-            raster = decode(view, ANY, int(generator.choice([0, 10, 30])))
+            digest.update(decode(mutated, ANY).pixels.tobytes())
         except BadImage as error:
-            reasons.add(error.reason)
-        else:
-            check_raster(raster)
-    assert reasons <= REASONS["image"].keys()
+            num_rejects += 1
+            digest.update(f"{error.reason}: {error}".encode())
+print(num_rejects, digest.hexdigest())
+"""
+    folder = Path(__file__).parent
+    command = [sys.executable, "-c", code, str(folder), str(folder.parent)]
+    outputs = [
+        subprocess.run(
+            command, capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert outputs[0] == outputs[1]
+    assert int(outputs[0].split()[0]) > 200
 
 
 def check_raster(raster: Raster) -> None:

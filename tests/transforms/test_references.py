@@ -89,6 +89,22 @@ def test_of_two_images_with_one_key_the_first_counts(tmp_path):
     assert read_references(str(tmp_path), split="test").captions == {"a": ["first"]}
 
 
+def test_ids_of_another_type_and_entries_of_one_file(tmp_path):
+    images = [
+        {"id": "1", "file_name": "a.jpg"},
+        {"id": 2**70, "file_name": "a.jpg"},
+        {"id": 3.0, "file_name": "b.jpg"},
+    ]
+    captions = [
+        {"image_id": 1, "caption": "one"},
+        {"image_id": 2**70, "caption": "two"},
+        {"image_id": 3, "caption": "x"},
+    ]
+    (tmp_path / "captions_x.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    references = read_references(str(tmp_path / "captions_x.json"))
+    assert references == ({"a": ["one", "two"], "b": ["x"]}, {"a": "1", "b": 3}, 0)
+
+
 def test_what_cannot_be_read_is_counted(tmp_path):
     path = tokens(tmp_path, SAID)
     path.write_text(path.read_text() + "no tab here\n4_d.jpg#0\t   \n")

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import errno
 import io
 import os
@@ -12,7 +13,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from transforms import storage
 from transforms.errors import InputError, OutputError
-from transforms.storage import delete, input_errors, is_absence, join, locate, output_errors, write_whole
+from transforms.storage import (
+    delete,
+    input_errors,
+    is_absence,
+    join,
+    locate,
+    output_errors,
+    put_whole,
+    write_whole,
+)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -32,6 +42,9 @@ class StuckUploads(AsyncFileSystem):
     def __init__(self, stuck: int) -> None:
         super().__init__()
         self.stuck, self.files = stuck, {}
+
+    async def _put_file(self, local, path, **kwargs):
+        await self._pipe_file(path, Path(local).read_bytes())
 
     async def _pipe_file(self, path, value, **kwargs):
         self.stuck -= 1
@@ -204,6 +217,24 @@ class TestWriteWhole:
         else:
             write_whole("gs://b", "file", b"data")
             assert fs.files == {"gs://b/file": b"data"}
+
+    @pytest.mark.parametrize("stuck", [2, 3])
+    def test_a_file_that_gets_stuck_is_begun_anew_as_well(self, stuck, monkeypatch, tmp_path):
+        fs = StuckUploads(stuck)
+        monkeypatch.setattr(storage, "open_store", lambda url: (fs, url))
+        monkeypatch.setattr(storage, "UPLOAD_S", 0.05)
+        (tmp_path / "file").write_bytes(b"data")
+        is_stuck = pytest.raises(
+            OutputError, match=r"gs://b/file cannot be written: it took longer than .* 3 times"
+        )
+        with is_stuck if stuck == 3 else contextlib.nullcontext():
+            put_whole("gs://b/file", f"{tmp_path}/file")
+        assert fs.files == ({} if stuck == 3 else {"gs://b/file": b"data"})
+
+    def test_a_file_is_put_whole_on_a_disk(self, tmp_path):
+        (tmp_path / "file").write_bytes(b"data")
+        put_whole(f"{tmp_path}/a/b/file", f"{tmp_path}/file")
+        assert [path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()] == [b"data"]
 
     def test_another_store_gets_a_temporary_file_and_a_rename(self, monkeypatch):
         class PlainFileSystem(MemoryFileSystem):

@@ -4,7 +4,7 @@ import asyncio
 import collections
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 _REQUESTS_AT_ONCE = 32
 # Of what is asked for or has come, before its turn
@@ -15,12 +15,13 @@ SLOW_S = 1.0
 # Of all that are asked for, so that a store that is slow as a whole does not get twice the work
 _ASKED_AGAIN_SHARE, _ASKED_AGAIN_AT_LEAST = 0.1, 4
 
-Get = Callable[[], Coroutine[Any, Any, bytes]]
+Content = TypeVar("Content")
+Get = Callable[[], Coroutine[Any, Any, Content]]
 
 
 def fetch_ahead(
-    wanted: Iterable[tuple[int, Get]], loop: asyncio.AbstractEventLoop
-) -> Generator[bytes, None, None]:
+    wanted: Iterable[tuple[int, Get[Content]]], loop: asyncio.AbstractEventLoop
+) -> Generator[Content, None, None]:
     """Yields files in the order asked; up to 32 MiB of those that come next are fetched meanwhile.
 
     A file that is late is asked for a second time, and the first answer is taken: "hedged requests" of Dean and
@@ -33,7 +34,7 @@ def fetch_ahead(
     Raises:
         Exception: What the client raised for a file.
     """
-    asked: collections.deque[tuple[int, Future[bytes]]] = collections.deque()
+    asked: collections.deque[tuple[int, Future[Content]]] = collections.deque()
     num_bytes, hedge = 0, _Hedge()
     try:
         for size_bytes, get in wanted:
@@ -58,11 +59,11 @@ class _Hedge:
         self._num_asked = self._num_again = 0
         self._room = asyncio.Semaphore(_REQUESTS_AT_ONCE)
 
-    async def fetch(self, get: Get) -> bytes:
+    async def fetch(self, get: Get[Content]) -> Content:
         async with self._room:
             return await self._first_answer(get)
 
-    async def _first_answer(self, get: Get) -> bytes:
+    async def _first_answer(self, get: Get[Content]) -> Content:
         self._num_asked += 1
         tasks = [asyncio.ensure_future(get())]
         try:

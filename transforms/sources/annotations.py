@@ -6,26 +6,32 @@ its images usually are.
 """
 
 import abc
-import codecs
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import posixpath
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, TypeGuard
 
-import ijson
+import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from transforms import storage
 from transforms.errors import InputError
 from transforms.sources import folder
 from transforms.sources.base import InputFile, Shard, Source, shard_names
-from transforms.sources.draft import open_draft
-from transforms.sources.parts import Bad, Caption, Image
+from transforms.sources.draft import Draft, open_draft
+from transforms.sources.json_stream import Unread
+from transforms.sources.parts import Bad, Caption, Fields, Image, Ref
 from transforms.sources.planned import PlanFacts, plan_shards, read_facts
+from transforms.storage import relative_name as relative_name
 
 _READ_BYTES = 1 << 18
+# Of an annotation, so many of its first parts are looked at for the name of an image
+_PARTS_TO_TELL = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +43,14 @@ class AnnotationSource(Source):
         root: URL of the folder that names are relative to.
         images: URL of the image folder, `.tar` or `.zip`; None to look beside the annotation.
         metadata_columns: Keys of an image's entry that become columns; null where there is none.
+        texts_only: Whether no image is wanted: where `images` is None, each image counts as there.
     """
 
     annotations: tuple[str, ...]
     root: str
     images: str | None = None
     metadata_columns: tuple[str, ...] = ()
+    texts_only: bool = False
 
     column_flags: ClassVar[frozenset[str]] = frozenset({"metadata_columns"})
 
@@ -50,7 +58,7 @@ class AnnotationSource(Source):
     """Whether an image is listed by its captions, and nowhere else."""
 
     @abc.abstractmethod
-    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Bad]:
+    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Fields | Bad]:
         """Parses an annotation file in bounded memory.
 
         Raises:
@@ -64,7 +72,8 @@ class AnnotationSource(Source):
 
     def options(self) -> dict[str, object]:
         """Returns the options that decide the plan."""
-        return {"metadata_columns": list(self.metadata_columns)}
+        columns = {name: value for name, value in dataclasses.asdict(self.columns).items() if value}
+        return {"metadata_columns": list(self.metadata_columns), **columns}
 
     def inputs(self) -> list[InputFile]:
         """Returns the annotation files, with digests of their content."""
@@ -78,12 +87,12 @@ class AnnotationSource(Source):
             with storage.input_errors(url):
                 fs, path = storage.locate(url)
                 size_bytes = fs.size(path)
-            images = self.find_images(url)
+            images = None if self.texts_only and self.images is None else self.find_images(url)
             made_from = {
                 "source": type(self).__name__,
                 "annotation": name,
                 "size_bytes": size_bytes,
-                "images": relative_name(images, self.root),
+                "images": images and relative_name(images, self.root),
                 "rows_per_shard": rows_per_shard,
                 **self.options(),
             }
@@ -91,7 +100,7 @@ class AnnotationSource(Source):
             facts = read_facts(plan)
             if facts is None or facts.made_from != made_from:
                 facts = self._write_plan(url, images, made_from, plan, rows_per_shard)
-            shards += plan_shards(plan, facts, plan_name, images, name, self.metadata_columns)
+            shards += plan_shards(plan, facts, plan_name, images or "", name, self.metadata_columns)
         return shards
 
     def find_images(self, annotation: str) -> str:
@@ -105,7 +114,8 @@ class AnnotationSource(Source):
         if self.images:
             if folder.is_archive(self.images) and storage.is_file(fs, path):
                 return self.images
-            tried = [*(posixpath.join(path, posixpath.basename(f)) for f in self.folders(name)), path]
+            below = [posixpath.join(path, posixpath.basename(folder)) for folder in self.folders(name)]
+            tried = [path, *below] if self._is_below(fs, path, annotation) else [*below, path]
         else:
             tried = [
                 posixpath.normpath(posixpath.join(parent, candidate)) for candidate in self.folders(name)
@@ -125,9 +135,33 @@ class AnnotationSource(Source):
             "Name the folder (or a .tar or .zip) with --images."
         )
 
-    def _write_plan(
-        self, url: str, images: str, made_from: dict[str, object], plan: str, rows_per_shard: int
-    ) -> PlanFacts:
+    def _is_below(self, fs: fsspec.AbstractFileSystem, path: str, annotation: str) -> bool:
+        """Tells whether the first image that an annotation names is in a folder under the very name."""
+        with storage.input_errors(annotation):
+            annotation_fs, annotation_path = storage.locate(annotation)
+            with annotation_fs.open(annotation_path, "rb") as file:
+                parts = itertools.islice(self.parts(annotation, file), _PARTS_TO_TELL)
+                names = (
+                    part.path if isinstance(part, Image) else part.ref
+                    for part in parts
+                    if isinstance(part, Image) or (isinstance(part, Caption) and self.captions_name_images)
+                )
+                name = next(names, None)
+        with storage.input_errors(path):
+            return name is not None and storage.is_file(fs, posixpath.join(path, str(name)))
+
+    @contextlib.contextmanager
+    def open_draft(self, url: str, images: str | None) -> Iterator[Draft]:
+        """Reads an annotation file, and settles which rows it has.
+
+        Args:
+            url: One of `annotations`.
+            images: URL of its image folder or archive; None takes each image for there.
+
+        Raises:
+            InputError: It is no annotation of this format, or none of its images is in the folder.
+            OptionError: An option asks for something it does not have.
+        """
         with open_draft() as draft:
             with storage.input_errors(url):
                 fs, path = storage.locate(url)
@@ -135,7 +169,9 @@ class AnnotationSource(Source):
                     draft.add(self.parts(url, file))
             if self.captions_name_images:
                 draft.list_captioned()
-            nameless = draft.add_files(folder.members(images))
+            nameless = draft.add_files(folder.members(images)) if images else []
+            if images is None:
+                draft.assume_files()
             draft.settle()
             draft.counters["unlisted_images"] += len(nameless)
             num_named, num_found = draft.num_images()
@@ -144,70 +180,62 @@ class AnnotationSource(Source):
                     f"None of the {num_named} images that {url} names is in {images}. "
                     "Name the folder (or the .tar or .zip) that they are in with --images."
                 )
+            yield draft
+
+    def _write_plan(
+        self, url: str, images: str | None, made_from: dict[str, object], plan: str, rows_per_shard: int
+    ) -> PlanFacts:
+        with self.open_draft(url, images) as draft:
             return draft.publish(plan, made_from, rows_per_shard, self.metadata_columns)
 
 
-def relative_name(url: str, root: str) -> str:
-    """Returns the path of a file below the input root, empty for the root; else its base name."""
-    path = storage.locate(url)[1].rstrip("/")
-    top = storage.locate(root)[1].rstrip("/") + "/"
-    if path + "/" == top:
-        return ""
-    return path[len(top) :] if path.startswith(top) else posixpath.basename(path)
-
-
-def json_items(url: str, file: IO[bytes], *prefixes: str) -> Iterator[tuple[str, Any]]:
-    """Yields each value at these places of a JSON file, with the place, reading it once in bounded memory.
-
-    A byte-order mark is skipped, bytes that are not UTF-8 become U+FFFD.
-
-    Raises:
-        InputError: The file is not JSON, or ends too early.
-    """
-    found = {prefix: ijson.sendable_list() for prefix in prefixes}
-    parsers = [ijson.items_coro(values, prefix, use_float=True) for prefix, values in found.items()]
-    for text in _utf8(file):
-        try:
-            for parser in parsers:
-                parser.send(text) if text else parser.close()
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            what = " ".join(str(error).split())
-            raise InputError(
-                f"{url} is not whole JSON: {what}. It may be cut off: fetch or unpack it again."
-            ) from error
-        for prefix, values in found.items():
-            yield from ((prefix, value) for value in values)
-            values.clear()
-
-
-def json_keys(file: IO[bytes]) -> set[str]:
-    """Returns the keys of the object that a whole JSON file is; none where it is something else."""
-    file.seek(0)
-    events = ijson.sendable_list()
-    parser = ijson.parse_coro(events)
-    keys: set[str] = set()
-    for text in _utf8(file):
-        parser.send(text) if text else parser.close()
-        keys.update(value for prefix, event, value in events if not prefix and event == "map_key")
-        events.clear()
-    return keys
-
-
-def _utf8(file: IO[bytes]) -> Iterator[bytes]:
-    """Yields a file as clean UTF-8, in pieces, and at its end an empty one."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
-    while chunk := file.read(_READ_BYTES):
-        if text := decoder.decode(chunk).encode():
-            yield text
-    if text := decoder.decode(b"", final=True).encode():
-        yield text
-    yield b""
-
-
 def metadata_values(entry: dict[str, Any], columns: Sequence[str]) -> list[str | None]:
-    """Returns values of an image's entry as strings: as JSON where they are something else, or None."""
-    values = (entry.get(column) for column in columns)
-    return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    """Returns values of an image's entry as strings, and as JSON where they are something else.
+
+    NaN is None: where JSON has it, it stands for a value that is missing.
+    """
+    values = [entry.get(column) for column in columns]
+    return [_metadata_value(value) for value in values]
+
+
+def _metadata_value(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return None if isinstance(value, float) and math.isnan(value) else json.dumps(value, ensure_ascii=False)
+
+
+def is_ref(value: object) -> TypeGuard[Ref]:
+    """Tells whether a value can be an id: a finite number or a text."""
+    return (
+        isinstance(value, str | int | float)
+        and not isinstance(value, bool)
+        and not (isinstance(value, float) and not math.isfinite(value))
+    )
+
+
+def key_of(entry: dict[str, Any], field: str) -> str | None:
+    """Returns the key that a field of an image's entry is, a text or a whole number; None where it is neither."""
+    value = entry.get(field)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    return str(value) or None
+
+
+def show(value: object) -> str:
+    """Returns a value of an annotation for a message: as JSON has it, and not all of a long one."""
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}…"
+
+
+def not_an_object(name: str, ordinal: int, entry: object, row: int | None = None) -> Bad:
+    """Returns the reject of an entry that is no object."""
+    why = entry.message if isinstance(entry, Unread) else f"not an object: {show(entry)}"
+    return Bad(f"{name} {ordinal} is {why}", row)
+
+
+_MOST_SHOWN = 80
 
 
 def _input_file(url: str, name: str) -> InputFile:

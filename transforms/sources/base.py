@@ -212,7 +212,7 @@ def shard_names(paths: Iterable[str]) -> list[str]:
     """
     paths = list(paths)
     plain = [_DATA_EXTENSION.sub("", path).replace("/", "__") for path in paths]
-    safe = [re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_MAX_NAME_CHARS].lstrip("._") or "_" for name in plain]
+    safe = [re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_MAX_NAME_CHARS].lstrip("._") or "shard" for name in plain]
     uses = collections.Counter(name.lower() for name in safe)
     names = []
     for path, before, name in zip(paths, plain, safe, strict=True):
@@ -234,6 +234,6 @@ def shard_names(paths: Iterable[str]) -> list[str]:
 # With the digest, the number of a plan's part and that of a chunk, a name stays below the 255 bytes of most disks
 _MAX_NAME_CHARS, _DIGEST_CHARS = 120, 32
 _DATA_EXTENSION = re.compile(
-    r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst|parquet|tfrecords?(\.gz)?|tfrec|json|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
+    r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst|parquet|tfrecords?(\.gz)?|tfrec|json(\.gz)?|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
     re.I,
 )

@@ -17,9 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from transforms import storage
 from transforms.errors import OutputError
+from transforms.sources import matching
 from transforms.sources.folder import Member
-from transforms.sources.parts import Bad, Caption, Image, is_image, stem
+from transforms.sources.parts import Bad, Caption, Fields, Image, Ref, is_image, stem
 from transforms.sources.planned import Entry, PlanFacts, write_plan
+from transforms.sources.spelling import backwards
 
 
 class Draft:
@@ -37,31 +39,37 @@ class Draft:
         self._num_files = 0
         database.create_function("stem", 1, stem, deterministic=True)
         database.create_function("root", 1, lambda path: posixpath.splitext(path)[0], deterministic=True)
-        database.create_function("basename", 1, posixpath.basename, deterministic=True)
         database.create_function("is_image", 1, is_image, deterministic=True)
+        matching.add_functions(database)
         database.executescript(_TABLES)
         database.execute("BEGIN")  # one transaction, never committed: the database dies with the run
 
-    def add(self, parts: Iterable[Image | Caption | Bad]) -> None:
+    def add(self, parts: Iterable[Image | Caption | Fields | Bad]) -> None:
         """Adds what an annotation says, in its order."""
         execute = self._database.execute
         for position, part in enumerate(parts, self._num_parts):
             self._num_parts = position + 1
             if isinstance(part, Caption):
-                execute(
-                    "INSERT INTO captions VALUES (?, ?, ?, ?)", (position, part.ref, part.ordinal, part.text)
-                )
+                ref = part.ref if isinstance(part.ref, str) else matching.stored_ref(part.ref)
+                execute("INSERT INTO captions VALUES (?, ?, ?, ?)", (position, ref, part.ordinal, part.text))
                 self.counters["repaired_captions"] += part.repaired
+                self.counters["captions_not_utf8"] += part.redecoded or "\ufffd" in part.text
+            elif isinstance(part, Fields):
+                execute(
+                    "INSERT OR IGNORE INTO fields VALUES (?, ?, ?)",
+                    (part.ref, part.key, json.dumps(part.metadata)),
+                )
             elif isinstance(part, Image):
                 path = posixpath.normpath(part.path)
                 values = (
                     position,
                     part.row,
-                    part.ref,
-                    stem(path),
+                    part.ref if isinstance(part.ref, str) else matching.stored_ref(part.ref),
+                    stem(path) if part.key is None else part.key,
                     path,
                     json.dumps(part.metadata),
                     part.wanted,
+                    part.key is not None,
                 )
                 execute(_ADD_IMAGE, values)
             else:
@@ -77,15 +85,16 @@ class Draft:
                 nameless.append(os.fsencode(member.path).decode("utf-8", "backslashreplace"))
                 continue
             self._num_files += 1
-            values = (member.path, posixpath.basename(member.path), *member[1:])
+            values = (member.path, backwards(member.path), *member[1:])
             self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", values)
         return nameless
 
     def list_captioned(self) -> None:
         """Lists the images that the captions name, for an annotation that has only captions."""
         self._database.execute(
-            "INSERT INTO records (position, ref, key, path) "
-            "SELECT min(position), ref, stem(ref), ref FROM captions GROUP BY ref"
+            "INSERT INTO records (position, ref, key, path, metadata, has_own_key) SELECT min(position), captions.ref, "
+            "coalesce(fields.key, stem(captions.ref)), captions.ref, metadata, fields.key IS NOT NULL "
+            "FROM captions LEFT JOIN fields ON fields.ref = captions.ref GROUP BY captions.ref"
         )
 
     def list_files(self) -> None:
@@ -93,19 +102,47 @@ class Draft:
 
         The key is the path without its extension, or the whole path where that is another file's too.
         """
+        self._database.execute("CREATE INDEX captions_ref ON captions (ref, ordinal)")
+        self._database.execute("CREATE INDEX texts_root ON texts (root)")
         self._database.execute(_LIST_FILES, (self._num_parts,))
+        self._database.execute(_LOSE_UNLISTED, (self._num_parts + self._num_files,))
+        self._database.execute("CREATE INDEX files_root ON files (root(path))")
+        used = "EXISTS (SELECT 1 FROM files WHERE root(files.path) = texts.root)"
+        self.counters["passed_over_files"] += self._count(f"texts WHERE NOT {used}")
+        captioned = "EXISTS (SELECT 1 FROM fields WHERE ref = path)"
+        if self._count("fields"):
+            self.counters["images_without_metadata"] += self._count(f"files WHERE NOT {captioned}")
+
+    def add_texts(self, members: Iterable[Member]) -> None:
+        """Adds files of text that may belong to an image of the same name."""
+        values = ((member.path, posixpath.splitext(member.path)[0], member.size_bytes) for member in members)
+        self._database.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", values)
+
+    def texts(self) -> Iterator[tuple[str, int]]:
+        """Yields path and size in bytes of each file of text that belongs to an image, in order."""
+        used = "EXISTS (SELECT 1 FROM files WHERE root(files.path) = texts.root)"
+        yield from self._database.execute(f"SELECT path, size_bytes FROM texts WHERE {used} ORDER BY path")
+
+    def assume_files(self) -> None:
+        """Takes each image for there, for a job that needs none."""
+        self._database.execute("UPDATE records SET file = respell(path) WHERE path IS NOT NULL")
 
     def settle(self) -> None:
         """Decides which rows are lost: the later of two with one id or key, and what has no image or entry.
+
+        Captions whose ids differ from the images' in type alone are theirs, and entries of one file are one row.
 
         Messages say nothing of where the data set is, so that rejects are the same wherever it is.
         """
         for index in _INDEXES:
             self._database.execute(index)
-        self._database.execute(_LOSE_UNKNOWN)
-        self._database.execute(_LOSE_SAME_REF)
-        self._database.execute(_FIND_FILES)
+        self.counters["ids_of_other_type"] += matching.match_refs(self._database)
+        self.counters["entries_joined"] += matching.join_same_ref(self._database)
+        self.counters["similar_file_names"] += matching.find_files(self._database)
+        self.counters["entries_joined"] += matching.join_same_file(self._database)
         self._database.execute(_LOSE_MISSING)
+        for path in ("root(respell(path))", "respell(path)"):
+            self._database.execute(_TELL_APART.format(path=path))
         self._database.execute(_LOSE_SAME_KEY)
         # An archive may have a path twice; the last is the one that unpacking it would leave.
         self.counters["repeated_files"] = self._num_files - self._count("files")
@@ -120,6 +157,12 @@ class Draft:
             self._count("records WHERE wanted AND file IS NOT NULL"),
         )
 
+    def refs(self) -> Iterator[tuple[str, Ref]]:
+        """Yields the key of each row that has one and is not lost, with what the annotation calls it."""
+        query = "SELECT key, ref FROM records WHERE wanted AND reason IS NULL ORDER BY position"
+        for key, ref in self._database.execute(query):
+            yield key, matching.original_ref(ref)
+
     def files(self) -> Iterator[tuple[str, int]]:
         """Yields the path and size in bytes of each file, in the order of the bytes of their paths."""
         yield from self._database.execute("SELECT path, size_bytes FROM files ORDER BY path")
@@ -129,13 +172,17 @@ class Draft:
         columns = "row, ref, key, reason, message, metadata, file, size_bytes, offset, packed_bytes, crc32"
         rows = self._database.execute(f"SELECT {columns} {_WANTED} ORDER BY {_ORDER}")
         query = "SELECT text FROM captions WHERE ref = ? ORDER BY ordinal, position"
+        has_texts = self._count("texts") > 0
         for ordinal, (row, ref, key, reason, message, metadata, *member) in enumerate(rows):
             image = Member(*member) if reason is None else None
             captions = [text for (text,) in self._database.execute(query, (ref,))] if image else []
             row = ordinal if row is None else row
-            yield Entry(
-                row, key, image, captions, reason, message, json.loads(metadata) if metadata else None
-            )
+            values = json.loads(metadata) if metadata else None
+            texts: list[str] = []
+            if has_texts and image:
+                root = posixpath.splitext(image.path)[0]
+                texts = [path for (path,) in self._database.execute(_TEXTS, (root,))]
+            yield Entry(row, key, image, captions, reason, message, values, texts)
 
     def publish(
         self,
@@ -215,11 +262,14 @@ PRAGMA cache_size=-65536; -- KiB
 _TABLES = """
 CREATE TABLE records (
     position INTEGER PRIMARY KEY, row INTEGER, ref, key TEXT, path TEXT, file TEXT,
-    reason TEXT, message TEXT NOT NULL DEFAULT '', metadata TEXT, wanted INTEGER NOT NULL DEFAULT 1
+    reason TEXT, message TEXT NOT NULL DEFAULT '', metadata TEXT, wanted INTEGER NOT NULL DEFAULT 1,
+    has_own_key INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE captions (position INTEGER PRIMARY KEY, ref, ordinal INTEGER, text TEXT);
+CREATE TABLE fields (ref TEXT PRIMARY KEY, key TEXT, metadata TEXT) WITHOUT ROWID;
+CREATE TABLE texts (path TEXT PRIMARY KEY, root TEXT, size_bytes INTEGER) WITHOUT ROWID;
 CREATE TABLE files (
-    path TEXT PRIMARY KEY, name TEXT, size_bytes INTEGER, offset INTEGER, packed_bytes INTEGER, crc32 INTEGER
+    path TEXT PRIMARY KEY, backwards TEXT, size_bytes INTEGER, offset INTEGER, packed_bytes INTEGER, crc32 INTEGER
 ) WITHOUT ROWID;
 """
 
@@ -227,11 +277,12 @@ _INDEXES = (
     "CREATE INDEX records_ref ON records (ref)",
     "CREATE INDEX records_key ON records (key)",
     "CREATE INDEX captions_ref ON captions (ref, ordinal)",
-    "CREATE INDEX files_name ON files (name)",
+    "CREATE INDEX files_backwards ON files (backwards)",
 )
 
 _ADD_IMAGE = (
-    "INSERT INTO records (position, row, ref, key, path, metadata, wanted) VALUES (?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO records (position, row, ref, key, path, metadata, wanted, has_own_key) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _ADD_LOST = "INSERT INTO records (position, row, key, reason, message) VALUES (?, ?, ?, ?, ?)"
 
@@ -241,37 +292,19 @@ _WANTED = "FROM records LEFT JOIN files ON files.path = records.file WHERE wante
 
 _NUM_CAPTIONS = "(SELECT count(*) FROM captions WHERE captions.ref = records.ref)"
 
-_LOSE_UNKNOWN = """
-INSERT INTO records (position, key, reason, message)
-SELECT min(position), '', 'unknown_image',
-    printf('%d captions refer to an image %s that the annotation does not list', count(*), ref)
-FROM captions WHERE NOT EXISTS (SELECT 1 FROM records WHERE records.ref = captions.ref) GROUP BY ref
-"""
-
-_LOSE_SAME_REF = """
-UPDATE records SET reason = 'duplicate_key',
-    message = printf('image id %s is listed before; this is %s', ref, path)
-WHERE reason IS NULL AND EXISTS (
-    SELECT 1 FROM records AS other WHERE other.ref = records.ref AND other.position < records.position
-)
-"""
-
-# The path itself, or the only file where one path is the end of the other: `val2017/1.jpg` in an archive for
-# `1.jpg`, or `1.jpg` in a folder for `val2014/1.jpg`. Never another folder's file of the same name.
-_FIND_FILES = """
-UPDATE records SET file = coalesce(
-    (SELECT path FROM files WHERE path = records.path),
-    (SELECT min(path) FROM files WHERE name = basename(records.path) AND (
-        substr('/' || path, -length('/' || records.path)) = '/' || records.path
-        OR substr('/' || records.path, -length('/' || path)) = '/' || path
-    ) HAVING count(*) = 1)
-) WHERE reason IS NULL
-"""
-
 _LOSE_MISSING = f"""
 UPDATE records SET reason = 'missing_image',
     message = printf('%s is not among the images; %d captions go with it', path, {_NUM_CAPTIONS})
 WHERE reason IS NULL AND file IS NULL
+"""
+
+# Names without folder and extension that several files have: `cat/1.jpg` beside `dog/1.jpg`, `1.jpg` beside `1.png`
+_TELL_APART = """
+UPDATE records SET key = {path}
+WHERE NOT has_own_key AND reason IS NULL AND wanted AND file IS NOT NULL AND key IN (
+    SELECT key FROM records WHERE reason IS NULL AND wanted AND file IS NOT NULL
+    GROUP BY key HAVING count(DISTINCT file) > 1
+)
 """
 
 _LOSE_SAME_KEY = f"""
@@ -284,13 +317,22 @@ WHERE reason IS NULL AND EXISTS (
 """
 
 _LIST_FILES = """
-INSERT INTO records (position, key, path, file)
-SELECT ? + row_number() OVER (ORDER BY path),
+INSERT INTO records (position, ref, key, metadata, path, file)
+SELECT ? + row_number() OVER (ORDER BY path), path,
     iif(
         count(*) OVER (PARTITION BY root(path)) > 1
             OR EXISTS (SELECT 1 FROM files AS other WHERE other.path = root(files.path)),
         path, root(path)
     ),
-    path, path
+    (SELECT metadata FROM fields WHERE ref = path), path, path
 FROM files
 """
+
+_LOSE_UNLISTED = """
+INSERT INTO records (position, key, reason, message)
+SELECT ? + row_number() OVER (ORDER BY ref), root(ref), 'missing_image',
+    printf('%s is named by the metadata, and is not there', ref)
+FROM fields WHERE NOT EXISTS (SELECT 1 FROM files WHERE path = ref)
+"""
+
+_TEXTS = "SELECT path FROM texts WHERE root = ? ORDER BY path"

@@ -1,20 +1,29 @@
-"""Plain image files: a folder, a glob, or files one by one. There are no captions."""
+"""Plain image files: a folder, a glob, or files one by one, with the captions that lie beside them.
+
+Captions are found where others put them: in `metadata.jsonl`, `.csv` or `.parquet` (Hugging Face's imagefolder), or in
+a file of the image's name that ends in `.txt`, `.caption` or `.json` (img2dataset's `files`).
+"""
 
 import dataclasses
 import hashlib
+import posixpath
+import sys
 from collections.abc import Iterator
+from typing import ClassVar
 
+import fsspec
 from fsspec.core import has_magic
 
 from transforms import storage
 from transforms.errors import InputError
 from transforms.sources import folder
-from transforms.sources.annotations import relative_name
 from transforms.sources.base import InputFile, Shard, Source, shard_names
 from transforms.sources.draft import Draft, open_draft
 from transforms.sources.folder import Member
-from transforms.sources.parts import IMAGE_EXTENSIONS, Bad, is_image
+from transforms.sources.image_metadata import IMAGE_METADATA, read_metadata
+from transforms.sources.parts import IMAGE_EXTENSIONS, Bad, is_image, is_leftover, may_be_image
 from transforms.sources.planned import plan_shards, read_facts
+from transforms.storage import relative_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +37,29 @@ class FilesSource(Source):
     Attributes:
         urls: Folders, globs and files, all below `root`.
         root: URL of the folder that keys and names are relative to.
+        metadata_columns: Columns of the metadata, or fields of `.json` files, to keep as metadata.
     """
 
     urls: tuple[str, ...]
     root: str
+    metadata_columns: tuple[str, ...] = ()
+
+    column_flags: ClassVar[frozenset[str]] = frozenset({"caption_column", "metadata_columns"})
 
     def inputs(self) -> list[InputFile]:
         """Returns one entry for all the files: their total size, and a digest of their names and sizes."""
         digest = hashlib.sha256()
         total_bytes = 0
         with open_draft() as draft:
-            self._list(draft)
+            metadata = self._list(draft)
             for path, size_bytes in draft.files():
                 digest.update(f"{path}\t{size_bytes}\n".encode())
                 total_bytes += size_bytes or 0
+            for url in metadata:
+                digest.update(_digest(url))
+            draft.list_files()
+            for path, size_bytes in draft.texts():
+                digest.update(f"{path}\t{size_bytes}\n".encode())
         return [InputFile(self._name(), total_bytes, digest.hexdigest())]
 
     def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
@@ -53,24 +71,28 @@ class FilesSource(Source):
             "source": type(self).__name__,
             "urls_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
             "rows_per_shard": rows_per_shard,
+            "caption_column": self.columns.caption,
+            "metadata_columns": list(self.metadata_columns),
         }
         facts = read_facts(plan)
         if facts is None or facts.made_from != made_from:
             with open_draft() as draft:
                 self._list(draft)
                 draft.list_files()
-                facts = draft.publish(plan, made_from, rows_per_shard)
-        return plan_shards(plan, facts, plan_name, self.root, None, ())
+                facts = draft.publish(plan, made_from, rows_per_shard, self.metadata_columns)
+        return plan_shards(plan, facts, plan_name, self.root, None, self.metadata_columns, self.columns)
 
     def _name(self) -> str:
         names = {relative_name(url, self.root) for url in self.urls}
         return names.pop() if len(names) == 1 and "" not in names else "files"
 
-    def _list(self, draft: Draft) -> None:
+    def _list(self, draft: Draft) -> list[str]:
+        """Lists the files; returns the URLs of those with metadata of others."""
         nameless: list[str] = []
+        metadata: list[str] = []
         for url in self.urls:
             with storage.input_errors(url):
-                nameless += draft.add_files(_below(self.root, url))
+                nameless += draft.add_files(self._images(draft, url, metadata))
         message = "its name is not UTF-8: rename it"
         draft.add(
             Bad(f"{name}: {message}", key=name, reason="missing_image") for name in sorted(set(nameless))
@@ -81,24 +103,59 @@ class FilesSource(Source):
                 f"{', '.join(IMAGE_EXTENSIONS)}. Files with other names are taken from a glob, such as "
                 f"{storage.join(self.urls[0], '*')}."
             )
+        for path in sorted(metadata):
+            url = storage.join(self.root, path)
+            draft.add(read_metadata(url, path, self.columns.caption, self.metadata_columns))
+        return [storage.join(self.root, path) for path in sorted(metadata)]
 
-
-def _below(root: str, url: str) -> Iterator[Member]:
-    """Yields the files of a folder, a glob, or a single file, with paths below the root."""
-    fs, path = storage.locate(url)
-    try:
-        found = {path: fs.info(path)}
-    except FileNotFoundError:
-        if not has_magic(path):
-            raise
-        found = fs.glob(path, detail=True)
-    if path in found and found[path]["type"] == "directory":
-        above = relative_name(url, root)
+    def _images(self, draft: Draft, url: str, metadata: list[str]) -> Iterator[Member]:
+        """Yields the images of a folder, a glob, or a single file, with paths below the root."""
+        fs, path = storage.locate(url)
+        start = len(storage.locate(self.root)[1].rstrip("/")) + 1
+        try:
+            found = {path: fs.info(path)}
+        except FileNotFoundError:
+            if not has_magic(path):
+                raise
+            found = storage.glob(fs, path)
+        if not (path in found and found[path]["type"] == "directory"):
+            for name, info in found.items():
+                if info["type"] == "file":
+                    yield Member(name[start:], info["size"])
+            return
+        above = relative_name(url, self.root)
+        num_looked_at = 0
         for member in folder.members(url, sizes=True):
-            if is_image(member.path):
-                yield member._replace(path=f"{above}/{member.path}" if above else member.path)
-        return
-    start = len(storage.locate(root)[1].rstrip("/")) + 1
-    for name, info in found.items():
-        if info["type"] == "file":
-            yield Member(name[start:], info["size"])
+            member = member._replace(path=f"{above}/{member.path}" if above else member.path)
+            name = posixpath.basename(member.path)
+            if is_leftover(member.path):
+                draft.counters["passed_over_files"] += 1
+            elif is_image(name):
+                yield member
+            elif name[0] in "._":
+                draft.counters["passed_over_files"] += 1
+            elif IMAGE_METADATA.match(name):
+                metadata.append(member.path)
+            elif name.lower().endswith(_TEXT_EXTENSIONS):
+                draft.add_texts([member])
+            else:
+                num_looked_at += 1
+                place = storage.join(path, member.path.removeprefix(f"{above}/") if above else member.path)
+                if num_looked_at <= _most_looked_at(fs) and may_be_image(fs, place):
+                    yield member
+                else:
+                    draft.counters["passed_over_files"] += 1
+
+
+_TEXT_EXTENSIONS = (".txt", ".caption", ".json")
+
+
+def _most_looked_at(fs: fsspec.AbstractFileSystem) -> int:
+    """Returns of how many files without a telling name the first bytes are read: on a store each is a request."""
+    return 1000 if fs.async_impl else sys.maxsize
+
+
+def _digest(url: str) -> bytes:
+    fs, path = storage.locate(url)
+    with storage.input_errors(url):
+        return hashlib.sha256(fs.cat_file(path)).digest()

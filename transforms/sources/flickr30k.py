@@ -1,17 +1,18 @@
 """Flickr30k and Flickr8k captions: token files and the csv shapes they go round in (Young et al. 2014)."""
 
-import csv
 import dataclasses
-import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, ClassVar
 
-from transforms.errors import InputError
+from transforms.errors import InputError, OptionError
 from transforms.sources.annotations import AnnotationSource
-from transforms.sources.parts import Bad, Caption, Image
+from transforms.sources.base import ColumnNames
+from transforms.sources.encoding import Line, find_encoding, lines
+from transforms.sources.parts import Bad, Caption, Fields, Image
+from transforms.sources.tables import IMAGE_NAMES, Record, Table, find_table, names_images, records
 
 _BESIDE = (
     "flickr30k-images",
@@ -26,23 +27,15 @@ _BESIDE = (
 FOLDERS = tuple(above + folder for above in ("", "../") for folder in _BESIDE)
 """Where the data sets have their images, relative to the captions' folder."""
 
-_IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name")
-_CAPTION_COLUMNS = ("caption", "comment", "raw")
-_NUMBER_COLUMN = "comment_number"
-
 _TOKEN = re.compile(r"(?P<image>[^\t]*?)(?:#(?P<number>\d{1,9}))?\t(?P<text>.*)", re.S)
 _NO_SECOND_SEPARATOR = re.compile(r"\s*(?P<number>\d{1,9})\s+(?P<text>\S.*)", re.S)
-_NUMBER = re.compile(r"\s*\d{1,9}\s*")
-# What is before the first separator tells the shape: a header's name, or an image's, maybe with `#0`
-_FIRST_FIELD = re.compile(
-    rf"\s*(?:(?:{'|'.join((*_IMAGE_COLUMNS, 'raw'))})|\"?[^\t|,]+\.\w{{2,5}}(?:#\d+)?)\"? *([\t|,])", re.I
-)
-# An image's line inside a quoted caption: the quote before it was never closed
-_SWALLOWED_LINE = re.compile(r"\n[^\n,]+\.(?:jpe?g|png),", re.I)
+_NUMBER = re.compile(r"\s*\d{1,9}(?:\.0)?\s*")
+_TOKEN_LINE = re.compile(r"\s*[^\t|,]+(?:#\d+|\.\w{2,5})\t")
+_PIPED_LINE = re.compile(r"\s*[^|\t]+\.\w{2,5}\|\s*\d+\s*(?:\||\s\S)")
 
 _LINES_TO_TELL = 100
 
-_Parts = Iterator[Caption | Bad]
+_Parts = Iterator[Caption | Fields | Bad]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,58 +46,81 @@ class Flickr30kSource(AnnotationSource):
 
     - `NAME.jpg#0<TAB>caption`: `results_20130124.token`, `Flickr8k.token.txt`
     - `NAME.jpg| 0| caption`: Kaggle's `results.csv`
-    - `NAME.jpg,caption`, quoted: Kaggle's `captions.txt`; with a header also other orders of the columns, and
-      `raw` with a JSON list of captions (Hugging Face's `flickr_annotations_30k.csv`)
+    - a table of any delimiter and order of columns (`transforms.sources.tables`): Kaggle's `captions.txt`; `raw` is
+      a JSON list of captions (Hugging Face's `flickr_annotations_30k.csv`)
     """
 
     captions_name_images: ClassVar[bool] = True
+
+    column_flags: ClassVar[frozenset[str]] = frozenset(
+        {"image_column", "caption_column", "key_column", "metadata_columns"}
+    )
 
     def folders(self, name: str) -> Sequence[str]:
         """Returns the places where the data sets have been published or unpacked."""
         return FOLDERS
 
-    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Bad]:
+    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Fields | Bad]:
         """Parses the lines; one that cannot be parsed is `Bad`."""
-        # A lone carriage return does not end a line
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="\n")
-        separator = _separator(url, itertools.islice(text, _LINES_TO_TELL))
-        text.seek(0)
-        yield from {"\t": _tokens, "|": _piped, ",": _csv}[separator](text)
-        text.detach()  # the file is the caller's to close
+        encoding = find_encoding(file)
+        head = [line.text for line in itertools.islice(lines(file, encoding), _LINES_TO_TELL)]
+        file.seek(0)
+        wants_columns = self.columns != ColumnNames() or bool(self.metadata_columns)
+        shape = _shape(head)
+        if shape and wants_columns:
+            raise OptionError(
+                f"{url} has lines as {shape[1]!r}, which have no columns to name: leave out --image_column, "
+                "--caption_column, --key_column and --metadata_columns."
+            )
+        if shape:
+            yield from shape[0](lines(file, encoding))
+            return
+        if not any(line.strip() for line in head):
+            return
+        table = find_table(url, head, self.columns, self.metadata_columns)
+        if table is None:
+            raise InputError(
+                f"{url} has no captions that can be told: expected lines such as 'NAME.jpg#0<TAB>caption', "
+                f"'NAME.jpg| 0| caption' or 'NAME.jpg,caption', found {head[0].strip()[:80]!r}. Name its columns with "
+                "--image_column and --caption_column."
+            )
+        yield from _table(lines(file, encoding), table)
 
 
-def _separator(url: str, lines: Iterable[str]) -> str:
-    blank = True
-    for line in lines:
-        if match := _FIRST_FIELD.match(line):
-            return match[1]
-        blank = blank and not line.strip()
-    if blank:
-        return "\t"
-    raise InputError(
-        f"{url} has no captions that can be told: expected lines such as 'NAME.jpg#0<TAB>caption', "
-        "'NAME.jpg| 0| caption' or 'NAME.jpg,caption'."
-    )
+def is_of_images(head: Sequence[str]) -> bool:
+    """Tells whether the first lines of a text are captions of images, in any of the shapes."""
+    return _shape(head) is not None or names_images(head)
 
 
-def _tokens(lines: Iterable[str]) -> _Parts:
-    for ordinal, line in enumerate(lines, 1):
+def _shape(head: Sequence[str]) -> tuple[Callable[[Iterator[Line]], "_Parts"], str] | None:
+    """Returns the parser of lines that are no table, with an example of them; None of a table."""
+    filled = [line for line in head if line.strip()]
+    if filled and _TOKEN_LINE.match(filled[0]):
+        return _tokens, "NAME.jpg#0<TAB>caption"
+    if sum(bool(_PIPED_LINE.match(line)) for line in filled[:2]):
+        return _piped, "NAME.jpg| 0| caption"
+    return None
+
+
+def _tokens(lines: Iterator[Line]) -> _Parts:
+    for ordinal, (line, is_utf) in enumerate(lines, 1):
         if not line.strip():
             continue
-        match = _TOKEN.fullmatch(line.rstrip("\r\n"))
+        match = _TOKEN.fullmatch(line)
         if match and match["image"].strip():
-            yield Caption(match["image"].strip(), int(match["number"] or 0), match["text"])
+            image, number = match["image"].strip(), int(match["number"] or 0)
+            yield Caption(image, number, match["text"], redecoded=not is_utf)
         else:
             yield _bad(ordinal, "NAME.jpg#0<TAB>caption", line)
 
 
-def _piped(lines: Iterable[str]) -> _Parts:
-    for ordinal, line in enumerate(lines, 1):
+def _piped(lines: Iterator[Line]) -> _Parts:
+    for ordinal, (line, is_utf) in enumerate(lines, 1):
         image, *fields = (field.strip() for field in line.split("|", 2))
-        if (not image and not fields) or image.lower() in _IMAGE_COLUMNS:
+        if (not image and not fields) or image.lower() in IMAGE_NAMES:
             continue
         if image and len(fields) == 2 and _NUMBER.fullmatch(fields[0]):
-            yield Caption(image, int(fields[0]), fields[1])
+            yield Caption(image, int(float(fields[0])), fields[1], redecoded=not is_utf)
         elif image and len(fields) == 1 and (match := _NO_SECOND_SEPARATOR.fullmatch(fields[0])):
             # As `2199200615.jpg| 4   A dog runs across the grass .` in the published file
             yield Caption(image, int(match["number"]), match["text"], repaired=True)
@@ -112,65 +128,36 @@ def _piped(lines: Iterable[str]) -> _Parts:
             yield _bad(ordinal, "NAME.jpg| 0| caption", line)
 
 
-def _csv(lines: Iterable[str]) -> _Parts:
-    reader = csv.reader(lines)
-    columns = None
-    while True:
-        first = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Bad(f"lines {first} to {reader.line_num}: {error}")
+def _table(lines: Iterator[Line], table: Table) -> _Parts:
+    for ordinal, record in enumerate(records(lines, table)):
+        if ordinal == 0 and table.has_header:
             continue
-        if not any(field.strip() for field in row):
-            continue
-        if columns is None:
-            columns = _columns(row)
-            if columns.header:
-                continue
-        yield from _csv_row(row, columns, first, reader.line_num)
+        yield from _record(record, table)
 
 
-class _Columns(NamedTuple):
-    """Where a csv file has what."""
-
-    image: int
-    caption: int
-    number: int | None
-    num_columns: int
-    header: bool
-    json: bool
-
-
-def _columns(row: Sequence[str]) -> _Columns:
-    """Returns the columns that a header names; without a header, `image,caption`."""
-    names = [name.strip().lower() for name in row]
-    image = next((names.index(name) for name in _IMAGE_COLUMNS if name in names), None)
-    caption = next((names.index(name) for name in _CAPTION_COLUMNS if name in names), None)
-    if image is None or caption is None:
-        return _Columns(0, 1, None, 2, header=False, json=False)
-    number = names.index(_NUMBER_COLUMN) if _NUMBER_COLUMN in names else None
-    return _Columns(image, caption, number, len(names), header=True, json=names[caption] == "raw")
-
-
-def _csv_row(row: list[str], columns: _Columns, first: int, last: int) -> _Parts:
-    if columns.caption == columns.num_columns - 1 and len(row) > columns.num_columns:
-        row = [*row[: columns.caption], ",".join(row[columns.caption :])]  # a comma that was not quoted
-    if len(row) != columns.num_columns or not row[columns.image].strip():
-        yield _bad(first, "NAME.jpg,caption", ",".join(row))
+def _record(record: Record, table: Table) -> _Parts:
+    row = record.fields
+    if record.fault:
+        yield Bad(f"line {record.line}: {record.fault}: {record.text.strip()[:80]!r}")
         return
-    image, caption = row[columns.image].strip(), row[columns.caption]
-    number = row[columns.number].strip() if columns.number is not None else "0"
-    if _SWALLOWED_LINE.search(caption):
-        yield Bad(f"lines {first} to {last}: a quote that is opened in line {first} is not closed there")
-    elif columns.json:
-        yield from _json_captions(image, caption, first)
+    if table.caption == table.num_columns - 1 and len(row) > table.num_columns:
+        rest = table.dialect.delimiter.join(row[table.caption :])  # a delimiter that was not quoted
+        row = [*row[: table.caption], rest]
+    if len(row) != table.num_columns or not row[table.image].strip():
+        expected = f"{table.num_columns} fields with the name of an image"
+        yield _bad(record.line, expected, table.dialect.delimiter.join(row))
+        return
+    image, caption = row[table.image].strip(), row[table.caption]
+    number = row[table.number].strip() if table.number is not None else "0"
+    if table.key is not None or table.metadata:
+        key = None if table.key is None else row[table.key].strip()
+        yield Fields(image, [row[place] for place in table.metadata], key)
+    if table.is_json:
+        yield from _json_captions(image, caption, record.line)
     elif not _NUMBER.fullmatch(number):
-        yield _bad(first, "a number of the caption", number)
+        yield _bad(record.line, "a number of the caption", number)
     else:
-        yield Caption(image, int(number), caption)
+        yield Caption(image, int(float(number)), caption, redecoded=not record.is_utf)
 
 
 def _json_captions(image: str, encoded: str, line: int) -> _Parts:

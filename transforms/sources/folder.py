@@ -5,6 +5,7 @@ threads (they read each other's bytes), and reads the whole archive again wherev
 """
 
 import contextlib
+import errno
 import os
 import posixpath
 from collections.abc import Generator, Iterator, Sequence
@@ -21,6 +22,9 @@ from transforms.sources.links import Links, normalise
 from transforms.sources.shardfile import ShardDamage, open_shard
 from transforms.sources.tar import TarReader
 from transforms.sources.zip import ZipError, unpack_entry, zip_entries
+
+# Of files that are asked for by name to see whether their folder is there
+_MOST_OTHERS = 100
 
 
 class Member(NamedTuple):
@@ -46,6 +50,16 @@ class Unreadable(NamedTuple):
 
     Attributes:
         message: Why, as in "X has …".
+    """
+
+    message: str
+
+
+class Absent(NamedTuple):
+    """A file that is gone since it was listed, or that this user may not read, while others of its folder are there.
+
+    Attributes:
+        message: Why, as in "X is …".
     """
 
     message: str
@@ -79,16 +93,61 @@ def members(url: str, *, sizes: bool = False) -> Iterator[Member]:
             fs.invalidate_cache(path)  # a store's client keeps the whole listing otherwise
 
 
-def fetch(url: str, wanted: Sequence[Member]) -> Iterator[bytes | Unreadable]:
+def fetch(
+    url: str, wanted: Sequence[Member], others: Sequence[Member] = ()
+) -> Iterator[bytes | Unreadable | Absent]:
     """Yields the bytes of files in the order asked, or why one cannot be read.
 
-    On stores with a latency they are fetched side by side (`fetch_ahead`).
+    On stores with a latency they are fetched side by side (`fetch_ahead`). Files that cannot be had are held back until
+    another is, so that a folder that is away does not look like as many files that are.
+
+    Args:
+        url: The folder or archive.
+        wanted: The files.
+        others: Files of it that are not wanted now, to see by whether it is there.
 
     Raises:
-        InputError: A file is gone, or may not be read.
+        InputError: The archive is gone, or all of several files are, or the store does not answer.
+    """
+    missing: list[Absent] = []
+    last = None
+    for member, content in zip(wanted, _fetch(url, wanted), strict=True):
+        if isinstance(content, Absent):
+            missing.append(content)
+            continue
+        yield from missing
+        missing.clear()
+        last = member
+        yield content
+    if missing:
+        _check_folder(url, [last] if last else others[:_MOST_OTHERS], len(missing))
+        yield from missing
+
+
+def _check_folder(url: str, members: Sequence[Member], num_missing: int) -> None:
+    """Checks that one of these files is there; a single missing one needs no other to vouch for the folder.
+
+    Raises:
+        InputError: None is, or the store does not answer.
     """
     fs, path = storage.locate(url)
-    contents: Generator[bytes | Unreadable, None, None]
+    with storage.input_errors(url):
+        fs.invalidate_cache()
+        if any(storage.exists(fs, _extent(path, member)[0]) for member in members):
+            return
+        if members or num_missing > 1:
+            fs.info(path)  # of a folder that is gone there is no more to say
+    if members or num_missing > 1:
+        raise InputError(
+            f"Images that were listed in {url} when the job was planned are gone, or may not be read: {num_missing} in "
+            "a row, and none of the others is there. See that the folder is there (mounted, not moved) and may be "
+            "read, and run the same command again."
+        )
+
+
+def _fetch(url: str, wanted: Sequence[Member]) -> Iterator[bytes | Unreadable | Absent]:
+    fs, path = storage.locate(url)
+    contents: Generator[bytes | Unreadable | Absent, None, None]
     if fs.async_impl:
         requests = (
             (member.size_bytes or 0, _request(fs, path, member))
@@ -110,12 +169,29 @@ def fetch(url: str, wanted: Sequence[Member]) -> Iterator[bytes | Unreadable]:
             yield _unpack(data, member) if isinstance(data, bytes) else data
 
 
-def _read(fs: fsspec.AbstractFileSystem, name: str, extent: dict[str, int]) -> bytes | Unreadable:
-    if not extent and isinstance(fs, LocalFileSystem):
-        size = os.stat(name).st_size
-        if _is_too_large(size):
-            return _too_large(size)
-    return bytes(fs.cat_file(name, **extent))
+def _absence(error: OSError) -> Absent | None:
+    """Returns what an error says of one file; None where it is of the disk, the network or the store."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return Absent("is gone since the job was planned")
+    if isinstance(error, PermissionError) or storage.is_refusal(error):
+        return Absent("may not be read: this user lacks the right")
+    if error.errno in (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG):
+        return Absent(f"cannot be read: {os.strerror(error.errno)}")
+    return None
+
+
+def _read(fs: fsspec.AbstractFileSystem, name: str, extent: dict[str, int]) -> bytes | Unreadable | Absent:
+    try:
+        if not extent and isinstance(fs, LocalFileSystem):
+            size = os.stat(name).st_size
+            if _is_too_large(size):
+                return _too_large(size)
+        return bytes(fs.cat_file(name, **extent))
+    except OSError as error:
+        absence = None if extent else _absence(error)
+        if absence is None:
+            raise
+        return absence
 
 
 def _unpack(data: bytes, member: Member) -> bytes | Unreadable:
@@ -142,37 +218,64 @@ def _extent(path: str, member: Member) -> tuple[str, dict[str, int]]:
     return path, {"start": member.offset, "end": member.offset + (member.size_bytes or 0)}
 
 
-def _request(fs: fsspec.AbstractFileSystem, path: str, member: Member) -> Get:
+def _request(fs: fsspec.AbstractFileSystem, path: str, member: Member) -> Get[bytes | Absent]:
     name, extent = _extent(path, member)
     # else s3fs asks for the size of each file before it reads it
     whole = {"max_concurrency": 1} if "s3" in fs.protocol and not extent else {}
 
-    async def get() -> bytes:
+    async def get() -> bytes | Absent:
         if extent and not member.size_bytes:  # for an empty range S3 gives all there is
             return b""
-        return bytes(await fs._cat_file(name, **extent, **whole))
+        try:
+            return bytes(await fs._cat_file(name, **extent, **whole))
+        except OSError as error:
+            absence = None if extent else _absence(error)
+            if absence is None:
+                raise
+            return absence
 
     return get
 
 
 def _local_members(top: str, sizes: bool) -> Iterator[Member]:
     # Not fsspec's listing: it holds a folder's entries all at once, with a stat of each.
-    pending = [""]
+    pending, linked = [""], list[str]()
     seen: set[tuple[int, int]] = set()
-    while pending:
+    while pending or linked:
+        if not pending:  # a folder that links lead to as well has the names that it really has
+            linked.sort(reverse=True)
+            pending.append(linked.pop())
         below = pending.pop()
         folder = os.path.join(top, below)
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link back up
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                path = posixpath.join(below, entry.name)
-                if entry.is_dir():
-                    pending.append(path)
-                elif entry.is_file():
-                    yield Member(path, entry.stat().st_size if sizes else None)
+        with storage.input_errors(folder):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    path = posixpath.join(below, entry.name)
+                    if _is_folder(entry):
+                        (linked if entry.is_symlink() else pending).append(path)
+                    elif entry.is_symlink() or entry.is_file():
+                        yield Member(path, _size(entry) if sizes else None)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    """Returns the size of a file; 0 of a link that leads nowhere, which is found out when it is read."""
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return 0
 
 
 _PACKED_TAR = (

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pyarrow as pa
 
+from models.location import redacted
 from transforms.sources.base import InputFile, Lost, Record, Shard, Source, shard_names
 from transforms.sources.columns import ColumnError, Columns, check_metadata, column_notes, find_columns
 from transforms.sources.joined import DUPLICATE_HINT, join_captions, numbered_key
@@ -82,7 +83,7 @@ class ParquetSource(Source):
         ]
         with contextlib.suppress(ShardDamage, ColumnError), open_parquet(self.urls[0]) as file:
             columns = find_columns(file.schema_arrow, self.urls[0], *self._chosen, ())
-            return tuple(column_notes(file.schema_arrow, self.urls[0], columns, chosen))
+            return tuple(column_notes(file.schema_arrow, redacted(self.urls[0]), columns, chosen))
         return ()
 
     @property

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from models.errors import one_line
 from transforms import storage
 from transforms.errors import InputError
 from transforms.sources.parquet_footer import ENCRYPTED, is_encrypted
@@ -93,4 +94,4 @@ def _footer_damage(file: pa.NativeFile, error: Exception) -> ShardDamage:
         return ShardDamage("shard_corrupt", f"not Parquet: it begins with {head!r}")
     if size < _SHORTEST_BYTES or file.read() != _MAGIC:
         return ShardDamage("shard_truncated", f"it ends at byte {size} without a footer")
-    return ShardDamage("shard_corrupt", f"its footer, before byte {size}, is damaged: {error}")
+    return ShardDamage("shard_corrupt", f"its footer, before byte {size}, is damaged: {one_line(error)}")

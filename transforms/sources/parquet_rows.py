@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.errors import one_line
 from transforms.sources.base import Lost, Record, Row
 from transforms.sources.column_values import Image, captions, images, keys, metadata, validate
 from transforms.sources.columns import Columns
@@ -81,7 +82,8 @@ class RowReader:
                 if isinstance(error, ShardDamage):
                     break
         place = f"{self.source}, row group {group}, row {num_rows} of its {total}"
-        message = f"{place}: {damage or 'there are no more'}. {total - num_rows} rows are lost."
+        problem = one_line(damage) if damage else "there are no more"
+        message = f"{place}: {problem}. {total - num_rows} rows are lost."
         yield Lost("", first_row + num_rows, "shard_corrupt", message)
 
     def _batch(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Record]:

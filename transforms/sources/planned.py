@@ -7,15 +7,17 @@ It lies with the output, and a run that goes on after a crash need not read the 
 import dataclasses
 import json
 import posixpath
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from transforms import storage
+from transforms.chunk import add_counts
 from transforms.sources import folder
-from transforms.sources.base import Lost, Record, Row, Shard
+from transforms.sources.base import MAX_TEXT_BYTES, ColumnNames, Lost, Record, Row, Shard
+from transforms.sources.sample import Sample
+from transforms.sources.shardfile import metadata_text
 
 _FACTS = b"diptych.plan"
 
@@ -31,6 +33,7 @@ class Entry(NamedTuple):
         reason: Why the row is lost, one of `transforms.schemas.REASONS`; None where it is not.
         message: What was found, for people; empty where nothing is wrong.
         metadata: Values of the metadata columns; None where there are none.
+        texts: Files beside the image with its captions and fields.
     """
 
     row: int
@@ -40,6 +43,7 @@ class Entry(NamedTuple):
     reason: str | None
     message: str
     metadata: Sequence[str | None] | None
+    texts: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,7 @@ class PlannedShard(Shard):
         images: URL of the folder or archive that the images are in.
         source: Path of the annotation below the input root; None where each image is an input file by itself.
         metadata_columns: Names of the metadata columns.
+        columns: The columns that the user names, of files of text beside an image.
     """
 
     plan: str
@@ -78,6 +83,7 @@ class PlannedShard(Shard):
     images: str
     source: str | None
     metadata_columns: tuple[str, ...]
+    columns: ColumnNames = ColumnNames()
 
     @property
     def input(self) -> str:
@@ -88,27 +94,61 @@ class PlannedShard(Shard):
         """Yields the planned rows; the images of the first `skip` are left empty, not fetched.
 
         Raises:
-            InputError: The plan, or an image that was there when it was made, is gone or may not be read.
+            InputError: The plan is gone, or all of the images that were there when it was made.
         """
+        return self._records(skip, with_images=True)
+
+    def texts(self, skip: int) -> Iterator[Record]:
+        """Yields the planned rows; no image is fetched."""
+        return self._records(skip, with_images=False)
+
+    def _records(self, skip: int, with_images: bool) -> Iterator[Record]:
         entries = self._entries()
-        wanted = [entry.image for entry in entries[skip:] if entry.image is not None]
-        images = folder.fetch(self.images, wanted)
+        wanted: list[folder.Member] = []
+        for entry in entries[skip:]:
+            if entry.image is not None:
+                wanted += [entry.image] if with_images else []
+                wanted += [folder.Member(text) for text in entry.texts]
+        others = [entry.image for entry in entries[:skip] if entry.image is not None]
+        contents = folder.fetch(self.images, wanted, others)
         for ordinal, entry in enumerate(entries):
             if entry.image is None:
                 yield Lost(entry.key, entry.row, entry.reason or "bad_annotation", entry.message)
                 continue
             path = entry.image.path
-            data = next(images) if ordinal >= skip else b""
+            data = next(contents) if ordinal >= skip and with_images else b""
+            texts = [next(contents) for _ in entry.texts] if ordinal >= skip else []
+            if isinstance(data, folder.Absent):
+                yield Lost(entry.key, entry.row, "missing_image", f"{path} {data.message}")
+                continue
             if isinstance(data, folder.Unreadable):
                 yield Lost(entry.key, entry.row, "record_corrupt", f"{path}: {data.message}")
                 continue
             name = path.rpartition("/")[2]
-            metadata = dict(zip(self.metadata_columns, entry.metadata or (), strict=True))
-            yield Row(entry.key, data, name, entry.captions, self.source or path, entry.row, metadata)
+            metadata = dict(zip(self.metadata_columns, entry.metadata or (), strict=False))
+            row = Row(entry.key, data, name, entry.captions, self.source or path, entry.row, metadata)
+            yield self._with_texts(row, entry.texts, texts) if texts else row
 
-    def texts(self, skip: int) -> Iterator[Record]:
-        """Yields the planned rows; no image is fetched."""
-        return self.records(sys.maxsize)
+    def _with_texts(
+        self, row: Row, names: Sequence[str], texts: Sequence[bytes | folder.Unreadable | folder.Absent]
+    ) -> Row:
+        """Returns a row with what the files of text beside its image say."""
+        sample = Sample(row.key, self.columns)
+        unread = 0
+        for name, text in zip(names, texts, strict=True):
+            if isinstance(text, bytes) and len(text) <= MAX_TEXT_BYTES:
+                sample.members[name.rpartition(".")[2].lower()] = text
+            else:
+                unread += 1
+        found = sample.texts()
+        values = {
+            name: value
+            if (value := row.metadata.get(name)) is not None
+            else metadata_text(found.fields.get(name))
+            for name in self.metadata_columns
+        }
+        counters = add_counts(found.counters, {"texts_unreadable": unread})
+        return row._replace(captions=[*row.captions, *found.captions], metadata=values, counters=counters)
 
     def _entries(self) -> list[Entry]:
         with storage.input_errors(self.plan):
@@ -128,8 +168,9 @@ class PlannedShard(Shard):
                 reason,
                 message,
                 next(metadata, ()),
+                texts,
             )
-            for row, key, captions, reason, message, path, size_bytes, offset, packed_bytes, crc32 in zip(
+            for row, key, captions, reason, message, path, size_bytes, offset, packed_bytes, crc32, texts in zip(
                 *columns, strict=True
             )
         ]
@@ -179,7 +220,13 @@ def read_facts(url: str) -> PlanFacts | None:
 
 
 def plan_shards(
-    url: str, facts: PlanFacts, name: str, images: str, source: str | None, metadata_columns: tuple[str, ...]
+    url: str,
+    facts: PlanFacts,
+    name: str,
+    images: str,
+    source: str | None,
+    metadata_columns: tuple[str, ...],
+    columns: ColumnNames = ColumnNames(),  # noqa: B008 (frozen)
 ) -> list[Shard]:
     """Returns the shards of a plan that is written: `NAME-00000`, `NAME-00001`, …"""
     return [
@@ -192,6 +239,7 @@ def plan_shards(
             images=images,
             source=source,
             metadata_columns=metadata_columns,
+            columns=columns,
         )
         for batch, size_bytes in enumerate(facts.shard_sizes_bytes)
     ]
@@ -200,8 +248,10 @@ def plan_shards(
 def plan_counters(shards: Iterable[Shard]) -> dict[str, int]:
     """Returns what planning counted, added up over the plans that the shards belong to.
 
-    `unlisted_images` are files that the annotation does not name, `repaired_captions` are captions whose line
-    was damaged in a known way. Shards without a plan add nothing.
+    `unlisted_images` are files that the annotation does not name; `repaired_captions` captions whose line was damaged
+    in a known way; `captions_not_utf8` those with bytes that no character can be made of; `ids_of_other_type` captions
+    whose id is the image's but for its type; `similar_file_names` images whose file's name is spelled in another way;
+    `entries_joined` entries of a file that has another entry. Shards without a plan add nothing.
     """
     totals: dict[str, int] = {}
     for url in {shard.plan: None for shard in shards if isinstance(shard, PlannedShard)}:
@@ -223,6 +273,7 @@ _COLUMNS = pa.schema(
         pa.field("offset", pa.int64()),
         pa.field("packed_bytes", pa.int64()),
         pa.field("crc32", pa.int64()),
+        pa.field("texts", pa.list_(pa.string()), nullable=False),
     ]
 )
 
@@ -232,6 +283,7 @@ def _batch(entries: Sequence[Entry], schema: pa.Schema) -> pa.RecordBatch:
     rows = [
         (entry.row, entry.key, entry.captions, entry.reason, entry.message)
         + (entry.image or (None,) * len(folder.Member._fields))
+        + (entry.texts,)
         + tuple(entry.metadata or [None] * num_metadata)
         for entry in entries
     ]

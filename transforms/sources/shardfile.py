@@ -14,7 +14,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from models.location import redacted
 from transforms import storage
+from transforms.errors import InputError
 from transforms.sources.base import MAX_IMAGE_BYTES, InputFile
 from transforms.sources.compression import (
     DECOMPRESSION_ERRORS,
@@ -63,16 +65,20 @@ def input_files(urls: Sequence[str], root: str) -> list[InputFile]:
     """Returns name below `root` and size of each file.
 
     Raises:
-        InputError: A file is gone or may not be read.
+        InputError: A file is gone or may not be read, or its name is no text.
     """
-    _, folder = storage.locate(root)
     files = []
     for url in urls:
         fs, path = storage.locate(url)
         with storage.input_errors(url):
             size_bytes = int(fs.info(path)["size"] or 0)
-        name = path.removeprefix(folder.rstrip("/") + "/")
-        files.append(InputFile(name if name != path else posixpath.basename(path), size_bytes))
+        name = storage.relative_name(url, root) or posixpath.basename(redacted(path))
+        if name != encodable(name):
+            shown = name.encode("utf-8", "backslashreplace").decode()
+            raise InputError(
+                f"The input file {shown} has a name that is not UTF-8. Rename it, and run again."
+            )
+        files.append(InputFile(name, size_bytes))
     return files
 
 

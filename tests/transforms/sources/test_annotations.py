@@ -1,13 +1,15 @@
+import errno
 import json
 import pickle
 import uuid
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from transforms.errors import InputError, OutputError
 from transforms.sources import draft
-from transforms.sources.annotations import json_items, relative_name
+from transforms.sources.annotations import relative_name
 from transforms.sources.base import InputFile, Lost, Row
 from transforms.sources.coco import CocoSource
 from transforms.sources.planned import plan_counters
@@ -76,8 +78,52 @@ def test_skip_fetches_only_what_is_left(dataset, root):
     fs, path = fsspec.core.url_to_fs(f"{root}/val2017/0003.jpg")
     fs.rm(path)
     assert len(list(shard.rows(4))) == 21
-    with pytest.raises(InputError, match=r"0003\.jpg is not there"):
-        list(shard.rows(3))
+    assert [type(record) for record in shard.rows(3)] == [Lost, *[Row] * 21]
+
+
+@pytest.mark.parametrize("gone", [[3], [0, 1, 2], [23, 24], [0, 24], list(range(24)), list(range(1, 25))])
+def test_images_that_are_gone_cost_their_rows(dataset, root, gone):
+    [shard] = dataset.shards(f"{root}/plans", 100)
+    for number in gone:
+        fs, path = fsspec.core.url_to_fs(f"{root}/val2017/{number:04d}.jpg")
+        fs.rm(path)
+    records = list(shard.rows())
+    assert [record.row for record in records] == list(range(25))
+    assert [record for record in records if isinstance(record, Lost)] == [
+        Lost(f"{i:04d}", i, "missing_image", f"{i:04d}.jpg is gone since the job was planned") for i in gone
+    ]
+    assert [record.row for record in shard.rows(20)] == list(range(20, 25))
+
+
+def test_folder_that_is_gone_ends_the_job(dataset, root):
+    [shard] = dataset.shards(f"{root}/plans", 100)
+    fs, path = fsspec.core.url_to_fs(f"{root}/val2017")
+    fs.rm(path, recursive=True)
+    for skip in (0, 10, 23, 24):
+        with pytest.raises(
+            InputError, match=r"val2017 is not there\. It was expected as an input: put it back"
+        ):
+            list(shard.rows(skip))
+    fs.makedirs(path)  # a mount point without its disk
+    with pytest.raises(InputError, match=r"val2017 (.*planned are gone.*mounted, not moved|is not there)"):
+        list(shard.rows())
+
+
+def test_folder_that_goes_while_it_is_read_ends_the_job(tmp_path):
+    write(tmp_path, {"captions_a.json": coco(9), **{f"a/{i:04d}.jpg": b"x" for i in range(9)}})
+    [shard] = CocoSource((f"{tmp_path}/captions_a.json",), str(tmp_path)).shards(f"{tmp_path}/plans", 10)
+    records = shard.rows()
+    assert [next(records).row for _ in range(4)] == [0, 1, 2, 3]
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(InputError, match=r"a is not there\. It was expected"):
+        list(records)
+
+
+def test_only_image_of_a_shard_that_is_gone_is_one_reject(tmp_path):
+    write(tmp_path, {"captions_a.json": coco(1), "a/0000.jpg": b"x"})
+    [shard] = CocoSource((f"{tmp_path}/captions_a.json",), str(tmp_path)).shards(f"{tmp_path}/plans", 10)
+    (tmp_path / "a" / "0000.jpg").unlink()
+    assert [record.reason for record in shard.rows()] == ["missing_image"]
 
 
 def test_shard_is_small_when_pickled(dataset, root):
@@ -166,16 +212,50 @@ def test_zero_bytes_are_a_row(dataset, root):
     assert list(shard.rows())[7].image == b""
 
 
-def test_image_that_may_not_be_read_stops_the_job(tmp_path, monkeypatch):
-    write(tmp_path, {"captions_a.json": coco(1), "a/0000.jpg": b"x"})
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "may not be read: this user lacks the right"),
+        (PermissionError("Access Denied"), "may not be read: this user lacks the right"),  # s3fs
+        (OSError("Forbidden: b/o\nno access"), "may not be read: this user lacks the right"),  # gcsfs
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), "cannot be read: Is a directory"),
+        (OSError(errno.ELOOP, "loop"), "cannot be read: Too many levels of symbolic links"),
+        (OSError(errno.ENAMETOOLONG, "long"), "cannot be read: File name too long"),
+        (NotADirectoryError(errno.ENOTDIR, "x"), "is gone since the job was planned"),
+        (TimeoutError(errno.ETIMEDOUT, "no answer"), None),
+        (OSError(errno.EIO, "Input/output error"), None),
+        (OSError(errno.ESTALE, "Stale file handle"), None),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), None),
+    ],
+)
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_error_of_a_file_is_a_reject_and_one_of_the_store_ends_the_job(
+    tmp_path, monkeypatch, error, message, all_of_them
+):
+    write(tmp_path, {"captions_a.json": coco(3), **{f"a/{i:04d}.jpg": b"x" for i in range(3)}})
     [shard] = CocoSource((f"{tmp_path}/captions_a.json",), str(tmp_path)).shards(f"{tmp_path}/plans", 10)
+    read = LocalFileSystem.cat_file
 
-    def forbid(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
+    def fail(self, path, *args, **kwargs):
+        if all_of_them or path.endswith("0001.jpg"):
+            raise error
+        return read(self, path, *args, **kwargs)
 
-    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.cat_file", forbid)
-    with pytest.raises(InputError, match=r"a/0000\.jpg may not be read"):
-        list(shard.rows())
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fail)
+    if message is None or all_of_them:
+        with pytest.raises(InputError, match="cannot be read" if message is None else "3 in a row"):
+            list(shard.rows())
+    else:
+        records = list(shard.rows())
+        assert [type(record) for record in records] == [Row, Lost, Row]
+        assert records[1].message == f"0001.jpg {message}"
+
+
+def test_link_to_itself_is_no_file_and_the_others_are_listed(tmp_path):
+    write(tmp_path, {"captions_a.json": coco(2), "a/0000.jpg": b"x"})
+    (tmp_path / "a" / "0001.jpg").symlink_to("0001.jpg")
+    [shard] = CocoSource((f"{tmp_path}/captions_a.json",), str(tmp_path)).shards(f"{tmp_path}/plans", 10)
+    assert [type(record) for record in shard.rows()] == [Row, Lost]
 
 
 def test_metadata_columns_are_strings_or_null(root):
@@ -206,13 +286,6 @@ def test_plan_folder_that_cannot_be_written(tmp_path):
     write(tmp_path, {"captions_a.json": coco(1), "a/0000.jpg": b"x", "plans": b"a file"})
     with pytest.raises(OutputError, match="cannot be written"):
         CocoSource((f"{tmp_path}/captions_a.json",), str(tmp_path)).shards(f"{tmp_path}/plans", 10)
-
-
-def test_json_items_survives_bytes_that_are_not_utf8(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_bytes(b'\xef\xbb\xbf{"a": ["caf\xe9", "caf\xc3\xa9"]}')
-    with open(path, "rb") as file:
-        assert [value for _, value in json_items("a", file, "a.item")] == ["caf�", "café"]
 
 
 @pytest.mark.parametrize(

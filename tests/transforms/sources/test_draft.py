@@ -32,7 +32,10 @@ def test_every_part_comes_out_once(parts, files):
     captions = [part for part in parts if isinstance(part, Caption)]
     unknown = {caption.ref for caption in captions} - {image.ref for image in images}
     reasons = collections.Counter(entry.reason for entry in entries)
-    assert len(entries) == sum(image.wanted for image in images) + reasons["bad_annotation"] + len(unknown)
+    joined = draft.counters["entries_joined"]
+    assert len(entries) + joined == sum(image.wanted for image in images) + reasons["bad_annotation"] + len(
+        unknown
+    )
     assert reasons["bad_annotation"] == sum(isinstance(part, Bad) for part in parts)
     assert reasons["unknown_image"] == len(unknown)
     good = [entry for entry in entries if entry.reason is None]
@@ -41,8 +44,17 @@ def test_every_part_comes_out_once(parts, files):
     first = {image.ref: image.row for image in reversed(images)}
     for entry in good:
         [ref] = [ref for ref, row in first.items() if row == entry.row]
-        mine = [caption for caption in captions if caption.ref == ref]
+        # Entries of one file are one row: those of its path that are the first with their id, and asked for
+        path = next(image.path for image in images if image.row == entry.row)
+        refs = {
+            image.ref
+            for image in images
+            if image.path == path and image.wanted and first[image.ref] == image.row
+        }
+        assert ref in refs
+        mine = [caption for caption in captions if caption.ref in refs]
         assert entry.captions == [caption.text for caption in sorted(mine, key=lambda c: c.ordinal)]
+    assert len({entry.image.path for entry in good}) == len(good)
 
 
 def test_sizes_add_up_by_shard(tmp_path):

@@ -1,14 +1,16 @@
 import csv
 import io
 import json
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.errors import InputError
-from transforms.sources.base import Lost, Row
+from transforms.errors import InputError, OptionError
+from transforms.sources.base import ColumnNames, Lost, Row
 from transforms.sources.flickr30k import Flickr30kSource
+from transforms.sources.parts import Caption
 from transforms.sources.planned import plan_counters
 
 
@@ -137,7 +139,7 @@ def test_lost_lines_stand_where_they_were(tmp_path):
 
 def test_quoted_caption_keeps_its_newlines(tmp_path):
     text = 'image,caption\r\na.jpg,"first\r\nsecond\n\nthird"\r\nb.jpg,x\r\n'
-    assert captions_of(read(plan(tmp_path, text))) == {"a": ["first\r\nsecond\n\nthird"], "b": ["x"]}
+    assert captions_of(read(plan(tmp_path, text))) == {"a": ["first\nsecond\n\nthird"], "b": ["x"]}
 
 
 def test_comma_that_is_not_quoted_belongs_to_the_caption(tmp_path):
@@ -170,14 +172,15 @@ def test_image_that_is_missing_is_lost_once(tmp_path):
     assert "5 captions" in records[0].message
 
 
-def test_names_of_one_stem_lose_the_later(tmp_path):
-    records = read(plan(tmp_path, "a.jpg#0\tone\na.png#0\ttwo\n", files=["a.jpg", "a.png"]))
-    assert captions_of(records) == {"a": ["one"]}
-    assert lost(records) == [("a", 1, "duplicate_key")]
+def test_names_of_one_stem_are_told_apart_by_their_paths(tmp_path):
+    records = read(
+        plan(tmp_path, "a.jpg#0\tone\na.png#0\ttwo\nb.jpg#0\tx\n", files=["a.jpg", "a.png", "b.jpg"])
+    )
+    assert captions_of(records) == {"a.jpg": ["one"], "a.png": ["two"], "b": ["x"]}
 
 
-def test_bytes_that_are_not_utf8_are_replaced(tmp_path):
-    assert captions_of(read(plan(tmp_path, b"a.jpg#0\tcaf\xe9\n"))) == {"a": ["caf\ufffd"]}
+def test_bytes_that_are_not_utf8_are_what_they_are(tmp_path):
+    assert captions_of(read(plan(tmp_path, b"a.jpg#0\tcaf\xe9\n"))) == {"a": ["caf\xe9"]}
 
 
 def test_lone_carriage_return_and_line_separators_stay_in_the_caption(tmp_path):
@@ -263,3 +266,166 @@ def test_json_captions_with_half_a_surrogate(tmp_path):
     text = io.StringIO()
     csv.writer(text).writerows([("raw", "filename"), (json.dumps(["half \ud83d"]), "a.jpg")])
     assert captions_of(read(plan(tmp_path, text.getvalue()))) == {"a": ["half ?"]}
+
+
+HEAD = "image,caption"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,caption\na.jpg,one\nb.jpg,two\n",
+        "image;caption\na.jpg;one\nb.jpg;two\n",
+        "image\tcaption\na.jpg\tone\nb.jpg\ttwo\n",
+        "image|caption\na.jpg|one\nb.jpg|two\n",
+        "filepath,title\na.jpg,one\nb.jpg,two\n",
+        "title\tfilepath\none\ta.jpg\ntwo\tb.jpg\n",
+        ",image,caption\n0,a.jpg,one\n1,b.jpg,two\n",
+        "Unnamed: 0,caption,file_name\n0,one,a.jpg\n1,two,b.jpg\n",
+        "id,img,sentence,split\n1,a.jpg,one,train\n2,b.jpg,two,val\n",
+        "IMAGE , Caption\na.jpg,one\nb.jpg,two\n",
+        '"image","caption"\n"a.jpg","one"\n"b.jpg","two"\n',
+        "a.jpg,one\nb.jpg,two\n",
+        "one,a.jpg\ntwo,b.jpg\n",
+        "foo,bar\na.jpg,one\nb.jpg,two\n",
+        "image,caption\r\na.jpg,one\r\nb.jpg,two\r\n",
+        "image,caption\ra.jpg,one\rb.jpg,two\r",
+        "\ufeffimage,caption\na.jpg,one\nb.jpg,two",
+        "image,caption\n\na.jpg,one\n\n\nb.jpg,two\n",
+        "image,comment_number,comment\na.jpg,0,one\nb.jpg,0.0,two\n",
+        "image_name| comment_number| comment\na.jpg| 0| one\nb.jpg| 0| two\n",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
+def test_tables_of_any_form(tmp_path, text, encoding):
+    assert captions_of(read(plan(tmp_path, text.encode(encoding)))) == {"a": ["one"], "b": ["two"]}
+
+
+@pytest.mark.parametrize("num_lines", [4, 60, 3000])
+@pytest.mark.parametrize("bad", ['"caption', '"cap""tion', 'x,"y'])
+def test_a_quote_that_is_never_closed_costs_its_line(tmp_path, num_lines, bad):
+    names = [f"{number:04d}.jpg" for number in range(num_lines)]
+    texts = [bad if number == num_lines // 2 else f"caption {number}" for number in range(num_lines)]
+    text = "image,caption\n" + "".join(
+        f"{name},{caption}\n" for name, caption in zip(names, texts, strict=True)
+    )
+    records = read(plan(tmp_path, text, files=names))
+    assert len(captions_of(records)) == num_lines - 1
+    [reject] = [record for record in records if isinstance(record, Lost)]
+    assert f"line {num_lines // 2 + 2}: a quote is opened and not closed" in reject.message
+
+
+def test_quotes_in_the_middle_of_a_field_are_text(tmp_path):
+    text = 'image,caption\na.jpg,a 5" pipe\nb.jpg,"say ""hi"", he said"\n'
+    assert captions_of(read(plan(tmp_path, text))) == {"a": ['a 5" pipe'], "b": ['say "hi", he said']}
+    text = 'image,caption\na.jpg,"a \\"quoted\\" word"\nb.jpg,x\n'
+    assert captions_of(read(plan(tmp_path, text))) == {"a": ['a "quoted" word'], "b": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "caption"),
+    [
+        ("cp1252", "un café à la crème"),
+        ("gb18030", "一只狗在草地上奔跑，两个人骑自行车"),
+        ("shift_jis", "犬が芝生の上を走っている"),
+        ("cp1251", "Собака бежит по траве"),
+        ("euc_kr", "개가 잔디밭을 달리고 있다"),
+    ],
+)
+def test_text_in_another_encoding_is_read_as_what_it_is_and_counted(tmp_path, encoding, caption):
+    names = [f"{number}.jpg" for number in range(20)]
+    text = "image,caption\n" + "".join(f"{name},{caption} {name[0]}\n" for name in names)
+    shards = plan(tmp_path, text.encode(encoding), files=names)
+    assert captions_of(read(shards))["3"] == [f"{caption} 3"]
+    assert plan_counters(shards)["captions_not_utf8"] == 20
+
+
+def test_a_line_that_is_not_utf8_does_not_change_the_others(tmp_path):
+    lines = [b"image,caption", "a.jpg,一只狗 é".encode(), "b.jpg,café".encode(), b"c.jpg,caf\xe9"]
+    shards = plan(tmp_path, b"\n".join(lines), files=["a.jpg", "b.jpg", "c.jpg"])
+    assert captions_of(read(shards)) == {"a": ["一只狗 é"], "b": ["café"], "c": ["café"]}
+    assert plan_counters(shards)["captions_not_utf8"] == 1
+
+
+class TestColumns:
+    TEXT = "image,caption,long,uid,licence\na.jpg,one,long one,u1,free\na.jpg,uno,long uno,u1,free\nb.jpg,two,l2,u2,\n"
+
+    def plan(self, tmp_path, metadata=(), **columns):
+        shards = plan(tmp_path, self.TEXT)  # writes the files
+        source = Flickr30kSource(
+            (f"{tmp_path}/results.token",),
+            str(tmp_path),
+            metadata_columns=metadata,
+            columns=ColumnNames(**columns),
+        )
+        assert shards
+        return source.shards(f"{tmp_path}/other", 10)
+
+    def test_named(self, tmp_path):
+        records = read(self.plan(tmp_path, ("licence", "long"), caption="long", key="uid", image="image"))
+        assert captions_of(records) == {"u1": ["long one", "long uno"], "u2": ["l2"]}
+        assert records[0].metadata == {"licence": "free", "long": "long one"}
+
+    @pytest.mark.parametrize("columns", [{"image": "zzz"}, {"caption": "zzz"}, {"key": "zzz"}])
+    def test_that_are_not_there_are_refused_with_those_that_are(self, tmp_path, columns):
+        with pytest.raises(OptionError, match=r"has no column 'zzz'; it has 'image', 'caption', 'long'"):
+            self.plan(tmp_path, **columns)
+        with pytest.raises(OptionError, match="no column 'nope'"):
+            self.plan(tmp_path, ("nope",))
+
+    def test_several_that_may_be_meant_are_asked_for(self, tmp_path):
+        with pytest.raises(OptionError, match=r"several columns that may be the captions.*--caption_column"):
+            plan(tmp_path, "pic,one,two\na.jpg,x,y\nb.jpg,z,w\n")
+
+    def test_a_file_of_tokens_has_none(self, tmp_path):
+        self.TEXT = "a.jpg#0\tone\n"
+        with pytest.raises(OptionError, match="no columns to name"):
+            self.plan(tmp_path, caption="x")
+
+
+def mutated(lines: list[bytes], draw: random.Random) -> tuple[list[bytes], int]:
+    """Returns lines of which one is changed, and which."""
+    at = draw.randrange(1, len(lines))
+    line = bytearray(lines[at])
+    for _ in range(draw.randrange(1, 4)):
+        place = draw.randrange(len(line) + 1)
+        kind = draw.randrange(3)
+        if kind == 0:
+            line.insert(place, draw.choice(b'",;|\\\t\0#\x80\xff\r ab'))
+        elif kind == 1 and line:
+            del line[min(place, len(line) - 1)]
+        elif line:
+            line[min(place, len(line) - 1)] = draw.randrange(256)
+    return [*lines[:at], bytes(line).replace(b"\n", b" "), *lines[at + 1 :]], at
+
+
+def check_mutations(number: int, seed: int) -> None:
+    """Checks that a line that is changed costs no other: each of them is there, whatever becomes of it."""
+    draw = random.Random(seed)
+    shapes = [
+        [b"image,caption", *(b'%03d.jpg,"caption, %d"' % (n, n) for n in range(12))],
+        [b"%03d.jpg#0\tcaption, %d" % (n, n) for n in range(12)],
+        [b"image_name| comment_number| comment", *(b"%03d.jpg| 0| caption, %d" % (n, n) for n in range(12))],
+        [b"id;file;text", *(b"%d;%03d.jpg;caption, %d" % (n, n, n) for n in range(12))],
+    ]
+    for _ in range(number):
+        lines = draw.choice(shapes)
+        has_header = b".jpg" not in lines[0]
+        changed, at = mutated(lines, draw)
+        source = Flickr30kSource(("x",), ".")
+        parts = list(source.parts("x", io.BytesIO(b"\n".join(changed) + b"\n")))
+        texts = {part.ref: part.text for part in parts if isinstance(part, Caption)}
+        for n in range(12):
+            if n + has_header != at:
+                assert texts.get(f"{n:03d}.jpg", "").strip() == f"caption, {n}", (changed[at], parts)
+        assert len(parts) >= 11
+
+
+def test_a_line_that_is_changed_costs_no_other():
+    check_mutations(1500, 1)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_line_that_is_changed_costs_no_other_long():
+    check_mutations(100_000, 2)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from transforms.errors import InputError, OptionError
-from transforms.sources.base import Lost, Row
+from transforms.sources.base import ColumnNames, Lost, Row
 from transforms.sources.karpathy import KarpathySource
 from transforms.sources.planned import plan_counters
 
@@ -120,14 +120,79 @@ def test_every_loss_has_its_reason(tmp_path):
     assert [(r.key, r.row, r.reason) for r in records if isinstance(r, Lost)] == [
         ("gone", 1, "missing_image"),
         ("", 2, "bad_annotation"),
-        ("a", 3, "duplicate_key"),
+        ("", 4, "bad_annotation"),
         ("", 5, "bad_annotation"),
-        ("", 6, "bad_annotation"),
     ]
     assert [(r.key, r.row, r.captions) for r in records if isinstance(r, Row)] == [
         ("a", 0, []),
         ("e", 4, ["kept"]),
     ]
+
+
+def test_entries_of_one_file_are_one_row_of_the_splits_asked_for(tmp_path):
+    entries = [
+        image(0, "a.jpg", "test", ["other split"]),
+        image(1, "a.jpg", "train", ["A one", "A two"]),
+        image(2, "a.jpg", "train", ["A three"]),
+    ]
+    shards = plan(tmp_path, {"images": entries}, ["a.jpg"], split="train")
+    [row] = read(shards)
+    assert (row.key, row.row, sorted(row.captions)) == ("a", 1, ["A one", "A three", "A two"])
+    assert plan_counters(shards) == {"entries_joined": 1}
+
+
+def test_columns_that_the_user_names(tmp_path):
+    entries = [
+        image(0, "no.jpg", path="x/a.jpg", filepath="no", cocoid=70, sentences=["no"]),
+        image(1, "no.jpg", path="b.jpg", cocoid="71"),
+        image(2, "no.jpg", path="c.jpg"),
+        image(3, "no.jpg", cocoid=73),
+    ]
+    entries[0]["sentences"] += [{"text": "yes"}, {"text": ["in", "words"]}]
+    shards = plan(
+        tmp_path, {"images": entries}, ["x/a.jpg", "b.jpg"], columns=ColumnNames("path", "text", "cocoid")
+    )
+    records = read(shards)
+    assert [(r.key, r.row, r.captions) for r in records if isinstance(r, Row)] == [
+        ("70", 0, ["yes", "in words"]),
+        ("71", 1, []),
+    ]
+    assert [r.message for r in records if isinstance(r, Lost)] == [
+        "image 2, c.jpg, needs a cocoid for its key; it has null",
+        "image 3 has no path, but null",
+        'sentence 0 of image 0, x/a.jpg, has no text: {"raw": "no", "tokens": ["no"], "sentid": 0}',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (ColumnNames(image="path"), "--image_column path: no entry of images .*filename, imgid"),
+        (ColumnNames(key="id"), "--key_column id: no entry of images .*filename, imgid"),
+        (ColumnNames(caption="text"), "--caption_column text: no entry of sentences .*raw, sentid, tokens"),
+    ],
+)
+def test_column_that_there_is_not(tmp_path, columns, message):
+    with pytest.raises(OptionError, match=message):
+        plan(tmp_path, SPLITS, ["a.jpg"], columns=columns)
+
+
+def test_splits_and_sentences_of_odd_types(tmp_path):
+    entries = [
+        image(0, "a.jpg", ["train"]),
+        {"filename": "b.jpg", "split": "val", "sentences": {"raw": "x"}},
+        {"filename": "c.jpg", "split": "val"},
+        {"filename": "d.jpg", "split": "val", "sentences": [{"tokens": ["a", 1]}, "x"]},
+    ]
+    records = read(plan(tmp_path, {"images": entries}, ["a.jpg", "b.jpg", "c.jpg", "d.jpg"], split="val"))
+    assert [(r.key, r.captions) for r in records if isinstance(r, Row)] == [
+        ("b", []),
+        ("c", []),
+        ("d", ["a 1"]),
+    ]
+    assert [r.reason for r in records if isinstance(r, Lost)] == ["bad_annotation"] * 2
+    with pytest.raises(OptionError, match=r"has no split dev\. It has \(none\), val\."):
+        plan(tmp_path, {"images": entries}, ["a.jpg"], split="dev")
 
 
 @pytest.mark.parametrize("data", [json.dumps(SPLITS).encode()[:-4], b"", b"nonsense"])

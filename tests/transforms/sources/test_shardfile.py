@@ -1,10 +1,12 @@
 import gzip
 import io
 import os
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 
+from transforms import storage
 from transforms.errors import InputError
 from transforms.sources.base import InputFile
 from transforms.sources.shardfile import (
@@ -142,3 +144,18 @@ def test_texts():
     assert metadata_text({"a": [1, "é"]}) == '{"a": [1, "é"]}'
     assert metadata_text("\ud83d!") == "?!"
     assert metadata_text(b"\xff") == "\ufffd"
+
+
+def test_a_name_that_is_no_text_is_said(tmp_path):
+    name = os.fsdecode(b"caf\xe9.tar")
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=r"The input file caf\\udce9\.tar has a name that is not UTF-8"):
+        input_files([f"{tmp_path}/{name}"], str(tmp_path))
+
+
+def test_a_signature_is_no_part_of_a_name(monkeypatch):
+    monkeypatch.setattr(storage, "locate", lambda url: (SimpleNamespace(info=lambda path: {"size": 3}), url))
+    urls = ["https://u:p@host/a/b.tar?sig=1/2", "https://host/a/b.tar?sig=3"]
+    for root in ("https://host/a", "https://u:p@host/a", "https://host/a/b.tar?sig=1"):
+        names = {file.name for file in input_files(urls, root)}
+        assert names == {"b.tar"}

@@ -15,7 +15,7 @@ import webdataset
 from pipelines.scene_folders import write_data_set
 from transforms.errors import InputError, OptionError
 from transforms.sources import SourceOptions, open_source, output_of
-from transforms.sources.base import Row
+from transforms.sources.base import Row, shard_names
 from transforms.sources.coco import CocoSource
 from transforms.sources.files import FilesSource
 from transforms.sources.flickr30k import Flickr30kSource
@@ -215,7 +215,7 @@ def test_an_output_is_told_from_other_data(tmp_path: Path, url: str, is_output: 
         ("a.txt", "image,caption\n1000.jpg,A dog .\n", "flickr30k"),
         ("a.csv", "image_name| comment_number| comment\n1000.jpg| 0| A dog .\n", "flickr30k"),
         ("a.csv", '\ufeff"image","caption"\n"1000.jpg","A dog ."\n', "flickr30k"),
-        ("a.txt", "", "flickr30k"),
+        ("a.txt", "", "prompts"),
         ("a.txt", "a dog, in the image\nan image of a dog\n", "prompts"),
         ("a.txt", "image, 4k, of a cat\na poster of photo.png, neon\na dog\na cow\n", "prompts"),
         ("a.csv", "key,prompt\n1,a dog\n", "prompts"),
@@ -227,3 +227,9 @@ def test_text_is_prompts_unless_it_names_images(tmp_path, name, text, kind):
     (tmp_path / name).write_text(text)
     inputs = [str(tmp_path / name)]
     assert open_source(inputs, "auto", SourceOptions(), texts_only=True).format == kind
+
+
+@pytest.mark.parametrize("path", ["甲.tar", "数据/乙.tar", "_.tar", "...tar", "é.parquet"])
+def test_no_shard_has_a_name_that_hides_its_files(path):
+    [name] = shard_names([path])
+    assert name[0] not in "._"

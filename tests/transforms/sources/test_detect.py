@@ -1,0 +1,287 @@
+"""What an input is, by folders as people have them: nested, mixed, with strays."""
+
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from transforms.errors import InputError, OptionError
+from transforms.sources import SourceOptions, open_source
+from transforms.sources.base import Lost, Record, Row
+from transforms.sources.detect import expand_braces
+from transforms.sources.planned import plan_counters
+
+
+def picture(format: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(buffer, format)
+    return buffer.getvalue()
+
+
+def tar_of(*keys: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for key in keys:
+            for extension, data in (("jpg", picture()), ("txt", b"a caption")):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def parquet_of(*keys: str, image: bool = True) -> bytes:
+    columns: dict[str, list[object]] = {"key": list(keys), "caption": ["c"] * len(keys)}
+    if image:
+        columns["image"] = [picture()] * len(keys)
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
+
+
+CONTENT = {
+    ".jpg": picture(),
+    ".png": picture("PNG"),
+    ".tar": tar_of("a", "b"),
+    ".parquet": parquet_of("p", "q"),
+}
+
+
+def write(folder: Path, *names: str, **others: bytes | str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(CONTENT.get(path.suffix, b"text"))
+    for name, content in others.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def read(
+    folder: Path | str, format: str = "auto", plans: str = "", **options: object
+) -> tuple[str, list[Record], int]:
+    """Returns the format, the records, and how many files were passed over."""
+    source = open_source([str(folder)], format, SourceOptions(**options))  # type: ignore[arg-type]
+    shards = source.shards(plans or f"{folder}-plans", 100)
+    num_passed_over = source.passed_over.get("passed_over_files", 0)
+    num_passed_over += plan_counters(shards).get("passed_over_files", 0)
+    return source.format, [record for shard in shards for record in shard.rows()], num_passed_over
+
+
+def keys_of(records: list[Record]) -> list[str]:
+    return sorted(record.key for record in records if isinstance(record, Row))
+
+
+class TestStrays:
+    @pytest.mark.parametrize(
+        ("names", "format", "num_rows", "passed_over"),
+        [
+            (["a.tar", "more/b.tar", "x/y/z/c.tar"], "webdataset", 6, 0),
+            (["a.tar", "README.md", "LICENSE", "teaser.png", "x/logo.jpg"], "webdataset", 2, 4),
+            (["data/train-0.parquet", "README.md", ".gitattributes", "teaser.png"], "parquet", 2, 3),
+            (
+                ["00000.tar", "00000.parquet", "00000_stats.json", "00001.tar", "00001.parquet"],
+                "webdataset",
+                4,
+                3,
+            ),
+            (["a.jpg", "sub/b.png", "README.md", ".DS_Store"], "files", 2, 2),
+            (["a.jpg", "._a.jpg", "__MACOSX/a.jpg", ".thumbs/a.jpg", "_b.jpg"], "files", 2, 3),
+            (["a.tar", "_SUCCESS", ".a.tar.crc"], "webdataset", 2, 2),
+            (["a.tar", "labels.csv", "notes.txt", "x.json"], "webdataset", 2, 3),
+        ],
+    )
+    def test_are_passed_over_and_counted(self, tmp_path, names, format, num_rows, passed_over):
+        found, records, num_passed_over = read(write(tmp_path / "in", *names))
+        assert (found, len(records), num_passed_over) == (format, num_rows, passed_over)
+
+    def test_are_named(self, tmp_path):
+        source = open_source(
+            [str(write(tmp_path, "a.tar", "b.md", "c.md", "d.md", "e.md"))], "auto", SourceOptions()
+        )
+        [note] = source.notes
+        assert (
+            note == "Passed over 4 files that are no data of format webdataset: b.md, c.md, d.md and 1 more."
+        )
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ["a.tar", "b.parquet"],
+            ["a.tar", "b.tfrecord"],
+            ["deep/er/a.parquet", "x.tar"],
+            ["a.tar", *(f"{number}.jpg" for number in range(11))],
+            ["a.parquet", *(f"x/{number}.png" for number in range(11))],
+        ],
+    )
+    def test_two_kinds_in_earnest_are_refused_with_both(self, tmp_path, names):
+        with pytest.raises(OptionError, match=r"several kinds: .*; .*--format"):
+            read(write(tmp_path, *names))
+        kept = "webdataset" if any(name.endswith(".tar") for name in names) else "parquet"
+        assert read(tmp_path, kept)[0] == kept
+
+    @pytest.mark.parametrize("format", ["webdataset", "parquet", "tfrecord", "files", "coco", "prompts"])
+    def test_a_folder_without_any_says_what_is_there(self, tmp_path, format):
+        (tmp_path / "in").mkdir()
+        with pytest.raises(InputError, match=rf"no data of format {format} \(it is empty\)"):
+            read(tmp_path / "in", format)
+        write(tmp_path / "in", "x.doc")
+        with pytest.raises(InputError, match=r"no data of any format \(1 files: x\.doc\)"):
+            read(tmp_path / "in")
+
+
+class TestNames:
+    def test_a_glob_reads_the_folders_that_it_matches(self, tmp_path):
+        write(tmp_path / "in", "x/a.tar", "y/deep/b.tar")
+        assert len(read(f"{tmp_path}/in/*")[1]) == 4
+        write(tmp_path / "images", "x/a.jpg", "b.jpg")
+        assert keys_of(read(f"{tmp_path}/images/*", plans=f"{tmp_path}/plans")[1]) == ["b", "x/a"]
+
+    def test_braces_expand(self, tmp_path):
+        write(tmp_path / "in", "000.tar", "001.tar", "002.tar", "a{b,c}.tar")
+        assert len(read(f"{tmp_path}/in/{{000..002}}.tar")[1]) == 6
+        with pytest.raises(InputError, match="003"):
+            read(f"{tmp_path}/in/{{000..003}}.tar")
+        assert expand_braces(f"{tmp_path}/in/a{{b,c}}.tar") == [f"{tmp_path}/in/a{{b,c}}.tar"]
+        assert expand_braces("x{y") == ["x{y"]
+        assert expand_braces("{a,b}/{1..2}.tar") == ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]
+
+    def test_two_colons_are_part_of_a_local_name(self, tmp_path):
+        assert len(read(write(tmp_path / "a::b", "c::d.tar") / "c::d.tar")[1]) == 2
+
+    def test_links_in_circles_and_to_nowhere(self, tmp_path):
+        folder = write(tmp_path / "in", "real/a.jpg")
+        (folder / "up").symlink_to(folder)
+        (folder / "again").symlink_to(folder / "real")
+        (folder / "self").symlink_to(folder / "self")
+        (folder / "gone.jpg").symlink_to(folder / "nowhere")
+        _, records, _ = read(folder)
+        assert keys_of(records) == ["real/a"]
+        assert [(record.key, record.reason) for record in records if isinstance(record, Lost)] == [
+            ("gone", "missing_image")
+        ]
+
+
+class TestBytes:
+    @pytest.mark.parametrize("name", ["a", "a.jpg_large", "a.dat", "a.JFIF", "a.jpe", "image.php", "a.1"])
+    @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
+    def test_an_image_is_known_by_them(self, tmp_path, name, format):
+        write(tmp_path / "in", **{name: picture(format), "b": "no image"})
+        _, records, num_passed_over = read(tmp_path / "in")
+        assert (len(records), num_passed_over) == (1, 1)
+
+
+class TestCaptions:
+    def test_of_metadata(self, tmp_path):
+        rows = [{"file_name": "a.jpg", "text": "one"}, {"file_name": "a.jpg", "text": "uno"}, "junk"]
+        rows += [
+            {"file_name": "x/b.jpg", "text": "two", "licence": "free"},
+            {"file_name": "c.jpg", "text": "gone"},
+        ]
+        lines = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+        write(tmp_path / "in", "a.jpg", "x/b.jpg", "d.jpg", **{"metadata.jsonl": lines})
+        _, records, _ = read(tmp_path / "in")
+        assert {row.key: list(row.captions) for row in records if isinstance(row, Row)} == {
+            "a": ["one", "uno"],
+            "x/b": ["two"],
+            "d": [],
+        }
+        assert sorted((record.key, record.reason) for record in records if isinstance(record, Lost)) == [
+            ("", "bad_annotation"),
+            ("c", "missing_image"),
+        ]
+
+    @pytest.mark.parametrize("kind", ["csv", "parquet"])
+    def test_of_metadata_in_other_forms_and_folders(self, tmp_path, kind):
+        for folder in ("train", "test"):
+            rows = pa.table({"file_name": ["a.jpg"], "caption": [f"{folder} a"], "licence": ["free"]})
+            write(tmp_path / "in", f"{folder}/a.jpg")
+            if kind == "csv":
+                path = tmp_path / "in" / folder / "metadata.csv"
+                path.write_text(f"file_name,caption,licence\na.jpg,{folder} a,free\n")
+            else:
+                pq.write_table(rows, tmp_path / "in" / folder / "metadata.parquet")
+        _, records, _ = read(tmp_path / "in", metadata_columns=("licence",))
+        assert {row.key: (list(row.captions), row.metadata) for row in records if isinstance(row, Row)} == {
+            "train/a": (["train a"], {"licence": "free"}),
+            "test/a": (["test a"], {"licence": "free"}),
+        }
+        with pytest.raises(OptionError, match="has no column 'zzz'"):
+            read(tmp_path / "in", caption_column="zzz")
+
+    def test_of_files_beside_the_images(self, tmp_path):
+        texts = {
+            "a.txt": "one\ntwo",
+            "b.caption": "three",
+            "c.json": '{"caption": "four", "url": "u"}',
+            "x.txt": "no",
+        }
+        write(tmp_path / "in", "a.jpg", "b.png", "c.jpg", "d.jpg", **texts)
+        _, records, num_passed_over = read(tmp_path / "in", metadata_columns=("url",))
+        rows = {row.key: (list(row.captions), row.metadata["url"]) for row in records if isinstance(row, Row)}
+        assert rows == {
+            "a": (["one", "two"], None),
+            "b": (["three"], None),
+            "c": (["four"], "u"),
+            "d": ([], None),
+        }
+        assert num_passed_over == 1
+        source = open_source([str(tmp_path / "in")], "auto", SourceOptions())
+        [shard] = source.shards(f"{tmp_path}/plans", 100)
+        assert [list(row.captions) for row in shard.texts(2) if isinstance(row, Row)][2:] == [["four"], []]
+
+    def test_a_text_that_changes_changes_the_fingerprint(self, tmp_path):
+        prints = []
+        for text in ("one", "three"):
+            write(tmp_path / "in", "a.jpg", **{"a.txt": text})
+            prints.append(open_source([str(tmp_path / "in")], "auto", SourceOptions()).inputs())
+        assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_files_found_are_read_or_passed_over_or_refused(tmp_path, seed):
+    draw = random.Random(seed)
+    names = [
+        "a.jpg",
+        "b.png",
+        "c.txt",
+        "d.md",
+        "e.tar",
+        "f.parquet",
+        "g",
+        ".h",
+        "_i.jpg",
+        "a.txt",
+        "a.json",
+        "k.csv",
+    ]
+    paths = {
+        f"{draw.choice(['', 'x/', 'x/y/', 'z/'])}{name}"
+        for name in draw.choices(names, k=draw.randrange(1, 9))
+    }
+    write(tmp_path / "in", *paths)
+    refusal = ""
+    try:
+        _, records, num_passed_over = read(tmp_path / "in")
+    except (OptionError, InputError) as error:
+        refusal = str(error)
+    if refusal:
+        assert "--format" in refusal or "no data of any format" in refusal
+        return
+    used = {record.source for record in records if isinstance(record, Row)}
+    texts = {
+        path
+        for path in paths
+        if path.endswith((".txt", ".json"))
+        and any(path.rpartition(".")[0] == row.rpartition(".")[0] for row in used)
+    }
+    assert len(
+        used | (texts if not any(name.endswith(".tar") for name in used) else set())
+    ) + num_passed_over == len(paths)
