@@ -24,7 +24,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from transforms.chunk import Chunk, take_rows
 from transforms.sources.base import Shard
-from transforms.sources.parquet import ParquetShard, damaged_output, open_parquet
+from transforms.sources.parquet import ParquetShard
+from transforms.sources.parquet_file import damaged_output, open_parquet
 from transforms.sources.shardfile import ShardDamage
 from transforms.sources.texts import TextShard
 from transforms.storage import input_errors, locate, put_whole

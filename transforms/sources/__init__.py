@@ -80,7 +80,7 @@ def open_source(
     return dataclasses.replace(
         source,
         passed_over={"passed_over_files": num_passed_over} if num_passed_over else {},
-        notes=tuple(note for part in found if (note := part.note())),
+        notes=(*(note for part in found if (note := part.note())), *source.column_notes()),
     )
 
 
@@ -123,7 +123,8 @@ def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions,
         values |= {"images": options.images, "texts_only": texts_only}
     if issubclass(kind, KarpathySource):
         values["split"] = options.split
-    return kind(urls, root, **values)
+    source: Source = kind(urls, root, **values)
+    return source
 
 
 _SOURCES: dict[str, Any] = {

@@ -111,6 +111,9 @@ class Shard(abc.ABC):
     size_bytes: int
     num_rows: int | None
 
+    duplicate_hint: ClassVar[str] = ""
+    """What a reject of a key that was there before says of how to mend it."""
+
     @property
     @abc.abstractmethod
     def input(self) -> str:
@@ -144,7 +147,7 @@ class Shard(abc.ABC):
             if isinstance(record, Row):
                 digest = hashlib.blake2b(record.key.encode(), digest_size=8).digest()
                 if digest in seen:
-                    message = f"key {record.key!r} occurs before in this shard"
+                    message = f"key {record.key!r} occurs before in this shard{self.duplicate_hint}"
                     record = Lost(
                         record.key, record.row, "duplicate_key", message, record.image, record.counters
                     )
@@ -174,6 +177,10 @@ class Source(abc.ABC):
     def format(self) -> str:
         """What the input is read as."""
         return type(self).__name__.removesuffix("Source").lower()
+
+    def column_notes(self) -> tuple[str, ...]:
+        """Returns what the user is told of the choice of columns; looking for it costs no more than a file's head."""
+        return ()
 
     @abc.abstractmethod
     def inputs(self) -> list[InputFile]:

@@ -1,25 +1,39 @@
-"""Columns of a Parquet file that hold images, captions and keys: found, checked, and taken out."""
+"""Columns of a Parquet file that hold images, captions and keys: found by name and type."""
 
-import posixpath
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from transforms.errors import OptionError
-from transforms.sources.shardfile import to_text
 
-# Names in use; of the columns with a type that fits, the first wins.
-IMAGE_COLUMNS = ("image", "jpg", "image_bytes", "img", "bytes")
-CAPTION_COLUMNS = ("captions", "caption", "text", "TEXT", "txt", "sentences", "raw", "alt")
+# Names in use, in any case; of the columns with a type that fits, the first wins.
+IMAGE_COLUMNS = ("image", "jpg", "image_bytes", "img", "bytes", "png", "jpeg", "webp")
+CAPTION_COLUMNS = ("captions", "caption", "text", "TEXT", "txt", "sentences", "raw", "alt", "alt_text")
 KEY_COLUMNS = ("key", "__key__", "image_id", "id", "uid", "filename", "file_name")
-_FILE_NAME_COLUMNS = frozenset({"filename", "file_name"})
+CAPTION_FIELDS = ("raw", "caption", "text", "sentence", "captions")
+"""Fields of a struct, or of the structs of a list, that hold captions."""
+IMAGE_FIELDS = ("bytes", "src", "data", "base64", "url", "path")
+"""Fields of a struct that hold an image, or say where it is."""
+FILE_NAME_COLUMNS = frozenset({"filename", "file_name"})
 _ERROR_COLUMN = "error_message"
 
 _IMAGE_TYPES = "binary or struct<bytes: binary, path: string>"
 _CAPTION_TYPES = "string or list<string>"
 _KEY_TYPES = "string, binary or integer"
+
+
+class ColumnError(OptionError):
+    """A file has no column that is named or needed.
+
+    Attributes:
+        reason: What a row is rejected for where only some files lack the column.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Columns(NamedTuple):
@@ -45,6 +59,24 @@ class Columns(NamedTuple):
         return list(dict.fromkeys(name for name in (*self[:4], *self.metadata) if name is not None))
 
 
+class _Role(NamedTuple):
+    """What a column is for.
+
+    Attributes:
+        name: The first word of its flag.
+        usual: Names in use.
+        fits: Tests of a column's type, the best first.
+        expected: The types that fit, in words.
+        reason: What a row without it is rejected for.
+    """
+
+    name: str
+    usual: Sequence[str]
+    fits: Sequence[Callable[[pa.DataType], bool]]
+    expected: str
+    reason: str
+
+
 def find_columns(
     schema: pa.Schema,
     url: str,
@@ -56,6 +88,8 @@ def find_columns(
 ) -> Columns:
     """Returns the columns of a file: those named, and of those left open the first with a usual name.
 
+    Where no column has a usual name, a single one that holds images is taken.
+
     Args:
         schema: The file's schema.
         url: The file, for messages.
@@ -66,20 +100,19 @@ def find_columns(
         with_images: Whether the images are wanted; there need be none if not.
 
     Raises:
-        OptionError: A column that is named or needed is missing or of a type that cannot be used.
+        ColumnError: A column that is named or needed is missing or of a type that cannot be used.
     """
     if with_images:
-        image = _find(schema, url, "image", image, IMAGE_COLUMNS, _holds_images, _IMAGE_TYPES)
-        if image is None:
-            raise _mismatch(schema, url, "image", f"no column {', '.join(IMAGE_COLUMNS)}", _IMAGE_TYPES)
-    caption = _find(schema, url, "caption", caption, CAPTION_COLUMNS, _holds_captions, _CAPTION_TYPES)
+        image = _find(schema, url, _IMAGE, image) or _only_image(schema, url)
+    caption = _find(schema, url, _CAPTION, caption)
     if caption is None and not with_images:
-        why = f"no column {', '.join(CAPTION_COLUMNS)}"
-        raise _mismatch(schema, url, "caption", why, _CAPTION_TYPES)
+        misfits = _usual(schema, _CAPTION)
+        why = f"a column {misfits[0]!r}, but of type {_type(schema, misfits[0])}" if misfits else ""
+        raise _mismatch(schema, url, _CAPTION, why or f"no column {', '.join(CAPTION_COLUMNS)}")
     return Columns(
         image if with_images else None,
         caption,
-        _find(schema, url, "key", key, KEY_COLUMNS, _holds_keys, _KEY_TYPES),
+        _find(schema, url, _KEY, key),
         _ERROR_COLUMN if _ERROR_COLUMN in schema.names else None,
         tuple(name if name in schema.names else None for name in metadata),
     )
@@ -93,149 +126,182 @@ def check_metadata(schema: pa.Schema, url: str, names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in schema.names:
-            raise _mismatch(schema, url, "metadata", f"no column {name!r}", "any type")
+            raise _mismatch(schema, url, _METADATA, f"no column {name!r}")
 
 
-def images(
-    batch: pa.RecordBatch, column: str | None, needed: bool
-) -> tuple[list[bytes | None], list[str | None]]:
-    """Returns image and path of each row, None where null.
+def column_notes(schema: pa.Schema, url: str, columns: Columns, chosen: Sequence[str]) -> list[str]:
+    """Returns sentences on columns that might have been meant and are not read.
 
     Args:
-        batch: Rows of the file.
-        column: The image column; None where it was not read: all images are empty then.
-        needed: Whether the images' bytes are wanted; if not, those that are there are empty.
+        schema: The file's schema.
+        url: The file.
+        columns: Its columns that are read.
+        chosen: Roles whose column the user names.
     """
-    paths: list[str | None] = [None] * batch.num_rows
-    if column is None:
-        return [b""] * batch.num_rows, paths
-    array = _column(batch, column)
-    if pa.types.is_struct(array.type):
-        if "path" in [field.name for field in array.type]:
-            paths = values(pc.struct_field(array, "path"))
-        array = pc.struct_field(array, "bytes")
-    if needed:
-        return array.to_pylist(), paths
-    return [b"" if valid else None for valid in array.is_valid().to_pylist()], paths
+    notes = []
+    for role, column in ((_IMAGE, columns.image), (_CAPTION, columns.caption), (_KEY, columns.key)):
+        others = [name for name in _usual(schema, role) if name != column]
+        fitting = [name for name in others if any(fits(_type(schema, name)) for fits in role.fits)]
+        if role.name in chosen or (role is _IMAGE and column is None):
+            continue
+        if column is None and others:
+            effect = "the rows are numbered" if role is _KEY else "the rows have no captions"
+            there = ", ".join(f"{name!r} is of type {_type(schema, name)}" for name in others)
+            notes.append(
+                f"{url}: column {there}, which holds no {role.name}s, so {effect}. --{role.name}_column names another."
+            )
+        elif role is not _KEY and fitting:
+            there = ", ".join(map(repr, fitting))
+            notes.append(
+                f"{url}: the {role.name}s are those of column {column!r}, not of {there}. "
+                f"--{role.name}_column names another."
+            )
+    for name, count in sorted(Counter(schema.names).items()):
+        if count > 1 and name in columns.names:
+            notes.append(f"{url}: {count} columns are named {name!r}. The first is read.")
+    return notes
 
 
-def keys(batch: pa.RecordBatch, column: str | None) -> list[str]:
-    """Returns the key of each row, empty where it has none. A file name loses its extension."""
-    if column is None:
-        return [""] * batch.num_rows
-    texts = ["" if value is None else str(value) for value in values(_column(batch, column))]
-    return [posixpath.splitext(text)[0] for text in texts] if column in _FILE_NAME_COLUMNS else texts
+def field_of(type: pa.DataType, names: Sequence[str]) -> str | None:
+    """Returns the first of some names that is a field of a struct."""
+    return next((name for name in names if type.get_field_index(name) >= 0), None)
 
 
-def captions(batch: pa.RecordBatch, column: str | None) -> list[list[str]]:
-    """Returns the captions of each row that are more than blanks."""
-    if column is None:
-        return [[] for _ in range(batch.num_rows)]
-    lists = [[value] if isinstance(value, str) else value or [] for value in values(_column(batch, column))]
-    return [[text for text in texts if text and text.strip()] for texts in lists]
+def is_list(type: pa.DataType) -> bool:
+    """Tells whether a type is a list of any layout."""
+    tests = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+    views = pa.types.is_list_view, pa.types.is_large_list_view
+    return any(test(type) for test in (*tests, *views))
 
 
-def metadata(batch: pa.RecordBatch, column: str | None) -> list[Any]:
-    """Returns the column's values as Python objects; None for each row where there is no such column."""
-    if column is None:
-        return [None] * batch.num_rows
-    array = _column(batch, column)
-    # Python's datetime has no nanoseconds.
-    return values(array.cast(pa.string()) if pa.types.is_timestamp(array.type) else array)
+def is_string(type: pa.DataType) -> bool:
+    """Tells whether a type is text of any layout. A column without any value has no type of its own."""
+    tests = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null
+    return any(test(type) for test in tests)
 
 
-def values(array: pa.Array) -> list[Any]:
-    """Returns Python values; binary becomes text, and what is not UTF-8 replacement characters."""
-    try:
-        found = array.to_pylist()
-    except UnicodeDecodeError:
-        found = array.cast(_as_binary(array.type)).to_pylist()
-    return [_text(value) for value in found]
+def is_binary(type: pa.DataType) -> bool:
+    """Tells whether a type is bytes of any layout."""
+    tests = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view
+    return any(test(type) for test in tests) or bool(pa.types.is_fixed_size_binary(type))
 
 
-def _text(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return to_text(value)
-    if isinstance(value, dict):
-        return {name: _text(item) for name, item in value.items()}
-    return [_text(item) for item in value] if isinstance(value, list) else value
+def plain(type: pa.DataType) -> pa.DataType:
+    """Returns the type of the values, without dictionary or extension around it."""
+    if isinstance(type, pa.BaseExtensionType):
+        return plain(type.storage_type)
+    return plain(type.value_type) if pa.types.is_dictionary(type) else type
 
 
-def _as_binary(type: pa.DataType) -> pa.DataType:
-    if pa.types.is_dictionary(type):
-        return _as_binary(type.value_type)
-    if _is_list(type):
-        return pa.list_(_as_binary(type.value_type))
-    if pa.types.is_struct(type):
-        return pa.struct([(field.name, _as_binary(field.type)) for field in type])
-    return pa.binary() if _is_string(type) else type
+def _find(schema: pa.Schema, url: str, role: _Role, chosen: str | None) -> str | None:
+    if chosen is not None:
+        if chosen not in schema.names:
+            raise _mismatch(schema, url, role, f"no column {chosen!r}")
+        type = _type(schema, chosen)
+        if not any(fits(type) for fits in role.fits):
+            raise _mismatch(schema, url, role, f"a column {chosen!r}, but of type {type}")
+        return chosen
+    usual = _usual(schema, role)
+    return next((name for fits in role.fits for name in usual if fits(_type(schema, name))), None)
 
 
-def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    return batch.column(batch.schema.names.index(name))
+def _usual(schema: pa.Schema, role: _Role) -> list[str]:
+    """Returns the columns with a usual name, the likeliest first."""
+    by_name: dict[str, str] = {}
+    for name in schema.names:
+        by_name.setdefault(name.lower(), name)
+    exact = [name for name in role.usual if name in schema.names]
+    return list(dict.fromkeys([*exact, *(by_name[name] for name in role.usual if name in by_name)]))
 
 
-def _find(
-    schema: pa.Schema,
-    url: str,
-    role: str,
-    asked: str | None,
-    usual: Sequence[str],
-    fits: Callable[[pa.DataType], bool],
-    expected: str,
-) -> str | None:
-    types = dict(zip(reversed(schema.names), reversed(schema.types), strict=True))
-    if asked is not None:
-        if asked not in types:
-            raise _mismatch(schema, url, role, f"no column {asked!r}", expected)
-        if not fits(types[asked]):
-            raise _mismatch(schema, url, role, f"a column {asked!r}, but of type {types[asked]}", expected)
-        return asked
-    present = [name for name in usual if name in types]
-    found = next((name for name in present if fits(types[name])), None)
-    if found is None and present and role == "caption":
-        what = f"a column {present[0]!r}, but of type {types[present[0]]}"
-        raise _mismatch(schema, url, role, what, expected)
-    return found
+def _only_image(schema: pa.Schema, url: str) -> str:
+    """Returns the one column that holds images under a name of its own.
+
+    Raises:
+        ColumnError: None does, or several do.
+    """
+    for fits in (_is_image_struct, _holds_images):
+        names = [name for name, type in zip(schema.names, schema.types, strict=True) if fits(type)]
+        names = [name for name in names if name.lower() not in (*CAPTION_COLUMNS, *KEY_COLUMNS)]
+        if len(names) == 1:
+            return names[0]
+        if names:
+            what = f"several columns that hold images, {', '.join(map(repr, names))}"
+            raise _mismatch(schema, url, _IMAGE, what)
+    raise _mismatch(schema, url, _IMAGE, f"no column {', '.join(IMAGE_COLUMNS)}")
 
 
-def _mismatch(schema: pa.Schema, url: str, role: str, found: str, expected: str) -> OptionError:
+def _type(schema: pa.Schema, name: str) -> pa.DataType:
+    return schema.types[schema.names.index(name)]
+
+
+def _mismatch(schema: pa.Schema, url: str, role: _Role, problem: str) -> ColumnError:
     there = ", ".join(f"{name} ({type})" for name, type in zip(schema.names, schema.types, strict=True))
-    return OptionError(
-        f"{url} has {found}. Expected a column of {role} values ({expected}); its columns are: {there}. "
-        f"Name one with --{role}_column{'s' if role == 'metadata' else ''}."
+    return ColumnError(
+        f"{url} has {problem}. Expected a column of {role.name} values ({role.expected}); its columns are: "
+        f"{there or 'none'}. Name one with --{role.name}_column{'s' if role is _METADATA else ''}.",
+        role.reason,
     )
 
 
 def _holds_images(type: pa.DataType) -> bool:
+    return _is_image_struct(type) or is_binary(plain(type)) or _is_bytes_list(plain(type))
+
+
+def _is_image_struct(type: pa.DataType) -> bool:
+    if is_list(type):
+        type = type.value_type
+    if not pa.types.is_struct(type):
+        return False
+    index = type.get_field_index("bytes")
+    return index >= 0 and (is_binary(plain(type[index].type)) or _is_bytes_list(plain(type[index].type)))
+
+
+def _is_bytes_list(type: pa.DataType) -> bool:
+    return is_list(type) and (pa.types.is_uint8(type.value_type) or pa.types.is_int8(type.value_type))
+
+
+def _may_hold_images(type: pa.DataType) -> bool:
+    """Tells whether a type is of texts, which may hold an image as base64 or say where it is."""
     if pa.types.is_struct(type):
-        index = type.get_field_index("bytes")
-        return index >= 0 and _is_binary(_plain(type.field(index).type))
-    return _is_binary(_plain(type))
+        name = field_of(type, IMAGE_FIELDS)
+        return name is not None and is_string(plain(type.field(name).type))
+    return is_string(plain(type))
 
 
 def _holds_captions(type: pa.DataType) -> bool:
-    type = _plain(type)
-    return _is_string(_plain(type.value_type) if _is_list(type) else type)
+    type = plain(type)
+    if is_list(type):
+        type = plain(type.value_type)
+        return is_string(type) or _is_caption_struct(type, is_string)
+    # a list of structs, as `datasets` turns it around: a struct of lists
+    return is_string(type) or _is_caption_struct(type, lambda kind: is_string(kind) or _is_text_list(kind))
+
+
+def _is_caption_struct(type: pa.DataType, fits: Callable[[pa.DataType], bool]) -> bool:
+    name = field_of(type, CAPTION_FIELDS) if pa.types.is_struct(type) else None
+    return name is not None and fits(plain(type.field(name).type))
+
+
+def _is_text_list(type: pa.DataType) -> bool:
+    return is_list(type) and is_string(plain(type.value_type))
+
+
+def _may_hold_captions(type: pa.DataType) -> bool:
+    """Tells whether a type is bytes, as writers leave text that they do not mark as such."""
+    type = plain(type)
+    return is_binary(plain(type.value_type) if is_list(type) else type)
 
 
 def _holds_keys(type: pa.DataType) -> bool:
-    type = _plain(type)
-    return pa.types.is_integer(type) or _is_string(type) or _is_binary(type)
+    type = plain(type)
+    is_whole = pa.types.is_integer(type) or (pa.types.is_decimal(type) and type.scale == 0)
+    return bool(is_whole) or is_string(type) or is_binary(type)
 
 
-def _plain(type: pa.DataType) -> pa.DataType:
-    return type.value_type if pa.types.is_dictionary(type) else type
-
-
-def _is_list(type: pa.DataType) -> bool:
-    return bool(pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type))
-
-
-def _is_string(type: pa.DataType) -> bool:
-    # A column without any value has no type of its own.
-    return bool(pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_null(type))
-
-
-def _is_binary(type: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(type) or pa.types.is_large_binary(type))
+_IMAGE = _Role("image", IMAGE_COLUMNS, (_holds_images, _may_hold_images), _IMAGE_TYPES, "missing_image")
+_CAPTION = _Role(
+    "caption", CAPTION_COLUMNS, (_holds_captions, _may_hold_captions), _CAPTION_TYPES, "bad_annotation"
+)
+_KEY = _Role("key", KEY_COLUMNS, (_holds_keys,), _KEY_TYPES, "bad_annotation")
+_METADATA = _Role("metadata", (), (), "any type", "bad_annotation")

@@ -111,6 +111,7 @@ class Unzstd:
 
 DECOMPRESSORS: dict[str, Callable[[], Decompressor]] = {
     "gzip": Inflate,
+    "zlib": lambda: Inflate(zlib.MAX_WBITS),
     "bzip2": bz2.BZ2Decompressor,
     "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY_BYTES),
     "zstd": Unzstd,
@@ -123,3 +124,8 @@ def compression_of(magic: bytes) -> str | None:
     if magic.startswith(b"BZh") and magic[4:10] in _BZIP2_BLOCKS:
         return "bzip2"
     return next((kind for begins, kind in _MAGIC.items() if magic.startswith(begins)), None)
+
+
+def is_zlib(magic: bytes) -> bool:
+    """Tells whether a file may begin with the header of zlib (RFC 1950): its method, and a checksum of five bits."""
+    return len(magic) >= 2 and magic[0] & 0x8F == 0x08 and int.from_bytes(magic[:2], "big") % 31 == 0

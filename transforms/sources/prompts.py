@@ -13,15 +13,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from transforms import storage
 from transforms.errors import InputError, OptionError
 from transforms.sources import encoding
 from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
 from transforms.sources.columns import CAPTION_COLUMNS
 from transforms.sources.parquet import ParquetShard
+from transforms.sources.parquet_file import open_parquet
 from transforms.sources.shardfile import (
     ShardDamage,
     encodable,
@@ -232,7 +229,9 @@ class PromptsShard(Shard):
 
     def _parquet(self, skip: int) -> Iterator[Record]:
         fields = self.name, self.size_bytes, self.num_rows, self.url, self.source, self.metadata_columns
-        shard = ParquetShard(*fields, None, self.prompt_column, self.key_column, with_images=False)
+        shard = ParquetShard(
+            *fields, None, self.prompt_column, self.key_column, with_images=False, joins_captions=False
+        )
         for record in shard.records(skip):
             if isinstance(record, Row) and len(record.captions) != 1:
                 what = f"{len(record.captions)} texts" if record.captions else "a blank one"
@@ -273,18 +272,15 @@ def _pick(fields: dict[str, Any], names: dict[str, str], asked: str | None, usua
 
 def _find_parquet_column(url: str) -> str | None:
     """Returns the column of prompts, or None of a damaged file: its reader will say so."""
-    fs, path = storage.locate(url)
-    with storage.input_errors(url), fs.open(path, "rb") as file:
-        try:
-            schema = pq.read_schema(file)
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            return None
+    try:
+        with open_parquet(url) as file:
+            schema, num_rows = file.schema_arrow, file.metadata.num_rows
+    except ShardDamage:
+        return None
     names = {name.lower(): name for name in reversed(schema.names)}
     found = next((names[name] for name in PROMPT_COLUMNS if name in names), None)
     found = found or next((name for name in CAPTION_COLUMNS if name in schema.names), None)
-    if found is None:
+    if found is None and num_rows:
         there = ", ".join(schema.names)
         raise OptionError(
             f"{url} has no column of prompts ({', '.join(PROMPT_COLUMNS)}); its columns are: {there}. Name one with "

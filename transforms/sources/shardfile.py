@@ -23,6 +23,7 @@ from transforms.sources.compression import (
     DECOMPRESSORS,
     MAGIC_BYTES,
     compression_of,
+    is_zlib,
 )
 
 # The longest record or member that is read as one; Beam and Arrow stop at 2 GiB a buffer.
@@ -99,9 +100,15 @@ def open_shard(url: str) -> Iterator[io.BufferedReader]:
             yield file
 
 
-def unpacked(file: io.BufferedReader) -> io.BufferedReader:
-    """Returns the content of a gzip, bzip2, xz, zstd or lz4 file, told by its first bytes; any other as it is."""
-    kind = compression_of(file.peek(MAGIC_BYTES))
+def unpacked(file: io.BufferedReader, with_zlib: bool = False) -> io.BufferedReader:
+    """Returns the content of a compressed file, told by its first bytes; any other as it is.
+
+    Args:
+        file: Its content may be of gzip, bzip2, xz, zstd or lz4.
+        with_zlib: Whether it may be of zlib too, whose two bytes other files may begin with.
+    """
+    magic = file.peek(MAGIC_BYTES)
+    kind = compression_of(magic) or ("zlib" if with_zlib and is_zlib(magic) else None)
     if kind is None:
         return file
     raw = _UnpackLz4(file) if kind == "lz4" else _Unpack(file, kind)
@@ -130,6 +137,10 @@ def pass_over(file: io.BufferedReader, size: int) -> bool:
     while size > 0 and (piece := file.read(min(size, _BUFFER_BYTES))):
         size -= len(piece)
     return size == 0
+
+
+IMAGE_MAGIC = (*_IMAGE_MAGIC, b"RIFF")
+"""What images begin with."""
 
 
 def image_name(key: str, image: bytes) -> str:

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from transforms.schemas import RAW_TEXT
 from transforms.sources.base import InputFile, Record, Row, Shard, Source, shard_names
-from transforms.sources.parquet import damaged_output, open_parquet
+from transforms.sources.parquet_file import damaged_output, open_parquet
 from transforms.sources.shardfile import ShardDamage, input_files
 
 _BATCH_ROWS = 1024

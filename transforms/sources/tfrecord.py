@@ -1,47 +1,54 @@
-"""TFRecord shards of `tf.train.Example`, without TensorFlow.
+"""TFRecord shards of `tf.train.Example` or `tf.train.SequenceExample`, without TensorFlow.
 
 A record is its length, a CRC of the length, the data, and a CRC of the data
 (https://www.tensorflow.org/tutorials/load_data/tfrecord); the data is a protocol buffer of features by name.
 """
 
 import dataclasses
-import functools
-import posixpath
+import io
+import itertools
 import struct
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO, ClassVar
+from collections.abc import Iterator
+from typing import BinaryIO, ClassVar, NamedTuple
 
 import google_crc32c
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import DecodeError
 
-from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
+from transforms.errors import OptionError
+from transforms.sources.base import (
+    MAX_IMAGE_BYTES,
+    ColumnNames,
+    InputFile,
+    Lost,
+    Record,
+    Row,
+    Shard,
+    Source,
+    shard_names,
+)
+from transforms.sources.example_features import captions_of, feature_text, image_of, key_of, missing_features
+from transforms.sources.joined import DUPLICATE_HINT, join_captions, numbered_key
 from transforms.sources.shardfile import (
-    MAX_RECORD_BYTES,
     ShardDamage,
     image_name,
     input_files,
-    metadata_text,
     open_shard,
     pass_over,
     read_up_to,
-    to_text,
     unpacked,
 )
+from transforms.sources.tf_example import DecodeError, Example, parse_example
 
-# Feature names in use, the first present wins: img2dataset's, TensorFlow's own data sets', and plain words.
-IMAGE_FEATURES = ("jpg", "image/encoded", "image", "png", "image_raw", "jpeg", "webp")
-CAPTION_FEATURES = ("caption", "captions", "txt", "text", "image/caption")
-KEY_FEATURES = ("key", "__key__", "image_id", "image/filename")
-_FILE_NAME_FEATURES = frozenset({"image/filename"})
-
+# The largest record that is read: an image, and what goes with it
+_MAX_RECORD_BYTES = MAX_IMAGE_BYTES
+# Records of the first file in which the chosen features are looked for before the job begins
+_NUM_CHECKED = 100
 _LENGTH = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
 
 
 @dataclasses.dataclass(frozen=True)
 class TfrecordSource(Source):
-    """TFRecord shards, plain or gzipped.
+    """TFRecord shards, plain or compressed.
 
     Attributes:
         urls: The shard files, sorted.
@@ -53,20 +60,29 @@ class TfrecordSource(Source):
     root: str
     metadata_columns: tuple[str, ...] = ()
 
-    column_flags: ClassVar[frozenset[str]] = frozenset({"metadata_columns"})
+    column_flags: ClassVar[frozenset[str]] = frozenset(
+        {"image_column", "caption_column", "key_column", "metadata_columns"}
+    )
 
     def inputs(self) -> list[InputFile]:
         """Returns the shard files with their sizes."""
         return input_files(self.urls, self.root)
 
     def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
-        """Returns a shard for each file."""
+        """Returns a shard for each file.
+
+        Raises:
+            OptionError: None of the first records has a feature that is named as a column.
+        """
         files = self.inputs()
         names = shard_names(file.name for file in files)
-        return [
-            TfrecordShard(name, file.size_bytes, None, url, file.name, self.metadata_columns)
+        shards = [
+            TfrecordShard(name, file.size_bytes, None, url, file.name, self.metadata_columns, self.columns)
             for name, file, url in zip(names, files, self.urls, strict=True)
         ]
+        if shards and (self.metadata_columns or self.columns != ColumnNames()):
+            shards[0].check_columns()
+        return list(shards)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,65 +93,115 @@ class TfrecordShard(Shard):
         url: Where it is.
         source: Its path below the input root.
         metadata_columns: Features to keep as metadata.
+        columns: The features of images, captions and keys; None takes one with a usual name
+            (`transforms.sources.example_features`).
     """
 
     url: str
     source: str
     metadata_columns: tuple[str, ...] = ()
+    columns: ColumnNames = ColumnNames()
+
+    duplicate_hint: ClassVar[str] = DUPLICATE_HINT
 
     @property
     def input(self) -> str:
         """The file's path below the input root."""
         return self.source
 
-    def records(self, skip: int) -> Iterator[Record]:
-        """Yields the records in order.
+    def check_columns(self) -> None:
+        """Looks for the chosen features in the first records.
 
-        One whose CRC or encoding is wrong is lost as `record_corrupt`, one without an image as
-        `missing_image`.
+        Raises:
+            OptionError: None of the records has one.
+            InputError: The shard is gone, or may not be read.
         """
+        read = (content for content in self._contents() if isinstance(content, _Content))
+        examples = [content.example for content in itertools.islice(read, _NUM_CHECKED)]
+        there = ", ".join(
+            sorted({name for example in examples for name in (*example.features, *example.feature_lists)})
+        )
+        for flag, name in missing_features(examples, self.columns, self.metadata_columns) if examples else ():
+            raise OptionError(
+                f"{flag} {name}: the first {len(examples)} records of {self.url} have no such feature. Expected one of "
+                f"theirs: {there or 'none'}."
+            )
+
+    def records(self, skip: int) -> Iterator[Record]:
+        """Yields the records in order, those of one image that follow each other as one.
+
+        One whose CRC or encoding is wrong is lost as `record_corrupt`, one without an image as `missing_image`. The
+        images of skipped records are there too: by them it shows which records are one.
+        """
+        records = (
+            content if isinstance(content, Lost) else self._record(content) for content in self._contents()
+        )
+        return join_captions(records, self.name)
+
+    def _contents(self) -> Iterator["_Content | Lost"]:
         with open_shard(self.url) as file:
             # A record's length may look like gzip's magic, but then its CRC is right.
-            stream = file if _is_length(file.peek(_LENGTH.size)[: _LENGTH.size]) else unpacked(file)
+            head = file.peek(_LENGTH.size)[: _LENGTH.size]
+            stream = file if _is_length(head) else unpacked(file, with_zlib=True)
             unit = "" if stream is file else " of the unpacked file"
             row = offset = 0
             try:
                 while (size := _read_length(stream, offset)) is not None:
-                    place = f"{self.source}, byte {offset}{unit}"
-                    if size > MAX_RECORD_BYTES:
-                        if not pass_over(stream, size + _CRC.size):
-                            raise _cut(size)
-                        message = f"{place}: the record has {size} bytes; at most {MAX_RECORD_BYTES} are read"
-                        yield Lost("", row, "record_corrupt", message)
-                    elif (data := _read_data(stream, size)) is None:
-                        yield Lost("", row, "record_corrupt", f"{place}: the record's CRC is wrong")
-                    else:
-                        yield self._record(data, row, place, needed=row >= skip)
+                    yield self._content(stream, size, row, f"{self.source}, byte {offset}{unit}")
                     row += 1
                     offset += _LENGTH.size + size + _CRC.size
             except ShardDamage as damage:
                 yield Lost("", row, damage.reason, f"{self.source}, byte {offset}{unit}: {damage}")
 
-    def _record(self, data: bytes, row: int, place: str, needed: bool) -> Record:
+    def _content(self, stream: io.BufferedReader, size: int, row: int, place: str) -> "_Content | Lost":
+        if size > _MAX_RECORD_BYTES:
+            if not pass_over(stream, size + _CRC.size):
+                raise _cut(size)
+            message = f"{place}: the record has {size} bytes; at most {_MAX_RECORD_BYTES} are read"
+            return Lost("", row, "record_corrupt", message)
+        data = _read_data(stream, size)
+        if data is None:
+            return Lost("", row, "record_corrupt", f"{place}: the record's CRC is wrong")
         try:
-            features = _example_class().FromString(data).features.feature
+            return _Content(parse_example(data), row, place)
         except DecodeError:
-            return Lost("", row, "record_corrupt", f"{place}: the record is no tf.train.Example")
-        key = _key(features) or f"{self.name}-{row:08d}"
-        name = next((name for name in IMAGE_FEATURES if name in features), None)
-        images = features[name].bytes_list.value if name else ()
-        if not images:
-            there = ", ".join(sorted(features))
-            message = f"{place}: no image feature ({', '.join(IMAGE_FEATURES)}) among {there}"
-            if "error_message" in features:
-                message += f"; its error_message: {_metadata(features['error_message'])}"
-            return Lost(key, row, "missing_image", message)
-        image = images[0] if needed else b""
+            message = f"{place}: the record is no tf.train.Example or tf.train.SequenceExample"
+            return Lost("", row, "record_corrupt", message)
+
+    def _record(self, content: "_Content") -> Record:
+        example, row, place = content
+        key = key_of(example, self.columns.key)
+        if not key and self.columns.key:
+            message = f"{place}: the record has no feature {self.columns.key!r} that can be a key"
+            return Lost(numbered_key(self.name, row), row, "bad_annotation", message)
+        key = key or numbered_key(self.name, row)
+        image = image_of(example, self.columns.image)
+        if image.data is None:
+            return Lost(key, row, "missing_image", f"{place}: {image.problem}")
+        captions, counters = captions_of(example, self.columns.caption)
+        if image.num_others:
+            counters = {**counters, "images_passed_over": image.num_others}
         # Looking up a feature that is not there would make one.
         metadata = {
-            name: _metadata(features[name]) if name in features else None for name in self.metadata_columns
+            name: feature_text(example.features[name]) if name in example.features else None
+            for name in self.metadata_columns
         }
-        return Row(key, image, image_name(key, image), _captions(features), self.source, row, metadata)
+        path = image_name(key, image.data)
+        return Row(key, image.data, path, captions, self.source, row, metadata, counters)
+
+
+class _Content(NamedTuple):
+    """A record that is whole.
+
+    Attributes:
+        example: Its features.
+        row: Its ordinal.
+        place: Where it is, for messages.
+    """
+
+    example: Example
+    row: int
+    place: str
 
 
 def _is_length(head: bytes) -> bool:
@@ -171,57 +237,3 @@ def _read_data(file: BinaryIO, size: int) -> bytes | None:
 
 def _cut(size: int) -> ShardDamage:
     return ShardDamage("shard_truncated", f"the file ends in a record of {size} bytes")
-
-
-def _key(features: Mapping[str, Any]) -> str:
-    for name in KEY_FEATURES:
-        if name in features and (text := _metadata(features[name])):
-            return posixpath.splitext(text)[0] if name in _FILE_NAME_FEATURES else text
-    return ""
-
-
-def _captions(features: Mapping[str, Any]) -> list[str]:
-    name = next((name for name in CAPTION_FEATURES if name in features), None)
-    texts = [to_text(value) for value in features[name].bytes_list.value] if name else []
-    return [text for text in texts if text.strip()]
-
-
-def _metadata(feature: Any) -> str | None:
-    kind = feature.WhichOneof("kind")
-    values = list(getattr(feature, kind).value) if kind else []
-    if kind == "bytes_list":
-        values = [to_text(value) for value in values]
-    return metadata_text(values[0] if len(values) == 1 else values or None)
-
-
-@functools.cache
-def _example_class() -> Any:
-    """Returns the message class of `tf.train.Example`, with the numbers of TensorFlow's `example.proto`.
-
-    It is built in a pool of its own, so that TensorFlow in the same process does not meet it.
-    """
-    file = descriptor_pb2.FileDescriptorProto(name="diptych/example.proto", package="diptych")
-    file.syntax = "proto3"
-    field = descriptor_pb2.FieldDescriptorProto
-    types = {"BytesList": field.TYPE_BYTES, "FloatList": field.TYPE_FLOAT, "Int64List": field.TYPE_INT64}
-    for name, type in types.items():
-        values = file.message_type.add(name=name).field
-        values.add(name="value", number=1, type=type, label=field.LABEL_REPEATED)
-    feature = file.message_type.add(name="Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, name in enumerate(("bytes_list", "float_list", "int64_list"), 1):
-        one = feature.field.add(name=name, number=number, type=field.TYPE_MESSAGE, oneof_index=0)
-        one.type_name = ".diptych." + name.title().replace("_", "")
-    features = file.message_type.add(name="Features")
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, type=field.TYPE_STRING)
-    entry.field.add(name="value", number=2, type=field.TYPE_MESSAGE, type_name=".diptych.Feature")
-    by_name = features.field.add(name="feature", number=1, type=field.TYPE_MESSAGE)
-    by_name.label = field.LABEL_REPEATED
-    by_name.type_name = ".diptych.Features.FeatureEntry"
-    example = file.message_type.add(name="Example")
-    example.field.add(name="features", number=1, type=field.TYPE_MESSAGE, type_name=".diptych.Features")
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("diptych.Example"))

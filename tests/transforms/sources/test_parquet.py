@@ -83,6 +83,27 @@ def test_hugging_face_images(path):
     assert rows[0].path == "0.png"
 
 
+@pytest.mark.parametrize(
+    ("feature", "value"),
+    [
+        (datasets.Sequence({"raw": datasets.Value("string")}), {"raw": ["a", "b"]}),
+        (
+            [{"raw": datasets.Value("string"), "sentid": datasets.Value("int64")}],
+            [{"raw": t, "sentid": 1} for t in "ab"],
+        ),
+        (datasets.LargeList(datasets.Value("large_string")), ["a", "b"]),
+        ({"raw": [datasets.Value("string")]}, {"raw": ["a", "b"]}),
+    ],
+    ids=["sequence", "list", "large", "struct"],
+)
+def test_hugging_face_sentences(path, feature, value):
+    features = datasets.Features({"image": datasets.Image(), "sentences": feature})
+    data = {"image": [{"bytes": JPEG, "path": "a.jpg"}], "sentences": [value]}
+    datasets.Dataset.from_dict(data, features=features).to_parquet(path)
+    (row,) = shard_of(path).rows()
+    assert row.captions == ["a", "b"]
+
+
 def test_hugging_face_images_that_are_only_a_path(path):
     image = [{"bytes": None, "path": "/x/a.jpg"}, {"bytes": JPEG, "path": "/x/b.jpg"}, None]
     write(path, {"image": pa.array(image, IMAGE), "id": [1, 2, 3]})
@@ -129,14 +150,39 @@ def test_a_missing_column_is_told_at_planning(path):
         source_of(path).shards("", 0)
 
 
-def test_a_missing_column_of_a_later_file_is_told_by_its_reader(tmp_path):
-    pq.write_table(pa.table({"image": [JPEG]}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"other": [JPEG]}), tmp_path / "b.parquet")
-    source = ParquetSource((f"{tmp_path}/a.parquet", f"{tmp_path}/b.parquet"), str(tmp_path))
-    first, second = source.shards("", 0)
-    assert len(list(first.rows())) == 1
-    with pytest.raises(OptionError, match=r"b\.parquet has no column"):
-        list(second.rows())
+@pytest.mark.parametrize(
+    ("table", "named", "reason"),
+    [
+        ({"other": [1, 2]}, {}, "missing_image"),
+        ({"image": [JPEG, JPEG]}, {"caption": "alt"}, "bad_annotation"),
+        ({"image": [JPEG, JPEG], "alt": [1, 2]}, {"caption": "alt"}, "bad_annotation"),
+        ({"image": [JPEG, JPEG]}, {"key": "alt"}, "bad_annotation"),
+        ({"image": [1, 2]}, {"image": "image"}, "missing_image"),
+    ],
+)
+def test_a_column_that_a_later_file_lacks_costs_its_rows(tmp_path, table, named, reason):
+    pq.write_table(pa.table({"image": [JPEG], "alt": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table(table), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"alt": ["c"], "image": [JPEG]}), tmp_path / "c.parquet")
+    urls = tuple(f"{tmp_path}/{name}.parquet" for name in "abc")
+    first, second, third = ParquetSource(urls, str(tmp_path), columns=ColumnNames(**named)).shards("", 0)
+    assert [record.image for record in (*first.rows(), *third.rows())] == [JPEG, JPEG]
+    records = list(second.rows())
+    assert [(record.row, record.reason) for record in records] == [(0, reason), (1, reason)]
+    assert records[1].message.startswith("b.parquet, row 1: b.parquet has ")
+    assert list(second.rows(skip=1)) == records[1:]
+
+
+def test_files_without_rows_need_no_columns(tmp_path):
+    pq.write_table(pa.table({"image": pa.nulls(0)}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"")
+    pq.write_table(pa.table({}), tmp_path / "c.parquet")
+    pq.write_table(pa.table({"n": [1]}), tmp_path / "d.parquet")
+    urls = [f"{tmp_path}/{name}.parquet" for name in "abcd"]
+    shards = ParquetSource(tuple(urls[:3]), str(tmp_path)).shards("", 0)
+    assert [[record.reason for record in shard.rows()] for shard in shards] == [[], ["shard_truncated"], []]
+    with pytest.raises(OptionError, match=r"d\.parquet has no column"):
+        ParquetSource(tuple(urls), str(tmp_path)).shards("", 0)
 
 
 def test_metadata_that_a_file_lacks_is_null(tmp_path):
@@ -306,6 +352,41 @@ class TestWithoutImages:
         assert (row.key, row.captions, row.metadata) == ("7", ["a"], {"note": "b"})
         with pytest.raises(OptionError, match="has no column image"):
             shard_of(path)
+
+    def test_rows_of_a_key_are_one(self, path):
+        write(path, {"id": [1, 1, 2], "text": list("abc"), "image": [JPEG, JPEG, JPEG]}, check=False)
+        rows = list(shard_of(path, with_images=False).rows())
+        assert [(row.key, row.captions) for row in rows] == [("1", ["a", "b"]), ("2", ["c"])]
+
+    def test_rows_without_keys_are_rows_of_their_own(self, path):
+        write(path, {"text": list("aab"), "image": [JPEG, JPEG, JPEG]}, check=False)
+        assert [row.captions for row in shard_of(path, with_images=False).rows()] == [["a"], ["a"], ["b"]]
+
+
+def test_notes_are_those_of_the_first_file(path):
+    write(path, {"image": [JPEG], "text": [1]})
+    assert source_of(path).column_notes() == (
+        f"{path}: column 'text' is of type int64, which holds no captions, so the rows have no captions. "
+        "--caption_column names another.",
+    )
+    path.write_bytes(b"")
+    assert source_of(path).column_notes() == ()
+    assert ParquetSource((), str(path)).column_notes() == ()
+
+
+def test_several_images_and_captions_that_are_not_utf8_are_counted(path):
+    image = pa.array([[{"bytes": JPEG, "path": None}] * 3], pa.list_(IMAGE))
+    text = pa.Array.from_buffers(pa.string(), 1, pa.array([b"caf\xe9"]).buffers())
+    (row,) = write(path, {"images": image, "text": text}).rows()
+    assert (row.captions, row.counters) == (["caf\ufffd"], {"images_passed_over": 2, "captions_not_utf8": 1})
+
+
+def test_names_with_dots_and_twice(path):
+    names = ["image", "image.caption", "text", "text"]
+    arrays = [pa.array([JPEG]), pa.array([5]), pa.array(["first"]), pa.array(["second"])]
+    pq.write_table(pa.Table.from_arrays(arrays, names=names), path)
+    (row,) = shard_of(path, key_column="image.caption").rows()
+    assert (row.key, row.image, row.captions) == ("5", JPEG, ["first"])
 
 
 class TestStrict:

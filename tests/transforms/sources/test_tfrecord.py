@@ -2,6 +2,7 @@ import gzip
 import os
 import pickle
 import struct
+import zlib
 
 import fsspec
 import google_crc32c
@@ -10,15 +11,19 @@ import tfrecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.errors import InputError
-from transforms.sources.base import InputFile, Row
-from transforms.sources.tfrecord import IMAGE_FEATURES, TfrecordSource
+from transforms.errors import InputError, OptionError
+from transforms.sources.base import ColumnNames, InputFile, Row
+from transforms.sources.example_features import IMAGE_FEATURES
+from transforms.sources.tfrecord import TfrecordSource
 
 JPEG = b"\xff\xd8\xff\xe0 not really a picture \xff\xd9"
 
 
-def shard_of(path, metadata_columns=()):
-    (shard,) = TfrecordSource((str(path),), os.path.dirname(path), metadata_columns).shards("", 0)
+def shard_of(path, metadata_columns=(), **columns):
+    columns = ColumnNames(**columns)
+    (shard,) = TfrecordSource((str(path),), os.path.dirname(path), metadata_columns, columns=columns).shards(
+        "", 0
+    )
     return shard
 
 
@@ -132,7 +137,7 @@ def test_metadata(path):
         "tags": ([b"a", b"b"], "byte"),
     }
     columns = ("url", "width", "score", "tags", "absent")
-    (row,) = write(path, [example], columns).rows()
+    row, _ = write(path, [example, {"absent": (b"a", "byte")}], columns).rows()
     assert row.metadata == {"url": "é", "width": "3", "score": "0.5", "tags": '["a", "b"]', "absent": None}
 
 
@@ -222,7 +227,7 @@ def test_a_length_beyond_the_end_costs_no_memory(path, length, packed):
 
 
 def test_an_oversize_record_costs_one_row(path, monkeypatch):
-    monkeypatch.setattr("transforms.sources.tfrecord.MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr("transforms.sources.tfrecord._MAX_RECORD_BYTES", 1000)
     big = {"key": (b"big", "byte"), "jpg": (bytes(1000), "byte")}
     first, second, third = write(path, [examples(1)[0], big, examples(2)[1]]).rows()
     assert (first.key, third.key) == ("0000", "0001")
@@ -270,3 +275,156 @@ def test_skipping_rows_changes_nothing_else(tmp_path_factory, data):
     records = list(shard.rows())
     for skip in range(len(records) + 2):
         assert list(shard.rows(skip=skip)) == records[skip:]
+
+
+def text(*values):
+    return [value.encode() for value in values], "byte"
+
+
+@pytest.mark.parametrize(
+    ("features", "captions"),
+    [
+        ({"captions/text": text("a", "b"), "captions/id": ([1, 2], "int")}, ["a", "b"]),
+        ({"image/captions": text("a")}, ["a"]),
+        (
+            {"caption/0": text("a"), "caption/1": text("b"), "caption/10": text("c"), "caption/2": text("d")},
+            list("abdc"),
+        ),
+        ({"caption_1": text("b"), "caption_0": text("a")}, ["a", "b"]),
+        ({"image/caption0": text("a")}, ["a"]),
+        ({"caption": text("a"), "caption_0": text("b")}, ["a"]),
+        ({"caption": ([1], "int"), "text": text("a")}, ["a"]),
+        ({"image/class/text": text("dog"), "image/object/class/text": text("cat")}, []),
+        ({"image/caption_ids": ([1, 2], "int")}, []),
+    ],
+    ids=str,
+)
+def test_captions_of_other_writers(path, features, captions):
+    (row,) = write(path, [{"image": (JPEG, "byte"), **features}]).rows()
+    assert row.captions == captions
+
+
+def test_captions_that_are_not_utf8_are_counted(path):
+    captions = (["\ufffd".encode(), b"caf\xe9", b"ok"], "byte")
+    (row,) = write(path, [{"jpg": (JPEG, "byte"), "caption": captions}]).rows()
+    assert (row.captions, row.counters) == (["\ufffd", "caf\ufffd", "ok"], {"captions_not_utf8": 1})
+
+
+@pytest.mark.parametrize("key", ["image/id", "image/source_id", "image/image_id", "id"])
+def test_other_keys(path, key):
+    (row,) = write(path, [{"image/encoded": (JPEG, "byte"), key: (7, "int")}]).rows()
+    assert row.key == "7"
+
+
+@pytest.mark.parametrize(
+    ("words", "caption"),
+    [
+        (["<S>", "A", "man", ".", "</S>"], ["A man ."]),
+        (["a", "man", "runs"], ["a man runs"]),
+        (["a man", "a dog runs"], ["a man", "a dog runs"]),
+        (["man"], ["man"]),
+        ([], []),
+    ],
+)
+def test_sequence_examples(path, words, caption):
+    context = {"image/image_id": (9, "int"), "image/data": (JPEG, "byte")}
+    lists = {"image/caption": ([word.encode() for word in words], "byte")} if words else {}
+    lists["image/caption_ids"] = ([1, 2], "int")
+    writer = tfrecord.TFRecordWriter(str(path))
+    writer.write(
+        context, {name: ([[value] for value in values], kind) for name, (values, kind) in lists.items()}
+    )
+    writer.close()
+    (row,) = shard_of(path).rows()
+    assert (row.key, row.image, row.captions) == ("9", JPEG, caption)
+
+
+def test_an_image_that_is_raw_pixels_is_told(path):
+    sides = {"image/height": (4, "int"), "image/width": (5, "int")}
+    shard = write(path, [{"image/encoded": (bytes(60), "byte"), **sides}, {"image": (JPEG, "byte"), **sides}])
+    lost, row = shard.rows()
+    assert lost.reason == "missing_image"
+    assert "the image is 60 raw pixels (5 x 4); expected an encoded image" in lost.message
+    assert row.image == JPEG
+
+
+def test_an_image_of_numbers_is_told(path):
+    (lost,) = write(path, [{"image": ([0.5] * 12, "float")}]).rows()
+    assert "feature 'image' holds 12 numbers; expected the bytes of an image" in lost.message
+
+
+def test_of_several_images_the_others_are_counted(path):
+    (row,) = write(path, [{"image": ([JPEG, JPEG + b"2"], "byte"), "caption": text("a")}]).rows()
+    assert (row.image, row.counters) == (JPEG, {"images_passed_over": 1})
+
+
+def test_a_record_a_caption(path):
+    written = [{"image_id": (1, "int"), "jpg": (JPEG, "byte"), "caption": text(name)} for name in "abc"]
+    written.append({"image_id": (2, "int"), "jpg": (JPEG, "byte"), "caption": text("d")})
+    shard = write(path, [*written, written[0]])
+    first, second, lost = shard.rows()
+    assert (first.key, first.captions, first.counters) == ("1", ["a", "b", "c"], {"captions_joined": 2})
+    assert (second.key, second.row) == ("2", 3)
+    assert (lost.reason, lost.row) == ("duplicate_key", 4)
+    for skip in range(4):
+        assert list(shard.rows(skip=skip)) == [first, second, lost][skip:]
+
+
+class TestNamedColumns:
+    def test_they_are_read(self, path):
+        example = {
+            "jpg": (b"1", "byte"),
+            "photo": (JPEG, "byte"),
+            "caption": text("a"),
+            "alt": text("b"),
+            "nr": (5, "int"),
+        }
+        write(path, [example])
+        (row,) = shard_of(path, image="photo", caption="alt", key="nr").rows()
+        assert (row.image, row.captions, row.key) == (JPEG, ["b"], "5")
+
+    @pytest.mark.parametrize("role", ["image", "caption", "key"])
+    def test_one_that_no_record_has_is_refused(self, path, role):
+        write(path, examples(3))
+        with pytest.raises(
+            OptionError,
+            match=rf"--{role}_column x: the first 3 records of .* Expected one of theirs: caption, jpg, key\.",
+        ):
+            shard_of(path, **{role: "x"})
+
+    def test_metadata_that_no_record_has_are_refused(self, path):
+        with pytest.raises(OptionError, match="--metadata_columns x: the first 3 records of "):
+            write(path, examples(3), ("caption", "x"))
+
+    def test_records_that_lack_one(self, path):
+        whole = {"photo": (JPEG, "byte"), "alt": text("b"), "nr": (5, "int")}
+        write(
+            path,
+            [whole, *({k: v for k, v in whole.items() if k != name} | {"n": (1, "int")} for name in whole)],
+        )
+        first, no_image, no_caption, no_key = shard_of(path, image="photo", caption="alt", key="nr").records(
+            0
+        )
+        assert first.captions == ["b"]
+        assert no_image.reason == "missing_image"
+        assert (no_caption.captions, no_caption.counters) == ([], {"rows_without_caption_column": 1})
+        assert no_key.reason == "bad_annotation"
+        assert "no feature 'nr' that can be a key" in no_key.message
+
+    def test_a_file_without_records_refuses_nothing(self, path):
+        write(path, [])
+        assert list(shard_of(path, image="x").rows()) == []
+
+
+@pytest.mark.parametrize("level", [0, 1, 6, 9])
+@pytest.mark.parametrize("wbits", [15, 31, 9])
+def test_compression_of_every_kind(path, level, wbits):
+    rows = list(write(path, examples(20)).rows())
+    packer = zlib.compressobj(level, wbits=wbits)
+    packed = packer.compress(path.read_bytes()) + packer.flush()
+    path.write_bytes(packed)
+    assert list(shard_of(path).rows()) == rows
+    path.write_bytes(packed[:-30])
+    *before, lost = shard_of(path).rows()
+    assert before == rows[: len(before)]
+    assert lost.reason == "shard_truncated"

@@ -1,0 +1,105 @@
+"""A row a caption: records of one image that follow each other become one row with all their captions."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from transforms.sources.base import MAX_TEXT_BYTES, Lost, Record, Row
+from transforms.sources.shardfile import image_name
+
+DUPLICATE_HINT = (
+    "; captions of one image are joined where its rows follow each other with the same image: sort by key"
+)
+"""What a reject of a key that was there before says of how to mend it."""
+
+# Records that are lost between those of one image: behind more of them, the image counts as another
+_MAX_WAITING = 8
+
+
+def join_captions(records: Iterator[Record], shard: str) -> Iterator[Record]:
+    """Yields records, those of one image as one: the first, with the captions of all.
+
+    Two records that follow each other are of one image where their images are the same bytes and they have the same
+    key; where neither has a key but a number, where their file names are the same too, or not given. The second must
+    have a caption: else it is no caption of the first, but the row once more. `captions_joined` counts the captions
+    that came from others than the first, `metadata_passed_over` the records whose metadata differ from those of the
+    first.
+
+    Args:
+        records: The records of a shard, with their images.
+        shard: The shard's name, of which numbered keys are made.
+    """
+    row: Row | None = None
+    others = _Others()
+    waiting: list[Lost] = []
+    for record in records:
+        if row is not None:
+            if isinstance(record, Lost):
+                if len(waiting) < _MAX_WAITING:
+                    waiting.append(record)
+                    continue
+            elif _is_same_image(row, record, shard) and others.take(record, row):
+                continue
+            yield others.join(row) if others.captions else row
+            yield from waiting
+            if waiting or others.captions:
+                waiting, others = [], _Others()
+            row = None
+        if isinstance(record, Row):
+            row = record
+        else:
+            yield record
+    if row is not None:
+        yield others.join(row)
+    yield from waiting
+
+
+class _Others:
+    """What other rows bring to the first of an image.
+
+    Attributes:
+        captions: Their captions.
+    """
+
+    def __init__(self) -> None:
+        self.captions: list[str] = []
+        self._num_bytes = 0
+        self._counters = Counter[str]()
+
+    def take(self, row: Row, first: Row) -> bool:
+        """Takes the captions of a row; returns whether it has any, and there was room for them."""
+        if not row.captions or self._num_bytes > MAX_TEXT_BYTES:
+            return False
+        self.captions += row.captions
+        self._num_bytes += sum(map(len, row.captions))
+        self._counters.update(row.counters)
+        self._counters["captions_joined"] += len(row.captions)
+        if row.metadata != first.metadata:
+            self._counters["metadata_passed_over"] += 1
+        return True
+
+    def join(self, first: Row) -> Row:
+        """Returns the row with all captions."""
+        if not self.captions:
+            return first
+        counters = Counter(first.counters)
+        counters.update(self._counters)
+        return first._replace(captions=[*first.captions, *self.captions], counters=dict(counters))
+
+
+def _is_same_image(first: Row, second: Row, shard: str) -> bool:
+    if first.image != second.image:
+        return False
+    if first.key == second.key:
+        return True
+    are_numbered = all(row.key == numbered_key(shard, row.row) for row in (first, second))
+    return are_numbered and len(first.image) > 0 and _file_name(first) == _file_name(second)
+
+
+def _file_name(row: Row) -> str | None:
+    """Returns the image's file name, None where it was made of the key."""
+    return None if row.path == image_name(row.key, row.image) else row.path
+
+
+def numbered_key(shard: str, row: int) -> str:
+    """Returns the key of a row that has none."""
+    return f"{shard}-{row:08d}"
