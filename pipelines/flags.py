@@ -95,7 +95,7 @@ def _add_image_flags(image: argparse._ArgumentGroup) -> None:
         type=int,
         default=limits.max_image_bytes,
         metavar="N",
-        help="reject images of more encoded bytes (default 256 MiB)",
+        help="reject images of more encoded bytes (default and most: 64 MiB)",
     )
     image.add_argument(
         "--keep_rejected_bytes", action="store_true", help="keep the original bytes of rejects"

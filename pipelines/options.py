@@ -11,6 +11,7 @@ from transforms.errors import OptionError
 from transforms.resize import ResizeOptions
 from transforms.schemas import RAW_COLUMNS, REASONS, images_schema
 from transforms.sources import SourceOptions
+from transforms.sources.base import MAX_IMAGE_BYTES
 
 # Samples of pictures and tensors that a chunk may hold; writing a tensor takes some ten times its memory
 _IMAGE_SAMPLES, _TENSOR_SAMPLES = 400_000_000, 40_000_000
@@ -104,12 +105,9 @@ class PrepareOptions(JobOptions):
         check(1 <= resize.quality <= 100, "--quality", resize.quality, "between 1 and 100")
         check(resize.limits.max_pixels >= 1, "--max_pixels", resize.limits.max_pixels, "at least 1")
         check(resize.limits.min_side_px >= 1, "--min_side_px", resize.limits.min_side_px, "at least 1")
-        check(
-            resize.limits.max_image_bytes >= 1,
-            "--max_image_bytes",
-            resize.limits.max_image_bytes,
-            "at least 1",
-        )
+        max_bytes = resize.limits.max_image_bytes
+        bound = f"between 1 and {MAX_IMAGE_BYTES}, the most that is read of an image"
+        check(1 <= max_bytes <= MAX_IMAGE_BYTES, "--max_image_bytes", max_bytes, bound)
         ratio = resize.limits.max_aspect_ratio
         check(ratio >= 1, "--max_aspect_ratio", ratio, "at least 1")
         check(all(map(math.isfinite, resize.mean)), "--pixel_mean", resize.mean, "finite")
