@@ -1,6 +1,10 @@
 """What a kill costs `diptych prepare`: SIGKILL at many shares of a run, and the same command again.
 
     python benchmarks/faults.py
+    python benchmarks/faults.py --twins
+
+With `--twins` two runs of the same command are at work in one output at a time, and one or both are killed at a random
+moment; the other, or the command once more, must leave an undisturbed run's bytes.
 
 Each killed run is finished by the next, whose output is compared with an undisturbed run's, file by file and byte by
 byte. The bound on the time of that next run is (1 - f) of the undisturbed one's, for the share f of the rows that was
@@ -13,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import statistics
@@ -69,20 +74,22 @@ class Bench:
             num_files: How many data files to wait for.
             in_write: Then wait until something of the next is written.
         """
-        images, temporary = out / "images", out / "_tmp"
+        images, scratch = out / "images", out / "_tmp"
         # In a session of its own, so that what it started is killed with it
         with subprocess.Popen([*self.command, f"--output={out}"], start_new_session=True) as process:
             while process.poll() is None and count(images) < num_files:
                 time.sleep(0.001)
             while (
-                in_write and process.poll() is None and not any(has_bytes(path) for path in listed(temporary))
+                in_write
+                and process.poll() is None
+                and not any(has_bytes(path) for path in scratch.glob("*/*"))
             ):
                 pass
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         if process.returncode not in (0, -signal.SIGKILL):
             raise SystemExit(f"a run ended with {process.returncode} before it was killed")
-        return any(has_bytes(path) for path in listed(temporary))
+        return any(has_bytes(path) for path in scratch.glob("*/*"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +182,42 @@ def kill_until_done(bench: Bench) -> tuple[int, bool]:
     return kills, digests(out) == bench.files
 
 
+def run_twins(bench: Bench, kills: int, seed: int) -> bool:
+    """Kills one or both of two runs in one output, again and again; returns whether all ended with the right bytes."""
+    draw = random.Random(seed)
+    undisturbed_s = bench.time_undisturbed()
+    print(f"{bench.num_rows} rows; undisturbed {undisturbed_s:.1f} s", flush=True)
+    passed = []
+    for number in range(kills):
+        out = bench.folder / "twins"
+        command = [*bench.command, f"--output={out}"]
+        processes = [
+            subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE) for _ in range(2)
+        ]
+        time.sleep(draw.uniform(0, 1.5 * undisturbed_s))
+        victims = draw.choice([processes[:1], processes[1:], processes])
+        for process in victims:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        outputs = [process.communicate(timeout=60 + 10 * undisturbed_s)[1] for process in processes]
+        codes = [process.returncode for process in processes]
+        is_finished = any(code == 0 for code in codes)
+        if not is_finished:
+            bench.time(out)
+        is_equal = digests(out) == bench.files
+        others = [code for process, code in zip(processes, codes, strict=True) if process not in victims]
+        passed.append(is_equal and not any(others))
+        share = f"{len(victims)} of 2 killed, codes {codes}"
+        print(
+            f"{number + 1:3}  {share}  bytes {'equal' if is_equal else 'DIFFER'}  {'PASS' if passed[-1] else 'FAIL'}"
+        )
+        if not passed[-1]:
+            print(b"\n".join(outputs).decode(errors="replace")[-2000:])
+        shutil.rmtree(out)
+    print(f"{sum(passed)} of {len(passed)} PASS", flush=True)
+    return all(passed)
+
+
 COMMAND = [sys.executable, "-m", "pipelines.cli", "prepare", "--quiet"]
 
 
@@ -213,6 +256,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--input", help="another input (default: drawn scenes, as WebDataset)")
     parser.add_argument("--chunk_rows", type=int, default=100, help="rows a file (default 100)")
     parser.add_argument("--repeats", type=int, default=3, help="runs whose median is taken (default 3)")
+    parser.add_argument(
+        "--twins", action="store_true", help="two runs of the command in one output at a time"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of --twins (default 0)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="diptych-faults-") as name:
         folder = Path(name)
@@ -220,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = args.input or write_data_set(str(folder / "data"), args.rows, seed=0).webdataset
         start_up = Bench([*COMMAND, f"--input={one}"], folder)
         bench = Bench([*COMMAND, f"--input={data}", f"--chunk_rows={args.chunk_rows}"], folder)
+        if args.twins:
+            return 0 if run_twins(bench, args.kills, args.seed) else 1
         return 0 if run(bench, start_up, args.kills, args.repeats) else 1
 
 

@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -40,10 +42,12 @@ class Findings:
     Attributes:
         problems: What is wrong, a line each.
         totals: What is there, by data set.
+        shared_keys: Keys that occur in several shards, by data set.
     """
 
     problems: list[str]
     totals: dict[str, Totals]
+    shared_keys: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
         """Yields what to print."""
@@ -53,6 +57,8 @@ class Findings:
                 f"{dataset}: {totals.shards} shards, {totals.files} files: {totals.read:,} rows read = "
                 f"{totals.written:,} written + {rejects:,} rejected"
             )
+            if shared := self.shared_keys.get(dataset):
+                yield f"{dataset}: {shared:,} keys occur in several shards"
         yield from (f"PROBLEM {problem}" for problem in self.problems)
         yield f"not complete: {len(self.problems)} problems" if self.problems else "complete and sound"
 
@@ -94,6 +100,15 @@ def verify(root: str) -> Findings:
 
 def _check_dataset(root: str, dataset: str, fingerprint: str, findings: Findings) -> dict[str, Commit]:
     """Reads every data file; returns the commits of the sound ones by file name."""
+    with _KeyCounter() as counter:
+        commits = _check_files(root, dataset, fingerprint, findings, counter)
+        findings.shared_keys[dataset] = counter.num_repeated()
+    return commits
+
+
+def _check_files(
+    root: str, dataset: str, fingerprint: str, findings: Findings, counter: "_KeyCounter"
+) -> dict[str, Commit]:
     commits: dict[str, Commit] = {}
     schema: pa.Schema | None = None
     for shard, names in itertools.groupby(data_files(root, dataset), shard_of):
@@ -113,10 +128,45 @@ def _check_dataset(root: str, dataset: str, fingerprint: str, findings: Findings
             else:
                 commits[name] = commit
                 keys.append(hashes)
-        repeated = sum(map(len, keys)) - len(np.unique(np.concatenate(keys)))
+        unique = np.unique(np.concatenate(keys))
+        counter.add(unique)
+        repeated = sum(map(len, keys)) - len(unique)
         if repeated:
             findings.problems.append(f"{dataset} of shard {shard} has {repeated} keys twice")
     return commits
+
+
+class _KeyCounter:
+    """Counts keys that several shards have, by files of 64-bit hashes on the local disk: memory stays bounded.
+
+    Two of a billion different keys share a hash with a chance of 3 percent.
+    """
+
+    def __enter__(self) -> "_KeyCounter":
+        self._folder = tempfile.TemporaryDirectory(prefix="diptych-verify-")
+        self._num_shards = 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def add(self, hashes: np.ndarray[Any, Any]) -> None:
+        """Takes the different hashes of a shard, sorted."""
+        self._num_shards += 1
+        first = (hashes >> np.uint64(56)).astype(np.int64)
+        for byte in np.unique(first):
+            with open(os.path.join(self._folder.name, f"{byte:02x}"), "ab") as file:
+                file.write(hashes[first == byte].tobytes())
+
+    def num_repeated(self) -> int:
+        """Returns how many hashes were in more than one shard."""
+        repeated = 0
+        for name in os.listdir(self._folder.name) if self._num_shards > 1 else ():
+            _, counts = np.unique(
+                np.fromfile(os.path.join(self._folder.name, name), np.uint64), return_counts=True
+            )
+            repeated += int((counts > 1).sum())
+        return repeated
 
 
 def _unreadable(url: str, error: Exception) -> str:

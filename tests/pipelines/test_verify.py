@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipelines import scene_folders
 from pipelines.options import PrepareOptions
@@ -78,6 +79,22 @@ class TestSound:
     def test_what_is_no_data_does_not_matter(self, out, name):
         (out / name).write_text("x")
         assert problems(out) == []
+
+
+def test_keys_of_several_shards_are_counted(tmp_path):
+    jpeg = io.BytesIO()
+    Image.new("RGB", (30, 30)).save(jpeg, "JPEG")
+    (tmp_path / "in").mkdir()
+    for shard in "abc":
+        with tarfile.open(tmp_path / "in" / f"{shard}.tar", "w") as tar:
+            for name in ("0.jpg", "1.jpg", f"{shard}.jpg"):
+                info = tarfile.TarInfo(name)
+                info.size = len(jpeg.getvalue())
+                tar.addfile(info, io.BytesIO(jpeg.getvalue()))
+    run(tmp_path / "in", tmp_path / "out", 2)
+    findings = verify(str(tmp_path / "out"))
+    assert "images: 2 keys occur in several shards" in list(findings.lines())
+    assert findings.problems == []
 
 
 Damage = Callable[[Path], object]
