@@ -138,49 +138,78 @@ def launch(
         DiptychError: The run failed; what was committed stays, and the same call goes on from there.
     """
     check_reach(job.options, pipeline)
-    options, claims = job.options, job.claims()
-    if not options.quiet:
+    if not job.options.quiet:
         for note in source.notes:
             print(f"diptych: {redacted(note)}", file=sys.stderr)
-    # what is deleted for the first is deleted for all
-    checked = list(claims.values())[:1] if options.overwrite else claims.values()
-    states = {check_output(options.output, claim) for claim in checked}
-    state = states.pop() if len(states) == 1 else State.RESUMED
+    state = _state(job)
     if state is State.DONE:
-        result = Result.of(options.output, state, job.datasets)
-        if not any(total.has_rejects(options.retry_rejects) for total in result.totals.values()):
-            clean_up(options.output, next(iter(claims.values())))
-            check_rejects(result.totals, options.output, options.max_reject_rate)
-            return result
-        state = State.RESUMED
+        return _done(job)
     # Before anything is touched: what cannot be planned must not cost the old output, nor claim a new one
     shards = source.shards(job.plan_folder, job.rows_per_chunk * _CHUNKS_A_SHARD)
-    try:
-        for claim in claims.values():
-            take_output(options.output, claim)
-    except OutputError:
-        with contextlib.suppress(OutputError):
-            delete(options.output, (job.plan_folder.removeprefix(f"{options.output.rstrip('/')}/"),))
-        raise
-    leftovers = {
-        dataset: start_writing(options.output, claim, (shard.name for shard in shards))
-        for dataset, claim in claims.items()
-    }
+    sinks = _claimed_sinks(job, shards)
     shards = select(shards)
-    sinks = {
-        dataset: dataclasses.replace(sink, **leftovers[dataset]._asdict())
-        for dataset, sink in job.sinks().items()
-    }
     graph(pipeline, shards, sinks)
     try:
-        run_pipeline(pipeline, len(shards), options.quiet)
+        run_pipeline(pipeline, len(shards), job.options.quiet)
     except DiptychError:
-        if {check_output(options.output, claim) for claim in claims.values()} != {State.DONE}:
+        if not _is_done_by_another(job):
             raise
-        # the same command ran twice at once, and the other one has come to its end
-        return Result.of(options.output, State.DONE, job.datasets)
+        return Result.of(job.options.output, State.DONE, job.datasets)
     is_dry = pipeline.options.view_as(TestOptions).dry_run
-    return Result.of(options.output, state, job.datasets, ran=not is_dry)
+    return Result.of(job.options.output, state, job.datasets, ran=not is_dry)
+
+
+def _state(job: Job) -> State:
+    """Returns what there is of all data sets of a job.
+
+    Raises:
+        OutputError: The folder belongs to another run, or holds files that no run wrote.
+    """
+    options, claims = job.options, list(job.claims().values())
+    # what is deleted for the first is deleted for all
+    states = {check_output(options.output, claim) for claim in (claims[:1] if options.overwrite else claims)}
+    if states == {State.DONE}:
+        totals = Result.of(options.output, State.DONE, job.datasets).totals.values()
+        has_work = any(total.has_rejects(options.retry_rejects) for total in totals)
+        return State.RESUMED if has_work else State.DONE
+    return states.pop() if len(states) == 1 else State.RESUMED
+
+
+def _done(job: Job) -> Result:
+    """Returns the result of a job that an earlier run has finished."""
+    result = Result.of(job.options.output, State.DONE, job.datasets)
+    clean_up(job.options.output, next(iter(job.claims().values())))
+    check_rejects(result.totals, job.options.output, job.options.max_reject_rate)
+    return result
+
+
+def _claimed_sinks(job: Job, shards: Sequence[Shard]) -> dict[str, Sink]:
+    """Makes the data sets of a job its own, and returns where each goes.
+
+    Raises:
+        OutputError: Another run was faster, or there are files of something else.
+    """
+    output, claims = job.options.output, job.claims()
+    try:
+        for claim in claims.values():
+            take_output(output, claim)
+    except OutputError:
+        with contextlib.suppress(OutputError):
+            delete(output, (job.plan_folder.removeprefix(f"{output.rstrip('/')}/"),))
+        raise
+    names = [shard.name for shard in shards]
+    return {
+        dataset: dataclasses.replace(sink, **start_writing(output, claims[dataset], names)._asdict())
+        for dataset, sink in job.sinks().items()
+    }
+
+
+def _is_done_by_another(job: Job) -> bool:
+    """Tells whether the same command, which ran at the same time, has come to its end."""
+    try:
+        return {check_output(job.options.output, claim) for claim in job.claims().values()} == {State.DONE}
+    except DiptychError:
+        return False
 
 
 def finish_job(
