@@ -110,7 +110,7 @@ class TestBounds:
             ("--quality", "0", "between 1 and 100"),
             ("--quality", "101", "between 1 and 100"),
             ("--max_pixels", "0", "at least 1"),
-            ("--max_image_bytes", "0", "at least 1"),
+            ("--max_image_bytes", "0", "between 1 and 67108864"),
             ("--min_side_px", "0", "at least 1"),
             ("--max_aspect_ratio", "0.9", "at least 1"),
             ("--max_aspect_ratio", "nan", "at least 1"),

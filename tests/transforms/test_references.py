@@ -79,14 +79,14 @@ def test_a_folder_and_a_glob(tmp_path):
     assert read_references(str(tmp_path / "annotations" / "captions_*.json")) == expected
 
 
-def test_of_two_images_with_one_key_the_first_counts(tmp_path):
+def test_two_images_of_one_name_have_keys_of_their_own(tmp_path):
     images = [
         {"filename": "a.jpg", "split": "val", "sentences": [{"raw": "not asked for"}]},
         {"filename": "a.jpg", "split": "test", "sentences": [{"raw": "first"}]},
         {"filename": "b/a.jpg", "split": "test", "sentences": [{"raw": "second"}]},
     ]
     (tmp_path / "dataset_x.json").write_text(json.dumps({"images": images}))
-    assert read_references(str(tmp_path), split="test").captions == {"a": ["first"]}
+    assert read_references(str(tmp_path), split="test").captions == {"a": ["first"], "b/a": ["second"]}
 
 
 def test_ids_of_another_type_and_entries_of_one_file(tmp_path):
