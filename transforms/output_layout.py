@@ -9,7 +9,7 @@ import enum
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from transforms.errors import InputError, OutputError
@@ -221,6 +221,18 @@ def shard_of(name: str) -> str:
 def _place(name: str) -> tuple[str, int, str]:
     match = _FILE_NAME.fullmatch(name)
     return (match[1], int(match[2]), name) if match else ("", 0, name)
+
+
+def is_of_output(path: str, outputs: Collection[str]) -> bool:
+    """Tells whether a file lies in an output of a job, or in what a job keeps there while it runs.
+
+    Args:
+        path: The file's path below some folder.
+        outputs: Paths of the outputs below it; empty for that folder itself.
+    """
+    if not {PLAN, RECORDS, SCRATCH}.isdisjoint(path.split("/")):
+        return True
+    return any(not output or path.startswith(f"{output}/") for output in outputs)
 
 
 def read_json(root: str, name: str) -> Any:

@@ -18,7 +18,7 @@ import fsspec
 from fsspec.core import has_magic
 
 from transforms.errors import InputError, OptionError
-from transforms.output_layout import JOB
+from transforms.output_layout import JOB, is_of_output
 from transforms.sources import folder
 from transforms.sources.encoding import find_encoding, lines
 from transforms.sources.flickr30k import is_of_images
@@ -253,11 +253,9 @@ def _walk(root: str) -> _Tree:
             others.append(member.path)
         else:
             by_kind[_kind_by_name(name)].append(member.path)
-    if outputs:  # a job's output may lie below its own input
-        inside = tuple(f"{output}/" if output else "" for output in outputs)
-        for names in by_kind.values():
-            others += [name for name in names if name.startswith(inside)]
-            names[:] = [name for name in names if not name.startswith(inside)]
+    # A job's output may lie below its own input; it is not counted, or the count would grow as the job runs
+    for names in (*by_kind.values(), others):
+        names[:] = [name for name in names if not is_of_output(name, outputs)]
     return _Tree(by_kind, num_images, others, sorted(images))
 
 

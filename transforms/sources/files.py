@@ -16,6 +16,7 @@ from fsspec.core import has_magic
 
 from transforms import storage
 from transforms.errors import InputError
+from transforms.output_layout import JOB, is_of_output
 from transforms.sources import folder
 from transforms.sources.base import InputFile, Shard, Source, shard_names
 from transforms.sources.draft import Draft, open_draft
@@ -125,15 +126,16 @@ class FilesSource(Source):
             return
         above = relative_name(url, self.root)
         num_looked_at = 0
+        passed_over: list[str] = []
         for member in folder.members(url, sizes=True):
             member = member._replace(path=f"{above}/{member.path}" if above else member.path)
             name = posixpath.basename(member.path)
             if is_leftover(member.path):
-                draft.counters["passed_over_files"] += 1
+                passed_over.append(member.path)
             elif is_image(name):
                 yield member
             elif name[0] in "._":
-                draft.counters["passed_over_files"] += 1
+                passed_over.append(member.path)
             elif IMAGE_METADATA.match(name):
                 metadata.append(member.path)
             elif name.lower().endswith(_TEXT_EXTENSIONS):
@@ -144,7 +146,10 @@ class FilesSource(Source):
                 if num_looked_at <= _most_looked_at(fs) and may_be_image(fs, place):
                     yield member
                 else:
-                    draft.counters["passed_over_files"] += 1
+                    passed_over.append(member.path)
+        # a job's output may lie below its own input; it is not counted, or the count would grow as the job runs
+        outputs = {posixpath.dirname(name) for name in passed_over if posixpath.basename(name) == JOB}
+        draft.counters["passed_over_files"] += sum(not is_of_output(name, outputs) for name in passed_over)
 
 
 _TEXT_EXTENSIONS = (".txt", ".caption", ".json")

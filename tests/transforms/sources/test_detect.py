@@ -137,6 +137,16 @@ class TestStrays:
             read(tmp_path / "in")
 
 
+@pytest.mark.parametrize("names", [["a.tar"], ["a.jpg"], ["data/a.parquet"]])
+def test_an_output_below_its_own_input_is_not_counted(tmp_path, names):
+    folder = write(tmp_path / "in", *names)
+    before = read(folder)
+    output = ("_job.json", "_records/source.job.json", "images/x-00000.parquet", "_plan/1/x.arrow")
+    write(folder, *(f"out/{name}" for name in output), "other/_plan/2/x.arrow")
+    after = read(folder, plans=f"{tmp_path}/plans")
+    assert (after[0], keys_of(after[1]), after[2]) == (before[0], keys_of(before[1]), before[2])
+
+
 class TestNames:
     def test_a_glob_reads_the_folders_that_it_matches(self, tmp_path):
         write(tmp_path / "in", "x/a.tar", "y/deep/b.tar")
