@@ -130,6 +130,8 @@ class FilesSource(Source):
         for member in folder.members(url, sizes=True):
             member = member._replace(path=f"{above}/{member.path}" if above else member.path)
             name = posixpath.basename(member.path)
+            if is_of_output(member.path, ()):
+                continue
             if is_leftover(member.path):
                 passed_over.append(member.path)
             elif is_image(name):
