@@ -26,6 +26,7 @@ _ATOMIC_UPLOAD = frozenset({"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "me
 UPLOAD_S, _UPLOAD_BYTES_A_S = 300.0, 32 << 10
 _UPLOADS = 3
 _SCRATCH_TRIES = 5
+_DELETE_TRIES = 20
 # Packages whose errors are a store's answer (no rights, no credentials, no connection), though not OSErrors
 _STORE_CLIENTS = frozenset(
     {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests"}
@@ -178,7 +179,15 @@ def delete(root: str, names: Iterable[str]) -> None:
         url = join(root, name)
         with output_errors(url), contextlib.suppress(FileNotFoundError):
             fs, path = locate(url)
-            fs.rm(path, recursive=True)
+            for tries_left in reversed(range(_DELETE_TRIES)):
+                try:
+                    fs.rm(path, recursive=True)
+                    break
+                except (
+                    OSError
+                ) as error:  # another job still writes there, and has not seen yet that it may not
+                    if error.errno != errno.ENOTEMPTY or not tries_left:
+                        raise
 
 
 def delete_empty(root: str, names: Iterable[str]) -> None:
