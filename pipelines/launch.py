@@ -113,6 +113,7 @@ class Job:
                 self.datasets[dataset].schema,
                 Claim(claim.name, dataset, self.run_name),
                 self.options.retry_rejects,
+                overwrites=self.options.overwrite,
             )
             for dataset, claim in self.claims().items()
         }

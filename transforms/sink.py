@@ -19,6 +19,7 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PCollection
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
+from fsspec.implementations.local import LocalFileSystem
 
 from models.errors import one_line
 from transforms.chunk import Chunk, ChunkKey
@@ -71,6 +72,7 @@ class Sink:
         retry_rejects: Reasons of rejects for which a chunk that is committed is made again.
         has_files: Whether an earlier run left data files.
         orphans: Files of rejects below `root` without a data file: of chunks that a run had begun when it was killed.
+        overwrites: Whether the run took the output from another, whose last files may come after the claim.
     """
 
     root: str
@@ -81,6 +83,7 @@ class Sink:
     retry_rejects: tuple[str, ...] = ()
     has_files: bool = False
     orphans: frozenset[str] = frozenset()
+    overwrites: bool = False
 
     def is_to_retry(self, commit: "Commit") -> bool:
         """Tells whether a committed chunk is to be made again, for the rows that were rejected."""
@@ -246,6 +249,8 @@ def read_commit(sink: Sink, key: ChunkKey, input: str) -> Commit | None:
     if (commit.dataset, commit.key()) != (sink.dataset, key):
         name = join(commit.dataset, commit.key().file_name())
         raise _not_ours(url, f"its footer says that it is {name}")
+    if commit.fingerprint != sink.job["fingerprint"] and sink.overwrites:
+        return None
     if commit.fingerprint != sink.job["fingerprint"]:
         raise _not_ours(url, f"it is of run {commit.fingerprint}, and this is run {sink.job['fingerprint']}")
     if commit.input != input:
@@ -324,7 +329,8 @@ class WriteChunks(beam.PTransform[PCollection[Chunk], PCollection[Commit]]):
         return chunks | "Write" >> beam.ParDo(_Write(self.sink)).with_output_types(Commit)
 
 
-# A job whose output another one takes over with --overwrite writes no longer than this
+# On a store a job whose output another one takes over with --overwrite writes no longer than this; on a disk it looks
+# before each file
 _CHECK_EVERY_S = 1.0
 
 
@@ -336,6 +342,8 @@ class _Write(beam.DoFn):
 
     def setup(self) -> None:
         self._checked_s = -math.inf
+        is_local = isinstance(locate(self._sink.root)[0], LocalFileSystem)
+        self._check_every_s = 0.0 if is_local else _CHECK_EVERY_S
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="write")
 
     def start_bundle(self) -> None:
@@ -348,7 +356,7 @@ class _Write(beam.DoFn):
 
     def _commit(self, chunk: Chunk) -> Commit:
         claim, now_s = self._sink.claim, time.monotonic()
-        if claim and now_s - self._checked_s >= _CHECK_EVERY_S:
+        if claim and now_s - self._checked_s >= self._check_every_s:
             claim.check(self._sink.root)
             self._checked_s = now_s
         return commit_chunk(self._sink, chunk)
