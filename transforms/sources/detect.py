@@ -84,12 +84,14 @@ class _Tree(NamedTuple):
         num_images: How many images there are.
         others: Paths of what is no data, or belongs to another output.
         images: The names of the first images.
+        image_folders: The folders that images lie in.
     """
 
     by_kind: dict[str, list[str]]
     num_images: int
     others: list[str]
     images: list[str]
+    image_folders: set[str]
 
 
 def expand_braces(url: str) -> list[str]:
@@ -238,6 +240,7 @@ def _walk(root: str) -> _Tree:
     others: list[str] = []
     images: list[str] = []
     outputs: set[str] = set()
+    image_folders: set[str] = set()
     num_images = 0
     for member in folder.members(root):
         name = posixpath.basename(member.path)
@@ -247,6 +250,7 @@ def _walk(root: str) -> _Tree:
             others.append(member.path)
         elif is_image(name):
             num_images += 1
+            image_folders.add(posixpath.dirname(member.path))
             if len(images) < _MAX_NAMED:
                 images.append(member.path)
         elif any(part[:1] in (".", "_") for part in member.path.split("/")):
@@ -256,7 +260,7 @@ def _walk(root: str) -> _Tree:
     # A job's output may lie below its own input; it is not counted, or the count would grow as the job runs
     for names in (*by_kind.values(), others):
         names[:] = [name for name in names if not is_of_output(name, outputs)]
-    return _Tree(by_kind, num_images, others, sorted(images))
+    return _Tree(by_kind, num_images, others, sorted(images), image_folders)
 
 
 def _kind_by_name(name: str) -> str:
@@ -318,8 +322,9 @@ def _sniff_tables(fs: fsspec.AbstractFileSystem, path: str, tree: _Tree, needed:
 
 
 def _drop_metadata_of_shards(by_kind: dict[str, list[str]], tree: _Tree) -> None:
-    """Takes a Parquet of a tar's or TFRecord's name for its metadata, as img2dataset writes them."""
+    """Takes a Parquet of the name of a tar, a TFRecord or a folder of images for its metadata, as img2dataset's are."""
     stems = {name.split(".")[0] for kind in ("webdataset", "tfrecord") for name in by_kind[kind]}
+    stems |= tree.image_folders
     about = [name for name in by_kind["parquet"] if name.removesuffix(".parquet") in stems]
     by_kind["parquet"] = [name for name in by_kind["parquet"] if name not in {*about}]
     tree.others.extend(about)

@@ -93,6 +93,7 @@ class TestStrays:
                 3,
             ),
             (["a.jpg", "sub/b.png", "README.md", ".DS_Store"], "files", 2, 2),
+            (["00000/0.jpg", "00000/0.txt", "00000.parquet", "00000_stats.json"], "files", 1, 2),
             (["a.jpg", "._a.jpg", "__MACOSX/a.jpg", ".thumbs/a.jpg", "_b.jpg"], "files", 2, 3),
             (["a.tar", "_SUCCESS", ".a.tar.crc"], "webdataset", 2, 2),
             (["a.tar", "labels.csv", "notes.txt", "x.json"], "webdataset", 2, 3),
