@@ -1,8 +1,8 @@
 # Each target works as the first command in a fresh clone: it makes .venv and installs into it.
 PYTHON ?= python3
 BIN := .venv/bin
-# A process a core; a file's tests, and those of one service, stay in one of them
-PARALLEL := -n logical --dist loadgroup --no-loadscope-reorder
+# A process a core; a file's tests stay in one of them, so that its fixtures and its Flink cluster are made once
+PARALLEL := -n logical --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check flink install clean
 

@@ -46,20 +46,14 @@ class Bucket:
     env: Mapping[str, str]
 
 
-# Fixtures that stand for a service of the whole session, by the group of tests that has it to itself
-SERVICES = {
-    "flink": {"flink_jar"},
-    "stores": {"gcs_endpoint", "s3_endpoint", "bucket", "flaky_bucket"},
-}
+# Fixtures that start servers
+SERVICES = {"flink_jar", "gcs_endpoint", "s3_endpoint", "bucket", "flaky_bucket"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups tests so that no process starts what another has, and gives them what their services need."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    # What takes longest goes first, so that no process waits for it at the end
-    items.sort(key=lambda item: _group(item) not in SERVICES)
+    """Puts the files that take longest first, and gives tests what their services need of pytest."""
+    # else one process would wait for them at the end
+    items.sort(key=lambda item: SERVICES.isdisjoint(getattr(item, "fixturenames", ())))
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if "flink_jar" in fixtures:
@@ -68,12 +62,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not {"gcs", "bucket", "flaky_bucket"}.isdisjoint(fixtures):
             # aiohttp's advice to gcsfs, at every upload of more than 1 MB.
             item.add_marker(pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning"))
-
-
-def _group(item: pytest.Item) -> str:
-    """Returns the service that a test needs, else its file, whose fixtures are made once."""
-    fixtures = {*getattr(item, "fixturenames", ())}
-    return next((name for name, needed in SERVICES.items() if needed & fixtures), item.path.name)
 
 
 @pytest.fixture(scope="session")
