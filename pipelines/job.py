@@ -34,8 +34,8 @@ from transforms.output_layout import (
     write_success,
     write_view,
 )
-from transforms.sink import has_commit
-from transforms.storage import delete, is_file, join, locate, output_errors
+from transforms.sink import FOOTERS_AT_ONCE, Claim, has_commit
+from transforms.storage import delete, delete_empty, is_file, join, locate, output_errors
 
 _BESIDE = ("rejects", PLAN, SCRATCH)
 
@@ -158,26 +158,39 @@ def check_output(root: str, wanted: DatasetClaim) -> State:
     return _state(root, dataset)
 
 
-def take_output(root: str, wanted: DatasetClaim) -> None:
+def take_output(root: str, wanted: DatasetClaim) -> Claim:
     """Makes a data set the job's own: deletes what `check_output` said may go, and claims what is left.
 
     Of two jobs that come this far at the same moment, the one whose record is there first goes on, and the other only
     if it is the same run.
 
+    Returns:
+        The record by which it is the job's own.
+
     Raises:
         OutputError: Another run was faster, or the folder cannot be written.
     """
     _adopt_earlier_version(root, wanted.scratch)
+    was_done = _state(root, wanted.dataset) is State.DONE
     if wanted.overwrite:
         _delete_dataset(root, wanted)
     record = claim(root, wanted.name, wanted.dataset, _as_json(wanted.fingerprint), wanted.scratch)
-    if wanted.dataset not in record:
-        raise OutputError(
-            f"{root} holds {_listed(sorted(record))}, made from another input than this. Only data sets that are made "
-            f"from its own images may lie beside them: choose another --output, or give --input {root}."
-        )
-    _refuse_other_run(root, wanted.dataset, record[wanted.dataset], wanted.fingerprint)
+    # another's too, where this run deleted the file just now
     write_view(root, RecordKind.JOB, wanted.scratch)
+    try:
+        if wanted.dataset not in record:
+            raise OutputError(
+                f"{root} holds {_listed(sorted(record))}, made from another input than this. Only data sets that are "
+                f"made from its own images may lie beside them: choose another --output, or give --input {root}."
+            )
+        _refuse_other_run(root, wanted.dataset, record[wanted.dataset], wanted.fingerprint)
+    except OutputError:
+        delete(root, (wanted.scratch,))
+        delete_empty(root, (SCRATCH,))
+        raise
+    return Claim(
+        wanted.name, wanted.dataset, digest(wanted.fingerprint), taken_over=wanted.overwrite and not was_done
+    )
 
 
 def clean_up(root: str, wanted: DatasetClaim) -> None:
@@ -255,17 +268,17 @@ def _own_rejects(root: str, dataset: str) -> list[str]:
 
 def _delete_dataset(root: str, wanted: DatasetClaim) -> None:
     """Deletes a data set with its own rejects; what says that it is whole goes first, and whose it is last."""
-    dataset, jobs = wanted.dataset, read_jobs(root) or {}
+    dataset = wanted.dataset
     if dataset == "images":
         successes = [f"{RECORDS}/{name}{RecordKind.SUCCESS.value}" for name in DATASETS]
-        # of the same run, it may be claimed by another job that is at work, and goes on
-        kept = wanted.name if jobs.get(dataset) == _as_json(wanted.fingerprint) else ""
-        claims = [
-            f"{RECORDS}/{name}" for name in list_names(join(root, RECORDS)) if name.endswith(".job.json")
-        ]
         own = digest(wanted.fingerprint)  # the plans of this run are made by now
         old_plans = [join(PLAN, name) for name in list_names(join(root, PLAN)) if not name.startswith(own)]
         delete(root, (SUCCESS, *successes, *DATASETS, "rejects", *old_plans, SCRATCH))
+        # a job that claimed the output meanwhile has lost files too; one of the same run makes them again
+        kept = wanted.name if (read_jobs(root) or {}).get(dataset) == _as_json(wanted.fingerprint) else ""
+        claims = [
+            f"{RECORDS}/{name}" for name in list_names(join(root, RECORDS)) if name.endswith(".job.json")
+        ]
         delete(root, (name for name in claims if name != kept))
         if not kept:
             delete(root, (JOB,))
@@ -335,12 +348,9 @@ def _written_by_diptych(root: str, dataset: str, files: Iterable[str]) -> set[st
         if shard := shard_of(name):
             shards.setdefault(shard, []).append(name)
     firsts = [join(root, dataset, names[0]) for names in shards.values()]
-    with concurrent.futures.ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+    with concurrent.futures.ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
         own = list(pool.map(has_commit, firsts))
     return {name for names, is_own in zip(shards.values(), own, strict=True) if is_own for name in names}
-
-
-_FOOTERS_AT_ONCE = 16  # on a store each is a few round trips
 
 
 def _refuse_foreign(root: str, dataset: str, files: Iterable[str], own: Collection[str]) -> None:

@@ -98,8 +98,12 @@ class Job:
             for number, dataset in enumerate(self.datasets)
         }
 
-    def sinks(self) -> dict[str, Sink]:
-        """Returns where its data sets go, by name."""
+    def sinks(self, claims: Mapping[str, Claim]) -> dict[str, Sink]:
+        """Returns where its data sets go, by name.
+
+        Args:
+            claims: The records by which they are its own.
+        """
         about = {
             "job": str(self.fingerprint["job"]),
             "version": str(self.fingerprint["versions"]["diptych"]),
@@ -111,11 +115,10 @@ class Job:
                 dataset,
                 {**about, **self.datasets[dataset].about},
                 self.datasets[dataset].schema,
-                Claim(claim.name, dataset, self.run_name),
+                claim,
                 self.options.retry_rejects,
-                overwrites=self.options.overwrite,
             )
-            for dataset, claim in self.claims().items()
+            for dataset, claim in claims.items()
         }
 
 
@@ -190,18 +193,19 @@ def _claimed_sinks(job: Job, shards: Sequence[Shard]) -> dict[str, Sink]:
     Raises:
         OutputError: Another run was faster, or there are files of something else.
     """
-    output, claims = job.options.output, job.claims()
+    output, wanted = job.options.output, job.claims()
     try:
-        for claim in claims.values():
-            take_output(output, claim)
+        claims = {dataset: take_output(output, claim) for dataset, claim in wanted.items()}
     except OutputError:
         with contextlib.suppress(OutputError):
             delete(output, (job.plan_folder.removeprefix(f"{output.rstrip('/')}/"),))
         raise
+    if any(claim.taken_over for claim in claims.values()):  # what is deleted for the first is deleted for all
+        claims = {dataset: dataclasses.replace(claim, taken_over=True) for dataset, claim in claims.items()}
     names = [shard.name for shard in shards]
     return {
-        dataset: dataclasses.replace(sink, **start_writing(output, claims[dataset], names)._asdict())
-        for dataset, sink in job.sinks().items()
+        dataset: dataclasses.replace(sink, **start_writing(output, wanted[dataset], names)._asdict())
+        for dataset, sink in job.sinks(claims).items()
     }
 
 
@@ -216,6 +220,7 @@ def _is_done_by_another(job: Job) -> bool:
 def finish_job(
     job: Job,
     shards: Sequence[Shard],
+    sinks: Mapping[str, Sink],
     commits: Sequence[PCollection[Commit]],
     counters: Mapping[str, int] | None = None,
 ) -> PCollection[dict[str, Totals]]:
@@ -224,12 +229,12 @@ def finish_job(
     Args:
         job: The job.
         shards: What it reads.
+        sinks: Where its data sets go.
         commits: Of all its data sets.
         counters: What was counted before the run.
     """
     first = next(iter(job.datasets))
     counted = add_counts(add_counts(plan_counters(shards), job.passed_over), counters or {})
-    sinks = job.sinks()
     expected = {
         dataset: Expected(
             len(shards), counted if dataset == first else {}, written.limit, sinks[dataset].claim

@@ -268,4 +268,4 @@ def model_graph(
     for label, step in before.items():
         chunks |= label >> step
     written = chunks | "MakeDataset" >> MakeDataset(branch, sinks[branch.dataset])
-    _ = finish_job(job, shards, [written, read.committed], counters)
+    _ = finish_job(job, shards, sinks, [written, read.committed], counters)

@@ -61,7 +61,7 @@ def prepare_graph(
     read = read_shards(pipeline, shards, options, sinks, job.rows_per_chunk)
     rows = read.chunks | "PrepareRows" >> PrepareRows(options)
     written = rows | "WriteChunks" >> WriteChunks(sinks["images"])
-    _ = finish_job(job, shards, [written, read.committed])
+    _ = finish_job(job, shards, sinks, [written, read.committed])
 
 
 def read_shards(

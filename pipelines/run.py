@@ -93,4 +93,4 @@ def run_graph(
     for branch in branches:
         name = branch.job.capitalize()
         commits.append(clean | name >> MakeDataset(branch, sinks[branch.dataset]))
-    _ = finish_job(job, shards, commits)
+    _ = finish_job(job, shards, sinks, commits)

@@ -22,7 +22,7 @@ from transforms.output_layout import (
     write_success,
     write_view,
 )
-from transforms.sink import Claim, Commit
+from transforms.sink import Claim, Commit, foreign_files
 from transforms.storage import delete, delete_empty, join
 
 
@@ -186,15 +186,28 @@ def _checked(found: Mapping[str, Totals], root: str, dataset: str, wanted: Expec
         )
     if wanted.claim:
         wanted.claim.check(root)
-        num_files = len(data_files(root, dataset))
-        if num_files != totals.files:
-            raise OutputError(
-                f"{join(root, dataset)} has {num_files} files, and the run wrote or found {totals.files}: some were "
-                "deleted or added while it ran. Run the same command again; it makes what is missing."
-            )
+        _check_files(root, wanted.claim, totals.files)
     if wanted.limit:
         wanted.limit.check_totals(totals.rejected, totals.written, root)
     return totals.merge(Totals(counters=wanted.counters))
+
+
+def _check_files(root: str, claim: Claim, num_committed: int) -> None:
+    """Checks that the files of a data set are those that the run committed, as far as others could change that."""
+    files = data_files(root, claim.dataset)
+    if claim.taken_over and (foreign := foreign_files(root, claim, files)):
+        delete(root, (f"{claim.dataset}/{name}" for name in foreign))
+        raise OutputError(
+            f"The run that {join(root, claim.dataset)} was taken from with --overwrite was still at work, and wrote "
+            f"{len(foreign)} files over those of this one. They are deleted: run the same command again without "
+            "--overwrite; it makes what is missing."
+        )
+    if len(files) != num_committed:
+        raise OutputError(
+            f"{join(root, claim.dataset)} has {len(files)} files, and the run wrote or found {num_committed}: some "
+            "were deleted or added while it ran. Run the same command again"
+            f"{' without --overwrite' if claim.taken_over else ''}; it makes what is missing."
+        )
 
 
 def check_rejects(totals: Mapping[str, Totals], root: str, max_rate: float) -> None:

@@ -5,11 +5,13 @@ so a shard is complete exactly when its files 0 to k are there and k is marked l
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -39,11 +41,13 @@ class Claim:
         name: Its place below the output folder.
         dataset: The data set.
         fingerprint: Digest of the fingerprint that it must hold.
+        taken_over: Whether it may have been taken from a run at work, which may write a file even after that.
     """
 
     name: str
     dataset: str
     fingerprint: str
+    taken_over: bool = False
 
     def check(self, root: str) -> None:
         """Checks that the data set is still the job's own.
@@ -72,7 +76,6 @@ class Sink:
         retry_rejects: Reasons of rejects for which a chunk that is committed is made again.
         has_files: Whether an earlier run left data files.
         orphans: Files of rejects below `root` without a data file: of chunks that a run had begun when it was killed.
-        overwrites: Whether the run took the output from another, whose last files may come after the claim.
     """
 
     root: str
@@ -83,7 +86,6 @@ class Sink:
     retry_rejects: tuple[str, ...] = ()
     has_files: bool = False
     orphans: frozenset[str] = frozenset()
-    overwrites: bool = False
 
     def is_to_retry(self, commit: "Commit") -> bool:
         """Tells whether a committed chunk is to be made again, for the rows that were rejected."""
@@ -249,9 +251,9 @@ def read_commit(sink: Sink, key: ChunkKey, input: str) -> Commit | None:
     if (commit.dataset, commit.key()) != (sink.dataset, key):
         name = join(commit.dataset, commit.key().file_name())
         raise _not_ours(url, f"its footer says that it is {name}")
-    if commit.fingerprint != sink.job["fingerprint"] and sink.overwrites:
-        return None
     if commit.fingerprint != sink.job["fingerprint"]:
+        if sink.claim and sink.claim.taken_over:
+            return None
         raise _not_ours(url, f"it is of run {commit.fingerprint}, and this is run {sink.job['fingerprint']}")
     if commit.input != input:
         raise _not_ours(url, f"it was read from {commit.input!r}, and this chunk is from {input!r}")
@@ -314,6 +316,20 @@ def committed(sink: Sink, shard: str, input: str) -> Iterator[Commit]:
             return
 
 
+def withdraw(sink: Sink, key: ChunkKey) -> None:
+    """Deletes the data file of a chunk that this run wrote while another one took the data set over.
+
+    It may have replaced a file of that run, which then misses one and says so: better than one of other options.
+
+    Raises:
+        OutputError: The store refused.
+    """
+    name = key.file_name()
+    with contextlib.suppress(InputError):  # it is gone
+        if sink.claim and not foreign_files(sink.root, sink.claim, [name]):
+            delete(sink.root, (f"{sink.dataset}/{name}",))
+
+
 @dataclasses.dataclass(eq=False)  # not frozen: Beam labels its transforms
 class WriteChunks(beam.PTransform[PCollection[Chunk], PCollection[Commit]]):
     """Chunks to files; gives a `Commit` for each.
@@ -326,11 +342,40 @@ class WriteChunks(beam.PTransform[PCollection[Chunk], PCollection[Commit]]):
 
     def expand(self, chunks: PCollection[Chunk]) -> PCollection[Commit]:
         """Applies `commit_chunk`."""
-        return chunks | "Write" >> beam.ParDo(_Write(self.sink)).with_output_types(Commit)
+        return chunks | "Write" >> beam.ParDo(self.dofn()).with_output_types(Commit)
 
+    def dofn(self) -> beam.DoFn:
+        """Returns what writes the chunks of a bundle."""
+        return _Write(self.sink)
+
+
+def foreign_files(root: str, claim: Claim, names: Iterable[str]) -> list[str]:
+    """Returns which of the data files of a data set another run committed.
+
+    Args:
+        root: The output folder.
+        claim: The record by which the job owns the data set.
+        names: The files' names.
+
+    Raises:
+        InputError: One cannot be read.
+    """
+
+    def is_foreign(name: str) -> bool:
+        try:
+            return _read_footer(join(root, claim.dataset, name)).fingerprint != claim.fingerprint
+        except DAMAGE:
+            return True
+
+    names = list(names)
+    with concurrent.futures.ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        return list(itertools.compress(names, pool.map(is_foreign, names)))
+
+
+FOOTERS_AT_ONCE = 16  # on a store each is a few round trips
 
 # On a store a job whose output another one takes over with --overwrite writes no longer than this; on a disk it looks
-# before each file
+# before and after each file
 _CHECK_EVERY_S = 1.0
 
 
@@ -355,11 +400,20 @@ class _Write(beam.DoFn):
         self._writing = self._thread.submit(self._commit, chunk)
 
     def _commit(self, chunk: Chunk) -> Commit:
+        self._check_claim()
+        commit = commit_chunk(self._sink, chunk)
+        try:
+            self._check_claim()
+        except OutputError:
+            withdraw(self._sink, chunk.key)
+            raise
+        return commit
+
+    def _check_claim(self) -> None:
         claim, now_s = self._sink.claim, time.monotonic()
         if claim and now_s - self._checked_s >= self._check_every_s:
             claim.check(self._sink.root)
             self._checked_s = now_s
-        return commit_chunk(self._sink, chunk)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self._writing is not None:

@@ -1,5 +1,6 @@
 """Jobs that run in one output folder at the same time: every order of what they do to the store must end well."""
 
+import concurrent.futures
 import contextlib
 import itertools
 import os
@@ -17,11 +18,10 @@ from pipelines.job import DatasetClaim, State, check_output, read_jobs, start_wr
 from transforms import output_layout, storage
 from transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
 from transforms.errors import DiptychError, OutputError
-from transforms.fingerprint import digest
 from transforms.finish import Expected, Totals, finish, read_success
 from transforms.output_layout import JOB, SUCCESS, read_json
 from transforms.schemas import captions_schema, images_schema
-from transforms.sink import Claim, Sink, commit_chunk, committed
+from transforms.sink import Sink, WriteChunks, committed
 
 SCHEMAS = {"images": images_schema(), "captions": captions_schema(), "embeddings": captions_schema()}
 SEEDS = range(200)
@@ -71,6 +71,23 @@ class Scheduler:
             self._arrived.release()
 
 
+class SameThread(concurrent.futures.Executor):
+    """Runs what it is given at once, so that it is part of the order that the scheduler makes."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def submit(
+        self, call: Callable[..., Any], /, *args: Any, **options: Any
+    ) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        try:
+            future.set_result(call(*args, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 @contextlib.contextmanager
 def steps_of(scheduler: Scheduler) -> Iterator[None]:
     """Has every use of a store be a step."""
@@ -94,6 +111,7 @@ def steps_of(scheduler: Scheduler) -> Iterator[None]:
 
             patch.setattr(storage, name, step_and_place)
         patch.setattr(os, "fsync", lambda _: None)  # no power is cut here
+        patch.setattr("transforms.sink.concurrent.futures.ThreadPoolExecutor", SameThread)
         yield
 
 
@@ -102,19 +120,22 @@ def rows_of(dataset: str, shard: str, index: int, size_px: int) -> pa.RecordBatc
     return pa.RecordBatch.from_pylist([row], schema=SCHEMAS[dataset])
 
 
-def job(root: str, dataset: str, size_px: int = 64, reads_own_images: bool = False) -> Callable[[], None]:
+def job(
+    root: str, dataset: str, size_px: int = 64, reads_own_images: bool = False, overwrite: bool = False
+) -> Callable[[], None]:
     """Returns what `launch` and its workers do to an output, for two shards of two chunks."""
 
     def run() -> None:
         fingerprint = {"job": dataset, "options": {"size_px": size_px}}
-        claim = DatasetClaim(dataset, fingerprint, False, reads_own_images)
+        claim = DatasetClaim(dataset, fingerprint, overwrite, reads_own_images)
         if check_output(root, claim) is State.DONE:
             return
-        take_output(root, claim)
-        start_writing(root, claim, ["a", "b"])
-        name, schema = digest(fingerprint), SCHEMAS[dataset]
-        record = Claim(claim.name, dataset, name)
-        sink = Sink(root, dataset, {"fingerprint": name}, schema, record)
+        record = take_output(root, claim)
+        left = start_writing(root, claim, ["a", "b"])
+        name = record.fingerprint
+        sink = Sink(root, dataset, {"fingerprint": name}, SCHEMAS[dataset], record, (), *left)
+        writer = WriteChunks(sink).dofn()
+        writer.setup()
         totals = Totals()
         try:
             for shard in ("a", "b"):
@@ -123,14 +144,15 @@ def job(root: str, dataset: str, size_px: int = 64, reads_own_images: bool = Fal
                     rows = rows_of(dataset, shard, index, size_px)
                     lost = [Reject("", 1, "missing_image", "m")] if dataset == "images" and not index else []
                     rejects = reject_batch(shard, "read", lost)
-                    record.check(root)
                     chunk = Chunk(ChunkKey(shard, index), rows, rejects, index == 1, input=shard)
-                    done.append(commit_chunk(sink, chunk))
+                    writer.start_bundle()
+                    assert not list(writer.process(chunk))
+                    done += [commit.value for commit in writer.finish_bundle()]
                 for commit in done:
                     totals = totals.add(commit)
             finish({dataset: totals}, root, {dataset: Expected(2, claim=record)}, name)
         except DiptychError:
-            if check_output(root, claim) is not State.DONE:
+            if overwrite or check_output(root, claim) is not State.DONE:
                 raise
 
     return run
@@ -191,6 +213,25 @@ class TestTwoDifferentCommands:
             assert set(read_success(str(root)) or {}) == {winner}
             assert set(read_jobs(str(root)) or {}) == {winner}
         assert winners == {"images", "captions"}
+
+
+class TestOverwriteWhileAnotherIsAtWork:
+    def test_what_is_said_to_be_complete_is_of_one_run(self, tmp_path):
+        alone = {}
+        for size_px in (64, 96):
+            job(str(tmp_path / f"{size_px}px"), "images", size_px)()
+            alone[size_px] = files_in(tmp_path / f"{size_px}px")
+        ends = set()
+        for seed in SEEDS[:60]:
+            root = tmp_path / str(seed)
+            errors = race(seed, [job(str(root), "images", 64), job(str(root), "images", 96, overwrite=True)])
+            assert all(isinstance(error, OutputError | None) for error in errors), (seed, errors)
+            ends.add(tuple(error is None for error in errors))
+            owner = (read_jobs(str(root)) or {})["images"]["options"]["size_px"]
+            if not read_success(str(root)):
+                job(str(root), "images", owner)()  # whose it is goes on with the same command
+            assert files_in(root) == alone[owner], (seed, errors)
+        assert (False, True) in ends
 
 
 class TestDataSetsOfOneOutput:
