@@ -35,9 +35,11 @@ def add_source_flags(source: argparse._ArgumentGroup, flag: str = "--input") -> 
     source.add_argument("--format", default="auto", choices=("auto", *FORMATS), help="default: find out")
     source.add_argument("--images", metavar="DIR", help="images of an annotation file: a folder, tar or zip")
     source.add_argument("--split", metavar="A[,B]", help="splits of a Karpathy file (default: all)")
-    source.add_argument("--image_column", metavar="NAME", help="of a Parquet file (default: find it)")
-    source.add_argument("--caption_column", metavar="NAME", help="of a Parquet file (default: find it)")
-    source.add_argument("--key_column", metavar="NAME", help="of a Parquet file (default: find it)")
+    source.add_argument(
+        "--image_column", metavar="NAME", help="column or field of the image (default: find it)"
+    )
+    source.add_argument("--caption_column", metavar="NAME", help="of the caption (default: find it)")
+    source.add_argument("--key_column", metavar="NAME", help="of the key (default: find it, or the path)")
 
 
 def _add_caption_flags(text: argparse._ArgumentGroup) -> None:

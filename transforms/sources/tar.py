@@ -14,7 +14,7 @@ from transforms.sources.shardfile import ShardDamage, pass_over, read_up_to
 _BLOCK_BYTES = 512
 _ZEROS = bytes(_BLOCK_BYTES)
 _CHECKSUM_OF_BLANKS = 8 * ord(" ")
-_MAX_EXTENSION_BYTES = 1 << 20
+_MAX_EXTENSION_BYTES = 64 << 10
 _MAX_DIGITS = 20
 # Type flags: a regular file ("7": contiguous, which nobody tells apart); kinds that never have a payload
 # (links, devices, folders, pipes); headers that describe the member after them.
@@ -99,6 +99,11 @@ class TarReader:
             if kind == _PAX_GLOBAL:
                 self._begin(size)
                 continue
+            if extensions is not None and extensions.num_bytes > _MAX_EXTENSION_BYTES:
+                self.unreadable = (
+                    f"has extension headers of {extensions.num_bytes:,} bytes, of which at most "
+                    f"{_MAX_EXTENSION_BYTES:,} are read"
+                )
             name = _name(header) if extensions is None or extensions.name is None else extensions.name
             if extensions is not None and extensions.size is not None:
                 size = extensions.size
@@ -134,13 +139,9 @@ class TarReader:
 
     def _extend(self, extensions: _Extensions, kind: int, size: int) -> None:
         extensions.num_bytes += size
-        if extensions.num_bytes > _MAX_EXTENSION_BYTES:
-            raise ShardDamage(
-                "shard_corrupt",
-                f"the tar extension headers of one member claim {extensions.num_bytes} bytes; "
-                f"at most {_MAX_EXTENSION_BYTES} are read",
-            )
         self._begin(size)
+        if extensions.num_bytes > _MAX_EXTENSION_BYTES:
+            return  # the next header passes over it
         data = self.read()
         if kind == _GNU_LONG_NAME:
             extensions.name = _text(data.partition(b"\0")[0])

@@ -238,16 +238,29 @@ def test_a_giant_extension_header_is_not_read():
     info.size = 1 << 33
     for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
         info.type = kind
-        with pytest.raises(ShardDamage, match="claim 8589934592 bytes"):
+        with pytest.raises(ShardDamage, match="the tar ends in a member of 8589934592 bytes"):
             read(info.tobuf(tarfile.GNU_FORMAT))
+
+
+@pytest.mark.parametrize("size", [65_535, 65_536, 65_537, 100_000, 3 << 20])
+def test_a_long_extension_header_costs_its_member_alone(size):
+    """The bound is 64 KiB; what is longer is passed over, and its member is not called by a wrong name."""
+    record = b"%d comment=" % size
+    record += b"x" * (size - len(record) - 1) + b"\n"
+    data = write([("a", b"1"), (special("pax", tarfile.XHDTYPE), record), ("b", b"2"), ("c", b"3")])
+    whole = [("a", b"1"), ("b", b"2"), ("c", b"3")]
+    assert read(data) == (whole if size <= 65_536 else [whole[0], whole[2]])
+    long = f"has extension headers of {size:,} bytes, of which at most 65,536 are read"
+    assert others(data) == ([] if size <= 65_536 else [("b", long)])
 
 
 def test_many_extension_headers_of_one_member_are_not_read():
     headers = write([(special("pax", tarfile.XHDTYPE), b"13 comment=a\n")], tarfile.USTAR_FORMAT)[:1024] * 3
     assert read(headers + write([("a", b"1")])) == [("a", b"1")]
     bomb = write([(special("pax", tarfile.XHDTYPE), bytes(1 << 19))], tarfile.USTAR_FORMAT)[: 512 + (1 << 19)]
-    with pytest.raises(ShardDamage, match="claim 1572864 bytes"):
-        read(bomb * 3)
+    assert others(bomb * 3 + write([("a", b"1")]))[0][1].startswith(
+        "has extension headers of 1,572,864 bytes"
+    )
 
 
 @pytest.mark.parametrize("records", [b"0 path=a\n", b"00 path=a\n", b"1 path=a\n", b"2 path=a\n", b"3 =\n"])
@@ -258,13 +271,13 @@ def test_a_pax_record_without_length_ends_the_reading(records):
 
 
 def test_a_pax_header_is_read_in_one_pass():
-    """50,000 records in a header: each copied the rest once, which was 12 GB."""
-    records = b"".join(b"20 comment=%08d\n" % i for i in range(50_000))
+    """Each of thousands of records in a header copied the rest once, which was 100 MB."""
+    records = b"".join(b"20 comment=%08d\n" % i for i in range(3_000))
     name = b"".join([records, b"14 path=a.jpg\n"])
     data = write([(special("pax", tarfile.XHDTYPE), name), ("b", b"1")], tarfile.USTAR_FORMAT)
     tracemalloc.start()
     assert read(data) == [("a.jpg", b"1")]
-    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
 
 
