@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kills import files_in
 
 from pipelines import cli, scene_folders
 from pipelines.cli import main
@@ -46,10 +47,6 @@ def _log_level() -> Iterator[None]:
     level = logging.getLogger().level
     yield
     logging.getLogger().setLevel(level)
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def prepare(data: Path, out: Path | str, *flags: str) -> int:

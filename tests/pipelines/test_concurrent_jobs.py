@@ -7,12 +7,12 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pytest
+from kills import files_in
 
 from pipelines.job import DatasetClaim, State, check_output, read_jobs, start_writing, take_output
 from transforms import output_layout, storage
@@ -156,10 +156,6 @@ def job(
                 raise
 
     return run
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def race(seed: int, jobs: list[Callable[[], None]]) -> list[BaseException | None]:

@@ -20,10 +20,6 @@ from transforms.errors import DiptychError, OptionError, OutputError
 REPOSITORY = Path(__file__).parents[2]
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A demo that is done, and the path that it was given."""

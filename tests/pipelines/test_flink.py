@@ -29,6 +29,7 @@ import pytest
 import worker_pool
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions
 from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
+from kills import files_in
 
 from pipelines import flink, running, scene_folders
 from pipelines.flink import cancel_on_flink, failures_told, flink_flags, num_buffers, size_for_flink
@@ -107,10 +108,6 @@ def local(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     out = tmp_path_factory.mktemp("local")
     prepare(PrepareOptions((str(scenes),), str(out), chunk_rows=CHUNK_ROWS, quiet=True))
     return files_in(out)
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def command(data: Path, out: Path, cluster: Cluster) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from kills import files_in
 
 from pipelines.job import (
     DatasetClaim,
@@ -63,10 +64,6 @@ def write_output(folder: Path, print_of_run: dict[str, Any], *, success: bool = 
         totals = totals.add(commit_chunk(sink, Chunk(ChunkKey(shard, index), rows, rejects, last)))
     if success:
         finish({"images": totals}, str(folder), {"images": Expected(2)}, digest(print_of_run))
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def names_in(folder: Path) -> set[str]:

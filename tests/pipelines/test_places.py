@@ -13,6 +13,7 @@ import apache_beam as beam
 import numpy as np
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
+from kills import files_in
 
 from models.base import CaptionOptions, ImageOptions, TextOptions
 from models.spec import ModelSpec
@@ -32,10 +33,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "models" / "w2v").mkdir(parents=True)
     Word2Vec(["a", "red", "blue"], np.eye(3, dtype=np.float32)).save(folder / "models" / "w2v")
     return folder
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class TestSpelling:

@@ -1,7 +1,5 @@
 """`--retry_rejects`: the same command again, only what failed; the result is that of a run that never failed."""
 
-import contextlib
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_models import FakeText, use_fakes
+from kills import files_in, kills
 from PIL import Image
 
 from models.base import TextOptions
@@ -29,10 +28,6 @@ CHUNK_ROWS = 4
 def run(data: Path, out: Path, *reasons: str, **options: Any) -> State:
     values = {"inputs": (str(data),), "output": str(out), "chunk_rows": CHUNK_ROWS, "quiet": True} | options
     return prepare(PrepareOptions(retry_rejects=reasons, **values)).state
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def times_in(folder: Path) -> dict[str, int]:
@@ -90,40 +85,26 @@ class TestPrepare:
         assert run(data, out, "missing_image") is State.RESUMED
         assert files_in(out) == before
 
-    @pytest.mark.parametrize("finish", [True, False])
-    def test_killed_at_any_moment_any_run_completes_it(
-        self, data, tmp_path, monkeypatch, undisturbed, finish
-    ):
+    def test_killed_at_any_moment_any_run_completes_it(self, data, tmp_path, undisturbed):
         failed = tmp_path / "failed"
         run(data, failed)
         bring_back(data, tmp_path / "away")
-        for at in range(40):
-            out = tmp_path / f"out-{at}"
-            shutil.copytree(failed, out)
-            num_events = 0
-            with monkeypatch.context() as patch:
-                for name in ("replace", "unlink", "remove", "rmdir"):
-                    change = getattr(os, name)
-
-                    def act(*args: Any, change: Any = change, at: int = at, **kwargs: Any) -> Any:
-                        nonlocal num_events
-                        num_events += 1
-                        if num_events > at:
-                            raise KeyboardInterrupt
-                        return change(*args, **kwargs)
-
-                    patch.setattr(os, name, act)
-                with contextlib.suppress(KeyboardInterrupt, RuntimeError):
-                    run(data, out, "missing_image")
-            if finish:  # else the plain command completes it, but for chunks whose turn had not come
-                run(data, out, "missing_image")
-                assert files_in(out) == undisturbed, at
-            else:
-                run(data, out)
-                assert verify(str(out)).problems == [], at
-            if num_events <= at:
-                return
-        pytest.fail("the run has more events than were tried")
+        (tmp_path / "kills").mkdir()
+        num_states = 0
+        for out in kills(
+            tmp_path / "kills",
+            lambda out: run(data, out, "missing_image"),
+            lambda out: shutil.copytree(failed, out),
+        ):
+            num_states += 1
+            # the plain command completes it, but for chunks whose turn had not come; the other, all
+            shutil.rmtree(tmp_path / "plain", ignore_errors=True)
+            shutil.copytree(out, tmp_path / "plain")
+            run(data, tmp_path / "plain")
+            assert verify(str(tmp_path / "plain")).problems == [], out
+            run(data, out, "missing_image")
+            assert files_in(out) == undisturbed, out
+        assert num_states > 2 * 3
 
     def test_images_that_end_a_chunk_earlier_by_now_move_what_follows(self, tmp_path, monkeypatch):
         monkeypatch.setattr(read_module, "_MAX_CHUNK_BYTES", 60_000)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import fsspec
 import pytest
+from kills import files_in
 
 from models import remote
 from pipelines import scene_folders
@@ -54,10 +55,6 @@ def local(scenes: SceneFolders, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def run(data: str, out: str) -> State:
     return prepare(PrepareOptions((data,), out, chunk_rows=CHUNK_ROWS, quiet=True)).state
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def objects_in(url: str) -> dict[str, bytes]:

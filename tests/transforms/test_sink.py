@@ -16,6 +16,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.util import assert_that, equal_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kills import files_in
 
 from transforms import sink as sink_module
 from transforms import storage
@@ -58,10 +59,6 @@ def chunk_of(index: int = 0, count: int = 5, last: bool = False, with_rejects: b
         [reject_batch("shard", "read", read), reject_batch("shard", "image", image if with_rejects else [])]
     )
     return Chunk(key, rows_of(count, 10 * index), rejects, last, {"captions_read": count})
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class TestCommitChunk:

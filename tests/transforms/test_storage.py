@@ -10,6 +10,7 @@ import fsspec
 import pytest
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from kills import files_in
 
 from transforms import storage
 from transforms.errors import InputError, OutputError
@@ -23,10 +24,6 @@ from transforms.storage import (
     put_whole,
     write_whole,
 )
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class Killed(BaseException):
