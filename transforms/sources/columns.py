@@ -1,7 +1,7 @@
 """Columns of a Parquet file that hold images, captions and keys: found by name and type."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -156,10 +156,29 @@ def column_notes(schema: pa.Schema, url: str, columns: Columns, chosen: Sequence
                 f"{url}: the {role.name}s are those of column {column!r}, not of {there}. "
                 f"--{role.name}_column names another."
             )
+        elif role is _CAPTION and column is None:
+            texts = [name for name in schema.names if _holds_captions(_type(schema, name))]
+            notes += captions_note(url, "column", [name for name in texts if name not in columns.names])
     for name, count in sorted(Counter(schema.names).items()):
         if count > 1 and name in columns.names:
             notes.append(f"{url}: {count} columns are named {name!r}. The first is read.")
     return notes
+
+
+def captions_note(url: str, kind: str, names: Iterable[str]) -> list[str]:
+    """Returns a sentence on texts of a file without captions; none where there are no such texts.
+
+    Args:
+        url: The file.
+        kind: What the names are names of.
+        names: Names of texts that might be captions.
+    """
+    if not (there := ", ".join(map(repr, sorted(names)))):
+        return []
+    return [
+        f"{url}: no {kind} has a usual name of captions, so the rows have none. If they are in one of {there}, name it "
+        "with --caption_column."
+    ]
 
 
 def field_of(type: pa.DataType, names: Sequence[str]) -> str | None:

@@ -128,6 +128,25 @@ def feature_text(feature: Any) -> str | None:
     return metadata_text(values[0] if len(values) == 1 else values or None)
 
 
+def unused_texts(examples: Sequence[Example]) -> set[str]:
+    """Returns the features with text that are neither keys nor images, where no example has a caption."""
+    if any(captions_of(example, None).captions for example in examples):
+        return set()
+    texts = {name for example in examples for name, feature in example.features.items() if _is_text(feature)}
+    return texts - {*KEY_FEATURES, *IMAGE_FEATURES}
+
+
+def _is_text(feature: Any) -> bool:
+    """Tells whether a feature holds words: texts with a blank in them."""
+    kind, values = feature_values(feature)
+    if kind != "bytes_list" or not values or values[0].startswith(IMAGE_MAGIC):
+        return False
+    try:
+        return " " in bytes(values[0]).decode()
+    except UnicodeDecodeError:
+        return False
+
+
 def missing_features(
     examples: Sequence[Example], columns: ColumnNames, metadata: Sequence[str]
 ) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """A row a caption: records of one image that follow each other become one row with all their captions."""
 
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 
@@ -13,6 +14,9 @@ DUPLICATE_HINT = (
 
 # Records that are lost between those of one image: behind more of them, the image counts as another
 _MAX_WAITING = 8
+# Images of numbered rows that are remembered, and how much of each end of one: 32 MB at most
+_MAX_SEEN, _SAMPLE_BYTES = 200_000, 1024
+_Seen = tuple[int, int, int, str | None]
 
 
 def join_captions(records: Iterator[Record], shard: str) -> Iterator[Record]:
@@ -22,7 +26,7 @@ def join_captions(records: Iterator[Record], shard: str) -> Iterator[Record]:
     key; where neither has a key but a number, where their file names are the same too, or not given. The second must
     have a caption: else it is no caption of the first, but the row once more. `captions_joined` counts the captions
     that came from others than the first, `metadata_passed_over` the records whose metadata differ from those of the
-    first.
+    first, `repeated_images_not_joined` the rows without a key whose image a row far before has.
 
     Args:
         records: The records of a shard, with their images.
@@ -31,6 +35,7 @@ def join_captions(records: Iterator[Record], shard: str) -> Iterator[Record]:
     row: Row | None = None
     others = _Others()
     waiting: list[Lost] = []
+    seen: set[_Seen] = set()
     for record in records:
         if row is not None:
             if isinstance(record, Lost):
@@ -45,12 +50,28 @@ def join_captions(records: Iterator[Record], shard: str) -> Iterator[Record]:
                 waiting, others = [], _Others()
             row = None
         if isinstance(record, Row):
-            row = record
+            row = _counted(record, seen) if _is_numbered(record, shard) and record.image else record
         else:
             yield record
     if row is not None:
         yield others.join(row)
     yield from waiting
+
+
+def _counted(row: Row, seen: set[_Seen]) -> Row:
+    """Returns a row that says whether its image was there before, as far as so many can be remembered."""
+    image = row.image
+    sample = (
+        len(image),
+        zlib.crc32(image[:_SAMPLE_BYTES]),
+        zlib.crc32(image[-_SAMPLE_BYTES:]),
+        _file_name(row),
+    )
+    if sample in seen:
+        return row._replace(counters={**row.counters, "repeated_images_not_joined": 1})
+    if len(seen) < _MAX_SEEN:
+        seen.add(sample)
+    return row
 
 
 class _Others:
@@ -91,8 +112,12 @@ def _is_same_image(first: Row, second: Row, shard: str) -> bool:
         return False
     if first.key == second.key:
         return True
-    are_numbered = all(row.key == numbered_key(shard, row.row) for row in (first, second))
+    are_numbered = _is_numbered(first, shard) and _is_numbered(second, shard)
     return are_numbered and len(first.image) > 0 and _file_name(first) == _file_name(second)
+
+
+def _is_numbered(row: Row, shard: str) -> bool:
+    return row.key == numbered_key(shard, row.row)
 
 
 def _file_name(row: Row) -> str | None:

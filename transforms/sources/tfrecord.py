@@ -4,6 +4,7 @@ A record is its length, a CRC of the length, the data, and a CRC of the data
 (https://www.tensorflow.org/tutorials/load_data/tfrecord); the data is a protocol buffer of features by name.
 """
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -13,7 +14,8 @@ from typing import BinaryIO, ClassVar, NamedTuple
 
 import google_crc32c
 
-from transforms.errors import OptionError
+from models.location import redacted
+from transforms.errors import InputError, OptionError
 from transforms.sources.base import (
     MAX_IMAGE_BYTES,
     ColumnNames,
@@ -25,7 +27,15 @@ from transforms.sources.base import (
     Source,
     shard_names,
 )
-from transforms.sources.example_features import captions_of, feature_text, image_of, key_of, missing_features
+from transforms.sources.columns import captions_note
+from transforms.sources.example_features import (
+    captions_of,
+    feature_text,
+    image_of,
+    key_of,
+    missing_features,
+    unused_texts,
+)
 from transforms.sources.joined import DUPLICATE_HINT, join_captions, numbered_key
 from transforms.sources.shardfile import (
     ShardDamage,
@@ -42,6 +52,8 @@ from transforms.sources.tf_example import DecodeError, Example, parse_example
 _MAX_RECORD_BYTES = MAX_IMAGE_BYTES
 # Records of the first file in which the chosen features are looked for before the job begins
 _NUM_CHECKED = 100
+# Records whose features are looked at for a note to the user
+_NUM_NOTED = 8
 _LENGTH = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
 
@@ -84,6 +96,17 @@ class TfrecordSource(Source):
             shards[0].check_columns()
         return list(shards)
 
+    def column_notes(self) -> tuple[str, ...]:
+        """Returns what the first records say of texts that might be captions and are not read."""
+        if not self.urls or self.columns.caption:
+            return ()
+        shard = TfrecordShard("", 0, None, self.urls[0], "")
+        with contextlib.suppress(InputError, ShardDamage):
+            return tuple(
+                captions_note(redacted(self.urls[0]), "feature", unused_texts(shard.examples(_NUM_NOTED)))
+            )
+        return ()
+
 
 @dataclasses.dataclass(frozen=True)
 class TfrecordShard(Shard):
@@ -109,6 +132,18 @@ class TfrecordShard(Shard):
         """The file's path below the input root."""
         return self.source
 
+    def examples(self, most: int) -> list[Example]:
+        """Returns the first examples that are sound.
+
+        Args:
+            most: How many.
+
+        Raises:
+            InputError: The shard is gone, or may not be read.
+        """
+        read = (content for content in self._contents() if isinstance(content, _Content))
+        return [content.example for content in itertools.islice(read, most)]
+
     def check_columns(self) -> None:
         """Looks for the chosen features in the first records.
 
@@ -116,8 +151,7 @@ class TfrecordShard(Shard):
             OptionError: None of the records has one.
             InputError: The shard is gone, or may not be read.
         """
-        read = (content for content in self._contents() if isinstance(content, _Content))
-        examples = [content.example for content in itertools.islice(read, _NUM_CHECKED)]
+        examples = self.examples(_NUM_CHECKED)
         there = ", ".join(
             sorted({name for example in examples for name in (*example.features, *example.feature_lists)})
         )

@@ -4,6 +4,7 @@
 https://github.com/webdataset/webdataset and img2dataset's `--output_format webdataset`.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import posixpath
@@ -11,8 +12,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from transforms.errors import OptionError
+from models.location import redacted
+from transforms.errors import InputError, OptionError
 from transforms.sources.base import ColumnNames, InputFile, Lost, Record, Row, Shard, Source, shard_names
+from transforms.sources.columns import captions_note
 from transforms.sources.sample import Sample, SampleTexts, is_image, split_name, text_bytes
 from transforms.sources.shardfile import (
     ShardDamage,
@@ -27,6 +30,8 @@ from transforms.sources.tar_index import SampleParts, TarIndex
 
 # Samples of the first shard in which the chosen columns are looked for before the job begins.
 _NUM_CHECKED = 100
+# Samples whose fields are looked at for a note to the user
+_NUM_NOTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,15 @@ class WebdatasetSource(Source):
         if shards and self.columns != ColumnNames():
             shards[0].check_columns()
         return list(shards)
+
+    def column_notes(self) -> tuple[str, ...]:
+        """Returns what the first samples say of fields that might be captions and are not read."""
+        if not self.urls or self.columns.caption:
+            return ()
+        shard = WebdatasetShard("", 0, None, self.urls[0], "")
+        with contextlib.suppress(InputError):
+            return tuple(captions_note(redacted(self.urls[0]), "field", shard.unused_texts()))
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +128,18 @@ class WebdatasetShard(Shard):
                 f"KEY.jpg and KEY.txt; the first is {encodable(reading.first_other)!r}"
             )
             yield Lost("", 0, "missing_image", message, None, reading.take_counters({}))
+
+    def unused_texts(self) -> set[str]:
+        """Returns the fields of the first samples that hold words, where no sample has a caption.
+
+        Raises:
+            InputError: The shard is gone, or may not be read.
+        """
+        texts = [sample.texts() for sample in itertools.islice(_Reading(self, 0).samples(), _NUM_NOTED)]
+        if any(text.captions for text in texts):
+            return set()
+        values = {name: value for text in texts for name, value in text.fields.items()}
+        return {name for name, value in values.items() if isinstance(value, str) and " " in value}
 
     def check_columns(self) -> None:
         """Looks for the chosen columns in the first samples.

@@ -161,6 +161,12 @@ def test_notes_on_columns_that_are_not_read():
         notes_of({"image": pa.binary(), "bytes": pa.int64(), "caption": pa.string(), "text": pa.int64()})
         == []
     )
+    texts = {"image": pa.binary(), "de": pa.string(), "en": pa.list_(pa.string()), "width": pa.int64()}
+    assert notes_of(texts) == [
+        "x: no column has a usual name of captions, so the rows have none. If they are in one of 'de', 'en', name it "
+        "with --caption_column."
+    ]
+    assert notes_of(texts, caption="de") == []
     assert notes_of({"image": pa.binary(), "id": pa.float64()}) == [
         "x: column 'id' is of type double, which holds no keys, so the rows are numbered. --key_column names another."
     ]

@@ -152,3 +152,15 @@ class Commit:
 
 def whole_commits(chunks):
     return [Commit(chunk.num_records) for chunk in chunks]
+
+
+def test_repeated_images_of_rows_without_keys_are_counted():
+    other = JPEG + b"other"
+    rows = join(
+        numbered(0, "a"), numbered(1, "b", other), numbered(2, "c"), numbered(3, "d"), numbered(4, "", other)
+    )
+    assert [row.captions for row in rows] == [["a"], ["b"], ["c", "d"], []]
+    repeated = {"repeated_images_not_joined": 1}
+    assert [row.counters for row in rows] == [{}, {}, {**repeated, "captions_joined": 1}, repeated]
+    named = [numbered(number, "a", path=f"{number}.jpg") for number in range(3)]
+    assert [row.counters for row in join(*named, row("k", 3), row("l", 4))] == [{}] * 5

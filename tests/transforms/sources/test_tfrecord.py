@@ -428,3 +428,19 @@ def test_compression_of_every_kind(path, level, wbits):
     *before, lost = shard_of(path).rows()
     assert before == rows[: len(before)]
     assert lost.reason == "shard_truncated"
+
+
+def test_texts_that_may_be_captions_are_noted(tmp_path, path):
+    image = {"image/encoded": (JPEG, "byte"), "image/filename": (b"the first.jpg", "byte")}
+    source = TfrecordSource((str(path),), str(tmp_path))
+    write(
+        path, [{**image, "prompt": (b"a red dog", "byte"), "label": (b"dog", "byte"), "number": ([1], "int")}]
+    )
+    assert source.column_notes() == (
+        f"{path}: no feature has a usual name of captions, so the rows have none. If they are in one of 'prompt', "
+        "name it with --caption_column.",
+    )
+    write(path, [{**image, "prompt": (b"a red dog", "byte"), "caption": (b"a dog", "byte")}])
+    assert source.column_notes() == ()
+    path.write_bytes(b"nonsense")
+    assert source.column_notes() == ()

@@ -664,3 +664,16 @@ def test_a_sparse_member_costs_its_sample(path, kind):
     assert (first.key, first.reason) == ("a", "record_corrupt")
     assert f"its {kind} is stored as a sparse file" in first.message
     assert second.key == "b"
+
+
+def test_fields_that_may_be_captions_are_noted(tmp_path, path):
+    source = WebdatasetSource((str(path),), str(tmp_path))
+    write_members(path, [("a.jpg", JPEG), ("a.json", b'{"prompt": "a red dog", "uid": "7", "width": 3}')])
+    assert source.column_notes() == (
+        f"{path}: no field has a usual name of captions, so the rows have none. If they are in one of 'prompt', "
+        "name it with --caption_column.",
+    )
+    write_members(path, [("a.jpg", JPEG), ("a.txt", b"a dog"), ("a.json", b'{"prompt": "a red dog"}')])
+    assert source.column_notes() == ()
+    write_members(path, [("a.jpg", JPEG), ("b.jpg", JPEG)])
+    assert source.column_notes() == ()
