@@ -321,5 +321,6 @@ def _tar_members(url: str) -> Iterator[Member]:
         tar = TarReader(file)
         while (name := tar.next()) is not None:
             if tar.link is None and not tar.unreadable:
-                for link in names.get(normalise(name), ()):
-                    yield Member(link, tar.size, tar.payload_offset)
+                for other, link in names.get(normalise(name), ()):
+                    if link.may_be(tar.offset):
+                        yield Member(other, tar.size, tar.payload_offset)

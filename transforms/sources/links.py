@@ -1,6 +1,7 @@
 """Links inside an archive, followed without unpacking it."""
 
 import posixpath
+from typing import NamedTuple
 
 _MAX_HOPS = 40
 # About 100,000 links, or fewer with long names.
@@ -8,6 +9,23 @@ _MAX_BYTES = 64 << 20
 _LINK_BYTES = 500
 # As the system's own limit; it also bounds the time that a path with many folders takes.
 _MAX_PATH_CHARACTERS = 4096
+
+
+class Link(NamedTuple):
+    """What a member of an archive that is a link says.
+
+    Attributes:
+        target: The path in the archive that it leads to.
+        before: Of a hard link, where it lies: of several members of the target's name, it is the last before that. None
+            of a symbolic link, which is the last of all.
+    """
+
+    target: str
+    before: int | None = None
+
+    def may_be(self, offset: int) -> bool:
+        """Tells whether a member of the target's name may be the one that is meant, by where it lies."""
+        return self.before is None or offset < self.before
 
 
 class LinkError(Exception):
@@ -31,26 +49,21 @@ class Links:
 
     def __init__(self) -> None:
         self.num_passed_over = 0
-        self._targets: dict[str, str] = {}
+        self._targets: dict[str, Link] = {}
         self._num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._targets)
 
-    def add(self, name: str, target: str) -> None:
-        """Adds a link.
-
-        Args:
-            name: The link's path in the archive.
-            target: The path in the archive that it leads to.
-        """
-        if max(len(name), len(target)) > _MAX_PATH_CHARACTERS:
+    def add(self, name: str, link: Link) -> None:
+        """Adds a link by its path in the archive."""
+        if max(len(name), len(link.target)) > _MAX_PATH_CHARACTERS:
             return
-        self._num_bytes += _LINK_BYTES + len(name) + len(target)
+        self._num_bytes += _LINK_BYTES + len(name) + len(link.target)
         if self._num_bytes > _MAX_BYTES:
             self.num_passed_over += 1
             return
-        self._targets[normalise(name)] = normalise(target)
+        self._targets[normalise(name)] = link._replace(target=normalise(link.target))
 
     def resolve(self, target: str) -> str:
         """Returns the path that a link's target stands for, over other links, also of folders.
@@ -59,7 +72,7 @@ class Links:
             LinkError: The links lead round in a circle.
         """
         path = normalise(target)
-        for _ in range(_MAX_HOPS):
+        for _ in range(_MAX_HOPS + 1):
             if len(path) > _MAX_PATH_CHARACTERS:
                 break
             head, tail = path, ""
@@ -67,17 +80,20 @@ class Links:
                 head, _, last = head.rpartition("/")
                 tail = f"/{last}{tail}"
             # tar writes a link to itself for a file that it was given twice
-            if self._targets.get(head, head) == head:
+            if head not in self._targets or self._targets[head].target == head:
                 return path
-            path = normalise(self._targets[head] + tail)
-        raise LinkError("missing_image", f"a link to {target[:100]}, which leads round in a circle of links")
+            path = normalise(self._targets[head].target + tail)
+        raise LinkError(
+            "missing_image",
+            f"a link to {target[:100]}, which leads round in a circle of links, or over more than {_MAX_HOPS}",
+        )
 
-    def resolved(self) -> dict[str, list[str]]:
-        """Returns the links' paths by the path of the file that they stand for; circles are left out."""
-        names: dict[str, list[str]] = {}
-        for name, target in self._targets.items():
+    def resolved(self) -> dict[str, list[tuple[str, Link]]]:
+        """Returns the links and their paths by the path of the file that they stand for; circles are left out."""
+        names: dict[str, list[tuple[str, Link]]] = {}
+        for name, link in self._targets.items():
             try:
-                names.setdefault(self.resolve(target), []).append(name)
+                names.setdefault(self.resolve(link.target), []).append((name, link))
             except LinkError:
                 continue
         return names

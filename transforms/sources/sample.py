@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from transforms.sources.base import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, ColumnNames
-from transforms.sources.links import LinkError
+from transforms.sources.links import Link, LinkError
 from transforms.sources.parts import IMAGE_EXTENSIONS
 from transforms.sources.shardfile import encodable
 from transforms.sources.tar import TarReader
@@ -76,7 +76,7 @@ class Sample:
             if extension not in parts.texts and text_bytes(extension, self._columns):
                 self._lose(extension, "record_corrupt", "cannot be read, or is too large")
             try:
-                data = index.follow(text, MAX_TEXT_BYTES) if isinstance(text, str) else text
+                data = index.follow(text, MAX_TEXT_BYTES) if isinstance(text, Link) else text
             except LinkError as error:
                 self._lose(extension, error.reason, f"is {error}")
                 data = b""

@@ -9,6 +9,7 @@ import contextlib
 import io
 import posixpath
 
+from transforms.sources.links import Link
 from transforms.sources.shardfile import ShardDamage, pass_over, read_up_to
 
 _BLOCK_BYTES = 512
@@ -66,7 +67,7 @@ class TarReader:
         offset: Where the header that was read last begins, in bytes (of the unpacked tar).
         size: Size of the current member's payload, in bytes.
         payload_offset: Where the current member's payload begins, in bytes (of the unpacked tar).
-        link: Name in the tar that the current member is a link to; None where it is no link.
+        link: What the current member is a link to; None where it is no link.
         unreadable: Why the current member, neither a file nor a link, cannot be read; empty for those.
     """
 
@@ -74,7 +75,7 @@ class TarReader:
         self.offset = 0
         self.size = 0
         self.payload_offset = 0
-        self.link: str | None = None
+        self.link: Link | None = None
         self.unreadable = ""
         self._file = file
         self._end = 0
@@ -185,7 +186,9 @@ class TarReader:
             if target is None:
                 target = _text(header[157:257].partition(b"\0")[0])
             # A symbolic link starts from its own folder, a hard link from the top.
-            self.link = target if kind == _HARD_LINK else posixpath.join(posixpath.dirname(name), target)
+            is_hard = kind == _HARD_LINK
+            place = target if is_hard else posixpath.join(posixpath.dirname(name), target)
+            self.link = Link(place, self.offset if is_hard else None)
         elif kind == _GNU_SPARSE:
             self.unreadable = "is stored as a sparse file"
             more = header[482]

@@ -5,9 +5,10 @@ bounded; what does not fit is named by the reader, not left out.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 from transforms import storage
-from transforms.sources.links import LinkError, Links, normalise
+from transforms.sources.links import Link, LinkError, Links, normalise
 from transforms.sources.shardfile import ShardDamage, open_shard, unpacked
 from transforms.sources.tar import TarReader
 
@@ -20,7 +21,7 @@ class SampleParts:
     """The members of a sample that lies in several places of a tar.
 
     Attributes:
-        texts: The text members: their bytes, or the name that a link leads to.
+        texts: The text members: their bytes, or the links that they are.
         extensions: The extensions of all members.
         is_given: Whether the sample has been given out already.
     """
@@ -28,7 +29,7 @@ class SampleParts:
     __slots__ = ("_is_repeated", "_is_split", "extensions", "is_given", "texts")
 
     def __init__(self) -> None:
-        self.texts: dict[str, bytes | str] = {}
+        self.texts: dict[str, bytes | Link] = {}
         self.extensions: dict[str, None] = {}
         self.is_given = False
         self._is_split = self._is_repeated = False
@@ -43,6 +44,20 @@ class SampleParts:
         self._is_split |= bool(self.extensions) and not is_next
         self._is_repeated |= extension in self.extensions
         self.extensions[extension] = None
+
+
+class _Place(NamedTuple):
+    """Where a member that links lead to lies.
+
+    Attributes:
+        offset: Where its header begins, in bytes.
+        size: Size of its payload, in bytes.
+        payload: Where that begins; in a compressed tar the payload itself, None where it is too much to be kept.
+    """
+
+    offset: int
+    size: int
+    payload: bytes | int | None
 
 
 class TarIndex:
@@ -62,7 +77,7 @@ class TarIndex:
         self._text_bytes = text_bytes
         self._parts: dict[str, SampleParts] | None = None
         self._links: Links | None = None
-        self._places: dict[str, tuple[int, int] | bytes | None] = {}
+        self._places: dict[str, list[_Place]] = {}
 
     @property
     def scattered(self) -> Mapping[str, SampleParts]:
@@ -75,11 +90,11 @@ class TarIndex:
             self._parts = self._find_scattered()
         return self._parts
 
-    def follow(self, target: str, max_bytes: int, fetch: bool = True) -> bytes:
+    def follow(self, link: Link, max_bytes: int, fetch: bool = True) -> bytes:
         """Returns the payload of the file that a link leads to.
 
         Args:
-            target: The name that the link has.
+            link: The link.
             max_bytes: Most bytes that are read.
             fetch: Whether the payload is wanted; if not, it is empty.
 
@@ -89,27 +104,33 @@ class TarIndex:
         """
         if self._links is None:
             self._links = self._find_links()
-        name = self._links.resolve(target)
-        if name not in self._places:
+        target = link.target
+        places = self._places.get(self._links.resolve(target), [])
+        # a hard link may lie before its file where members were sorted
+        place = next((place for place in reversed(places) if link.may_be(place.offset)), None) or next(
+            iter(places), None
+        )
+        if place is None:
             if self._links.num_passed_over:
                 raise LinkError("record_corrupt", f"a link to {target}; the tar has too many links to follow")
             raise LinkError("missing_image", f"a link to {target}, which is not in the tar")
-        place = self._places[name]
-        if place is None:
+        if place.payload is None:
             raise LinkError(
                 "record_corrupt",
                 f"a link to {target}, which is too far back in a compressed tar: unpack the tar",
             )
-        size = len(place) if isinstance(place, bytes) else place[1]
-        if size > max_bytes:
+        if place.size > max_bytes:
             raise LinkError(
-                "record_corrupt", f"a link to {target}, which has {size} bytes; at most {max_bytes} are read"
+                "record_corrupt",
+                f"a link to {target}, which has {place.size} bytes; at most {max_bytes} are read",
             )
-        if isinstance(place, bytes) or not fetch or not size:
-            return place if isinstance(place, bytes) and fetch else b""
+        if not fetch or not place.size:
+            return b""
+        if isinstance(place.payload, bytes):
+            return place.payload
         with storage.input_errors(self._url):
             fs, path = storage.locate(self._url)
-            return bytes(fs.cat_file(path, start=place[0], end=place[0] + size))
+            return bytes(fs.cat_file(path, start=place.payload, end=place.payload + place.size))
 
     def _walk(self) -> Iterator[tuple[str, TarReader, bool]]:
         """Yields each member's name with the reader and whether the tar is compressed, up to damage."""
@@ -156,11 +177,15 @@ class TarIndex:
         for name, tar, is_packed in self._walk():
             if tar.link is not None or tar.unreadable or (name := normalise(name)) not in targets:
                 continue
-            if not is_packed:
-                self._places[name] = tar.payload_offset, tar.size
-            elif num_bytes + tar.size <= _MAX_INDEX_BYTES:
-                self._places[name] = tar.read()
-                num_bytes += tar.size
+            payload: bytes | int | None = tar.payload_offset
+            if is_packed:
+                payload = tar.read() if num_bytes + tar.size <= _MAX_INDEX_BYTES else None
+                num_bytes += tar.size if payload is not None else 0
+            place = _Place(tar.offset, tar.size, payload)
+            places = self._places.setdefault(name, [])
+            # of members of one name, those that no hard link can mean are forgotten
+            if places and all(link.before is None for _, link in targets[name]):
+                places[0] = place
             else:
-                self._places[name] = None
+                places.append(place)
         return links

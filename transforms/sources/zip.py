@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import IO, NamedTuple
 
 from transforms.sources.compression import DECOMPRESSION_ERRORS, Decompressor, Inflate, Unzstd
-from transforms.sources.links import LinkError, Links, normalise
+from transforms.sources.links import Link, LinkError, Links, normalise
 
 _HEADER_MAGIC = b"PK\x03\x04"
 _HEADER_BYTES = 30
@@ -95,7 +95,7 @@ def zip_entries(file: IO[bytes]) -> Iterator[ZipEntry]:
             targets = links.resolved()
             for info in infos:
                 if not stat.S_ISLNK(info.external_attr >> 16):
-                    for path in targets.get(_path(info), ()):
+                    for path, _ in targets.get(_path(info), ()):
                         yield _entry(info, ends)._replace(path=path)
 
 
@@ -192,7 +192,7 @@ def _add_link(archive: zipfile.ZipFile, info: zipfile.ZipInfo, links: Links) -> 
             target = file.read(_MAX_LINK_BYTES).decode()
     except (*_DIRECTORY_ERRORS, *DECOMPRESSION_ERRORS, RuntimeError, LinkError):
         return  # the link leads nowhere: what names it is told that there is no such image
-    links.add(path, posixpath.join(posixpath.dirname(path), target))
+    links.add(path, Link(posixpath.join(posixpath.dirname(path), target)))
 
 
 def _path(info: zipfile.ZipInfo) -> str:

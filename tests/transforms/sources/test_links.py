@@ -1,13 +1,13 @@
 import pytest
 
 from transforms.sources import links
-from transforms.sources.links import LinkError, Links
+from transforms.sources.links import Link, LinkError, Links
 
 
 def links_of(targets):
     found = Links()
     for name, target in targets.items():
-        found.add(name, target)
+        found.add(name, Link(target))
     return found
 
 
@@ -20,7 +20,15 @@ def test_links_of_links_and_of_folders():
         "self",
         "f",
     ]
-    assert chain.resolved() == {"e/d": ["a", "b"], "e": ["c"], "self": ["self"]}
+    names = {target: [name for name, _ in found] for target, found in chain.resolved().items()}
+    assert names == {"e/d": ["a", "b"], "e": ["c"], "self": ["self"]}
+
+
+def test_a_chain_is_followed_over_forty_links():
+    targets = {f"{number}": f"{number + 1}" for number in range(60)}
+    assert links_of(targets).resolve("20") == "60"
+    with pytest.raises(LinkError, match="over more than 40"):
+        links_of(targets).resolve("19")
 
 
 @pytest.mark.parametrize("targets", [{"a": "b", "b": "a"}, {"a": "a/b"}, {"a": "b/c", "b": "a"}])

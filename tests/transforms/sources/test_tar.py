@@ -39,7 +39,11 @@ def others(data):
     """Returns the members that are no files: names, and targets or reasons."""
     tar = reader(data)
     members = [(name, tar.link, tar.unreadable) for name in iter(tar.next, None)]
-    return [(name, link or unreadable) for name, link, unreadable in members if link or unreadable]
+    return [
+        (name, link.target if link else unreadable)
+        for name, link, unreadable in members
+        if link or unreadable
+    ]
 
 
 def special(name, kind, linkname=""):

@@ -20,6 +20,10 @@ from hypothesis import strategies as st
 from transforms.errors import InputError, OptionError
 from transforms.sources import SourceOptions, open_source, tar, tar_index
 from transforms.sources.base import ColumnNames, InputFile, Lost, Row
+from transforms.sources.sample import split_name
+from transforms.sources.shardfile import open_shard, unpacked
+from transforms.sources.tar import TarReader
+from transforms.sources.tar_index import TarIndex
 from transforms.sources.webdataset import WebdatasetSource
 
 JPEG = b"\xff\xd8\xff\xe0 not really a picture \xff\xd9"
@@ -447,6 +451,28 @@ def test_links_are_followed_inside_the_tar(path, is_packed):
     assert [row.counters for row in rows if row.counters] == [{"members_passed_over": 1}]
     for skip in range(len(rows)):
         assert list(shard.rows(skip)) == rows[skip:]
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("kind", ["jpg", "txt"])
+def test_a_hard_link_is_to_the_last_member_before_it_and_a_symbolic_one_to_the_last(path, is_packed, kind):
+    """As tarfile and GNU tar unpack an archive to which a name was added again."""
+    links = ["=a.bin", "~a.bin"]
+    members = [("a.bin", JPEG + b"1"), (f"b1.{kind}", links[0]), (f"b2.{kind}", links[1])]
+    members += [("a.bin", JPEG + b"2"), (f"b3.{kind}", links[0]), (f"b4.{kind}", links[1])]
+    members += [("a.bin", JPEG + b"3"), (f"b5.{kind}", links[0])]
+    write_members(path, members)
+    with tarfile.open(path) as archive:
+        expected = [
+            archive.extractfile(member).read() for member in archive if member.islnk() or member.issym()
+        ]
+    pack(path, is_packed)
+    reading = TarIndex(path, split_name, lambda _: 1 << 20)
+    with open_shard(path) as file:
+        tar = TarReader(unpacked(file))
+        found = [reading.follow(tar.link, 1 << 20) for _ in iter(tar.next, None) if tar.link]
+    assert found == expected
+    assert [data[-1:] for data in found] == [b"1", b"3", b"2", b"3", b"3"]
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
