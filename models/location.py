@@ -32,6 +32,7 @@ def absolute(location: str) -> str:
     if split_protocol(place)[0] not in (None, "file", "local") or not place.strip():
         return location
     path = str(LocalFileSystem._strip_protocol(place))
+    path = os.path.join(os.getcwd(), path)  # it leaves `~x` as it is where there is no user x
     plain = os.path.normpath(path)  # but for `link/..`, which is not the link's own folder
     return head + chain + (plain if os.path.realpath(plain) == os.path.realpath(path) else path)
 

@@ -114,7 +114,9 @@ def _read_word2vec(path: Path, first: bytes, second: bytes) -> WordVectors:
     from gensim.models import KeyedVectors
 
     found = KeyedVectors.load_word2vec_format(str(path), binary=True, unicode_errors="replace")
-    return WordVectors(list(found.index_to_key), np.ascontiguousarray(found.vectors, np.float32))
+    # of a word that occurs more than once, the first vector counts, and there are places without a word at the end
+    words = [word for word in found.index_to_key if word is not None]
+    return WordVectors(words, np.ascontiguousarray(found.vectors[: len(words)], np.float32))
 
 
 def _is_text_row(line: bytes, dim: int) -> bool:

@@ -25,6 +25,7 @@ from transforms.output_layout import (
     RecordKind,
     claim,
     claim_name,
+    data_file_sizes,
     data_files,
     forget_success,
     list_names,
@@ -296,7 +297,7 @@ def _delete_dataset(root: str, wanted: DatasetClaim) -> None:
 def _state(root: str, dataset: str) -> State:
     """Returns what is there of a data set that is the job's own."""
     totals = read_success(root) or {}
-    is_done = dataset in totals and totals[dataset].files == len(data_files(root, dataset))
+    is_done = dataset in totals and totals[dataset].are_of(data_file_sizes(root, dataset))
     return State.DONE if is_done else State.RESUMED
 
 
@@ -312,19 +313,41 @@ class Leftovers(NamedTuple):
     orphans: frozenset[str]
 
 
-def start_writing(root: str, claim: DatasetClaim, shards: Iterable[str]) -> Leftovers:
+def forget_derived(root: str) -> list[str]:
+    """Has the data sets that are made from an output's images be complete no more, as its images are made again.
+
+    Returns:
+        Their names.
+
+    Raises:
+        OutputError: The store refused.
+    """
+    derived = [name for name in read_success(root) or {} if name != "images"]
+    for dataset in derived:
+        forget_success(root, dataset, SCRATCH)
+    return derived
+
+
+def start_writing(
+    root: str, claim: DatasetClaim, shards: Iterable[str], taken_over: bool = False
+) -> Leftovers:
     """Makes sure that a data set holds no files but those of these shards, before a run adds to it.
 
     Args:
         root: The output folder.
         claim: The data set and the run.
         shards: Names of all the shards of the run.
+        taken_over: Whether the output may have been taken from a run at work, whose last files are deleted.
 
     Raises:
         OutputError: There is a file of something else.
     """
     own = set(shards)
     files = data_files(root, claim.dataset)
+    if taken_over and (strays := [name for name in files if shard_of(name) not in own]):
+        strays = sorted(_written_by_diptych(root, claim.dataset, strays))
+        delete(root, (join(claim.dataset, name) for name in strays))
+        files = data_files(root, claim.dataset)
     _refuse_foreign(root, claim.dataset, files, {name for name in files if shard_of(name) in own})
     # there where somebody deleted a data file of a finished output
     forget_success(root, claim.dataset, claim.scratch)

@@ -15,7 +15,15 @@ from apache_beam.options.pipeline_options import TestOptions
 from apache_beam.pvalue import PCollection
 
 from models.location import redacted
-from pipelines.job import DatasetClaim, State, check_output, clean_up, start_writing, take_output
+from pipelines.job import (
+    DatasetClaim,
+    State,
+    check_output,
+    clean_up,
+    forget_derived,
+    start_writing,
+    take_output,
+)
 from pipelines.options import JobOptions
 from pipelines.reach import check_reach
 from pipelines.running import Result, run_pipeline
@@ -158,7 +166,7 @@ def launch(
     except DiptychError:
         if not _is_done_by_another(job):
             raise
-        return Result.of(job.options.output, State.DONE, job.datasets)
+        return _done(job)
     is_dry = pipeline.options.view_as(TestOptions).dry_run
     return Result.of(job.options.output, state, job.datasets, ran=not is_dry)
 
@@ -202,17 +210,26 @@ def _claimed_sinks(job: Job, shards: Sequence[Shard]) -> dict[str, Sink]:
         raise
     if any(claim.taken_over for claim in claims.values()):  # what is deleted for the first is deleted for all
         claims = {dataset: dataclasses.replace(claim, taken_over=True) for dataset, claim in claims.items()}
+    if job.options.retry_rejects and "images" in wanted and not job.reads_own_images:
+        stale = [dataset for dataset in forget_derived(output) if dataset not in wanted]
+        if stale and not job.options.quiet:
+            print(
+                f"diptych: {', '.join(stale)} of {output} are made from its images before this retry, and no longer "
+                "count as complete: run their commands again with --overwrite.",
+                file=sys.stderr,
+            )
     names = [shard.name for shard in shards]
-    return {
-        dataset: dataclasses.replace(sink, **start_writing(output, wanted[dataset], names)._asdict())
-        for dataset, sink in job.sinks(claims).items()
-    }
+    sinks = job.sinks(claims)
+    for dataset, sink in sinks.items():
+        found = start_writing(output, wanted[dataset], names, claims[dataset].taken_over)
+        sinks[dataset] = dataclasses.replace(sink, **found._asdict())
+    return sinks
 
 
 def _is_done_by_another(job: Job) -> bool:
-    """Tells whether the same command, which ran at the same time, has come to its end."""
+    """Tells whether the same command, which ran at the same time, has come to its end and left nothing to do."""
     try:
-        return {check_output(job.options.output, claim) for claim in job.claims().values()} == {State.DONE}
+        return _state(job) is State.DONE
     except DiptychError:
         return False
 

@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import apache_beam as beam
@@ -41,9 +41,18 @@ class Result:
     ran: bool = True
 
     @classmethod
-    def of(cls, output: str, state: State, datasets: Iterable[str], ran: bool = True) -> "Result":
-        """Returns the result of a job that has finished some data sets."""
+    def of(cls, output: str, state: State, datasets: Collection[str], ran: bool = True) -> "Result":
+        """Returns the result of a job that has finished some data sets.
+
+        Raises:
+            OutputError: It has, but there is no record of it any more.
+        """
         found = read_success(output) or {}
+        if ran and (gone := [dataset for dataset in datasets if dataset not in found]):
+            raise errors.OutputError(
+                f"{output} was finished by this run, but the record of its {', '.join(gone)} is gone since: another "
+                "run took the output with --overwrite. What is there now is that run's."
+            )
         return cls(output, state, {dataset: found.get(dataset, Totals()) for dataset in datasets}, ran)
 
 

@@ -16,7 +16,7 @@ from transforms.output_layout import (
     SUCCESS,
     RecordKind,
     damaged_json,
-    data_files,
+    data_file_sizes,
     list_names,
     read_finished,
     write_success,
@@ -37,6 +37,7 @@ class Totals:
         written: Rows written.
         rejected: Rows rejected, by reason.
         counters: What the transforms did, by name.
+        size_bytes: Of the data files; 0 in the record of an earlier version.
     """
 
     shards: int = 0
@@ -45,6 +46,7 @@ class Totals:
     written: int = 0
     rejected: Mapping[str, int] = dataclasses.field(default_factory=dict)
     counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    size_bytes: int = 0
 
     def add(self, commit: Commit) -> "Totals":
         """Returns the totals with one more commit."""
@@ -58,6 +60,7 @@ class Totals:
             self.written + commit.written,
             rejected,
             add_counts(self.counters, commit.counters),
+            self.size_bytes + commit.size_bytes,
         )
 
     def merge(self, other: "Totals") -> "Totals":
@@ -69,7 +72,12 @@ class Totals:
             self.written + other.written,
             add_counts(self.rejected, other.rejected),
             add_counts(self.counters, other.counters),
+            self.size_bytes + other.size_bytes,
         )
+
+    def are_of(self, sizes: Mapping[str, int]) -> bool:
+        """Tells whether these are the totals of data files, by their number and size."""
+        return self.files == len(sizes) and self.size_bytes in (0, sum(sizes.values()))
 
     def has_rejects(self, reasons: Collection[str]) -> bool:
         """Tells whether rows were rejected for one of these reasons."""
@@ -186,27 +194,31 @@ def _checked(found: Mapping[str, Totals], root: str, dataset: str, wanted: Expec
         )
     if wanted.claim:
         wanted.claim.check(root)
-        _check_files(root, wanted.claim, totals.files)
+        _check_files(root, wanted.claim, totals)
     if wanted.limit:
         wanted.limit.check_totals(totals.rejected, totals.written, root)
     return totals.merge(Totals(counters=wanted.counters))
 
 
-def _check_files(root: str, claim: Claim, num_committed: int) -> None:
+def _check_files(root: str, claim: Claim, totals: Totals) -> None:
     """Checks that the files of a data set are those that the run committed, as far as others could change that."""
-    files = data_files(root, claim.dataset)
-    if claim.taken_over and (foreign := foreign_files(root, claim, files)):
+    sizes = data_file_sizes(root, claim.dataset)
+    if not claim.taken_over and totals.are_of(sizes):
+        return
+    foreign = foreign_files(root, claim, sizes)
+    if claim.taken_over and foreign:  # the last of the run that it was taken from
         delete(root, (f"{claim.dataset}/{name}" for name in foreign))
-        raise OutputError(
-            f"The run that {join(root, claim.dataset)} was taken from with --overwrite was still at work, and wrote "
-            f"{len(foreign)} files over those of this one. They are deleted: run the same command again without "
-            "--overwrite; it makes what is missing."
+        sizes = {name: size for name, size in sizes.items() if name not in foreign}
+        foreign = []
+    if not totals.are_of(sizes):
+        named = (
+            f" ({', '.join(foreign[:3])} {'is' if len(foreign) == 1 else 'are'} none of its own: move away)"
         )
-    if len(files) != num_committed:
         raise OutputError(
-            f"{join(root, claim.dataset)} has {len(files)} files, and the run wrote or found {num_committed}: some "
-            "were deleted or added while it ran. Run the same command again"
-            f"{' without --overwrite' if claim.taken_over else ''}; it makes what is missing."
+            f"{join(root, claim.dataset)} has {len(sizes)} files of {sum(sizes.values()):,} bytes, and the run wrote "
+            f"or found {totals.files} of {totals.size_bytes:,}: some were deleted, added or made again while it ran"
+            f"{named if foreign else ''}. Run the same command again"
+            f"{', without --overwrite' if claim.taken_over else ''}; it makes what is missing."
         )
 
 
@@ -229,7 +241,7 @@ def check_rejects(totals: Mapping[str, Totals], root: str, max_rate: float) -> N
         )
     for dataset, total in totals.items():
         rejects = sum(total.rejected.values())
-        if rejects > max_rate * total.read:
+        if total.read and rejects / total.read > max_rate:
             raise TooManyRejects(
                 f"{rejects:,} of {total.read:,} rows of {join(root, dataset)} were rejected, more than "
                 f"--max_reject_rate {max_rate:g} of them: {_reasons(total)}. What was written stays. See "

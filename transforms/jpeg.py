@@ -1,13 +1,16 @@
 """JPEG (ITU T.81) to pixels: through libjpeg-turbo, at a reduced scale, and only where it finds no damage."""
 
 import dataclasses
+import io
 import re
 import struct
 import threading
 
 import numpy as np
 import simplejpeg
+from PIL import Image
 
+from models.errors import one_line
 from transforms.raster import BadImage, Limits, Pixels, Raster
 from transforms.tiff import exif_orientation
 
@@ -214,8 +217,8 @@ def _decode_odd_scans(data: bytes, header: _JpegHeader, size: tuple[int, int]) -
     is_cut = b"\xff\xd9" not in data[header.segments[-1][1] :]
     data = _without_oddities(data, header)
     if is_cut and header.frame not in _ARITHMETIC:
-        # libjpeg warns of its absence, and then no more of missing blocks
-        data = data.rstrip(b"\xff") + b"\xff\xd9"
+        # libjpeg warns of its absence, and then no more of missing blocks; two zeros are padding, one is a byte's
+        data = data.rstrip(b"\0\xff" if data.endswith(b"\0\0") else b"\xff") + b"\xff\xd9"
     try:
         return _decode_scans(data, header, size)
     except ValueError as error:
@@ -223,12 +226,28 @@ def _decode_odd_scans(data: bytes, header: _JpegHeader, size: tuple[int, int]) -
     surplus = re.search(r"(\d+) extraneous bytes before marker 0xd9", message)
     if surplus and int(surplus[1]) < _MAX_PADDING_BYTES and bytes(int(surplus[1])) + b"\xff\xd9" in data:
         return _decode_scans(data, header, size, strict=False)
-    luma, *chroma = header.sampling
-    if luma not in (0x11, 0x12, 0x14, 0x21, 0x22, 0x41) or not {*chroma} <= {0x11, luma}:
-        sampling = ", ".join(f"{factors >> 4}x{factors & 15}" for factors in header.sampling)
-        raise BadImage("unsupported", f"a JPEG whose components are sampled {sampling}")
+    if "subsampling level" in message and not is_cut:
+        return _decode_odd_sampling(data, header, size)
     reason = "truncated" if is_cut or "end of JPEG file" in message else "corrupt"
     raise BadImage(reason, f"{header.width}x{header.height} JPEG: {message}")
+
+
+def _decode_odd_sampling(data: bytes, header: _JpegHeader, size: tuple[int, int]) -> Pixels:
+    """Decodes a JPEG whose components are sampled as TurboJPEG does not know, though libjpeg does: with Pillow.
+
+    Cameras and other writers make few of them, such as CMYK with all inks but the first at half the resolution.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            image.draft(image.mode, size[::-1])
+            pixels = np.array(image)
+    except Exception as error:  # of damaged files, nearly anything
+        sampling = ", ".join(f"{factors >> 4}x{factors & 15}" for factors in header.sampling)
+        raise BadImage(
+            "corrupt", f"a JPEG whose components are sampled {sampling}: {one_line(error)}"
+        ) from error
+    # libjpeg gives the inks as they are stored, Pillow inverts them
+    return np.invert(pixels) if len(header.components) == 4 else pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _without_oddities(data: bytes, header: _JpegHeader) -> bytes:

@@ -190,17 +190,25 @@ def list_names(url: str) -> list[str]:
     Raises:
         InputError: It cannot be listed.
     """
+    return sorted(_listed(url, detail=False))
+
+
+def _listed(url: str, detail: bool) -> dict[str, int]:
+    """Returns the sizes of what is in a folder by name, in bytes; -1 where no detail is wanted."""
     try:
         with input_errors(url):
             fs, path = locate(url)
             fs.invalidate_cache(path)
-            paths = {name.rstrip("/") for name in fs.ls(path, detail=False)} - {path.rstrip("/")}
+            found = fs.ls(path, detail=detail)
             fs.invalidate_cache(path)  # or what is written from now on is not seen
     except InputError as error:
         if is_absence(error):
-            return []
+            return {}
         raise
-    return sorted(map(os.path.basename, paths))
+    sizes = {entry["name"]: entry["size"] or 0 for entry in found} if detail else dict.fromkeys(found, -1)
+    paths = {name.rstrip("/"): size for name, size in sizes.items()}
+    paths.pop(path.rstrip("/"), None)
+    return {os.path.basename(name): size for name, size in paths.items()}
 
 
 def data_files(root: str, dataset: str) -> list[str]:
@@ -208,8 +216,17 @@ def data_files(root: str, dataset: str) -> list[str]:
 
     Hidden files, as a system or another tool leaves them, are not data: their names begin with `.` or `_`.
     """
-    names = (name for name in list_names(join(root, dataset)) if name[0] not in "._")
-    return sorted(names, key=_place)
+    return sorted(filter(_is_data, list_names(join(root, dataset))), key=_place)
+
+
+def data_file_sizes(root: str, dataset: str) -> dict[str, int]:
+    """Returns the sizes, in bytes, of the files that `data_files` names."""
+    sizes = _listed(join(root, dataset), detail=True)
+    return {name: sizes[name] for name in sorted(filter(_is_data, sizes), key=_place)}
+
+
+def _is_data(name: str) -> bool:
+    return name[0] not in "._"
 
 
 def shard_of(name: str) -> str:

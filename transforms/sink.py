@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -108,6 +109,7 @@ class Commit:
         counters: What the transforms did, by name.
         fingerprint: Of the run that wrote it.
         input: What the shard was read from.
+        size_bytes: Size of the file; the one thing that the footer does not say.
     """
 
     dataset: str
@@ -121,6 +123,7 @@ class Commit:
     counters: Mapping[str, int]
     fingerprint: str
     input: str = ""
+    size_bytes: int = dataclasses.field(default=0, compare=False)
 
     def key(self) -> ChunkKey:
         """Returns the name of the chunk."""
@@ -152,11 +155,18 @@ def commit_chunk(sink: Sink, chunk: Chunk) -> Commit:
         rejects = chunk.rejects.filter(pa.compute.equal(stages, stage))
         write_whole(sink.root, f"rejects/{stage}/{name}", _parquet(rejects, REJECTS, {}), scratch)
     metadata = {
-        _METADATA_KEY: json.dumps({**sink.job, **dataclasses.asdict(commit)}, sort_keys=True).encode(),
+        _METADATA_KEY: json.dumps({**sink.job, **_in_footer(commit)}, sort_keys=True).encode(),
         b"huggingface": huggingface_info(sink.schema).encode(),
     }
-    write_whole(sink.root, f"{sink.dataset}/{name}", _parquet(chunk.rows, sink.schema, metadata), scratch)
-    return commit
+    data = _parquet(chunk.rows, sink.schema, metadata)
+    write_whole(sink.root, f"{sink.dataset}/{name}", data, scratch)
+    return dataclasses.replace(commit, size_bytes=len(data))
+
+
+def _in_footer(commit: Commit) -> dict[str, Any]:
+    values = dataclasses.asdict(commit)
+    del values["size_bytes"]
+    return values
 
 
 def _delete_earlier(sink: Sink, chunk: Chunk, commit: Commit) -> None:
@@ -283,7 +293,8 @@ def _read_footer(url: str) -> Commit:
     with input_errors(url):
         fs, path = locate(url)
         with fs.open(path, "rb") as file:
-            return parse_commit(pq.read_metadata(file).metadata or {})
+            commit = parse_commit(pq.read_metadata(file).metadata or {})
+            return dataclasses.replace(commit, size_bytes=file.seek(0, os.SEEK_END))
 
 
 # What a footer that no sink wrote, or that changed since, makes its reader raise
@@ -297,7 +308,8 @@ def parse_commit(metadata: Mapping[bytes, bytes]) -> Commit:
         KeyError: The metadata hold none.
     """
     values: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
-    return Commit(**{field.name: values[field.name] for field in dataclasses.fields(Commit)})
+    names = {field.name for field in dataclasses.fields(Commit)} - {"size_bytes"}
+    return Commit(**{name: values[name] for name in names})
 
 
 def committed(sink: Sink, shard: str, input: str) -> Iterator[Commit]:
@@ -350,7 +362,7 @@ class WriteChunks(beam.PTransform[PCollection[Chunk], PCollection[Commit]]):
 
 
 def foreign_files(root: str, claim: Claim, names: Iterable[str]) -> list[str]:
-    """Returns which of the data files of a data set another run committed.
+    """Returns which of the data files of a data set are not what the job committed under their names.
 
     Args:
         root: The output folder.
@@ -363,9 +375,11 @@ def foreign_files(root: str, claim: Claim, names: Iterable[str]) -> list[str]:
 
     def is_foreign(name: str) -> bool:
         try:
-            return _read_footer(join(root, claim.dataset, name)).fingerprint != claim.fingerprint
+            commit = _read_footer(join(root, claim.dataset, name))
         except DAMAGE:
             return True
+        place = commit.dataset, commit.key().file_name(), commit.fingerprint
+        return place != (claim.dataset, name, claim.fingerprint)
 
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:

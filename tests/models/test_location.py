@@ -21,6 +21,7 @@ SIGNED = "https://user:pass@host.example:8443/a/b%20c.tar?X-Amz-Signature=s3cret
         ("数据/甲.tar", "{cwd}/数据/甲.tar"),
         ("a b?.tar", "{cwd}/a b?.tar"),
         ("~/data", "{home}/data"),
+        ("~x", "{cwd}/~x"),
         ("file://data", "{cwd}/data"),
         ("local://data", "{cwd}/data"),
         ("file:///data", "/data"),

@@ -81,6 +81,17 @@ def test_binary_vectors_that_look_like_text(tmp_path):
     assert_equal(tmp_path / "w.bin", vectors)
 
 
+@pytest.mark.parametrize("others", [[b"dog", b"a"], [b"a", b"a"], [b"\xff", b"\xfe"]])
+def test_repeated_and_broken_words_in_binary(tmp_path, others):
+    """Words that cannot be decoded become the same word."""
+    rows = np.arange(16, dtype=np.float32).reshape(4, 4)
+    lines = (word + b" " + row.tobytes() for word, row in zip([b"a", b"dog", *others], rows, strict=True))
+    (tmp_path / "w.bin").write_bytes(b"4 4\n" + b"\n".join(lines))
+    words, vectors = read_word_vectors(tmp_path / "w.bin")
+    assert words == ["a", "dog", *(["\ufffd"] if others[0] == b"\xff" else [])]
+    np.testing.assert_array_equal(vectors, rows[: len(words)])
+
+
 def test_text_without_a_header(tmp_path):
     (tmp_path / "glove.txt").write_text("the 0.5 1 -2e-3\ndog 1 2 3\n")
     words, vectors = read_word_vectors(tmp_path / "glove.txt")

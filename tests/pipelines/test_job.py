@@ -249,6 +249,16 @@ class TestOpenOutput:
         assert read_jobs(root) == {"images": print_of(size=1)}
 
 
+def test_what_is_done_is_told_by_number_and_size_of_the_files(tmp_path):
+    """A file that another run put in the place of one is of another size."""
+    write_output(tmp_path, print_of())
+    claim = DatasetClaim("images", print_of())
+    assert check_output(str(tmp_path), claim) is State.DONE
+    with open(tmp_path / "images" / "a-00000.parquet", "ab") as file:
+        file.write(b"x")
+    assert check_output(str(tmp_path), claim) is State.RESUMED
+
+
 RECORD = "_records/source.job.json"
 
 
@@ -306,6 +316,14 @@ class TestKilledWhileOverwriting:
 
 
 class TestStartWriting:
+    def test_what_an_overtaken_run_still_wrote_is_deleted(self, tmp_path):
+        write_output(tmp_path, print_of(), success=False)
+        claim = DatasetClaim("images", print_of(size=1), overwrite=True)
+        (tmp_path / "images" / "note-00000.parquet").touch()
+        with pytest.raises(OutputError, match=r"images holds note-00000\.parquet, which"):
+            start_writing(str(tmp_path), claim, ["a"], taken_over=True)
+        assert names_in(tmp_path / "images") == {"a-00000.parquet", "a-00001.parquet", "note-00000.parquet"}
+
     def test_takes_only_files_of_the_shards(self, tmp_path):
         write_output(tmp_path, print_of(), success=False)
         start(str(tmp_path), ["a", "b", "c"])

@@ -90,6 +90,40 @@ def jpegs_of(scenes: SceneFolders) -> list[Path]:
     return sorted((scenes.flickr30k / "flickr30k-images").iterdir())
 
 
+class TestTheSameCommandElsewhere:
+    """What another process with the same command has brought to its end is not taken for more than it is."""
+
+    def run_beside(self, monkeypatch: pytest.MonkeyPatch, data: Path, out: Path, **options: Any) -> None:
+        def fail(*_: Any) -> None:
+            patch.undo()
+            run(data, out)
+            raise OutputError("the files of the other are in the way")
+
+        patch = pytest.MonkeyPatch()
+        patch.setattr("pipelines.launch.run_pipeline", fail)
+        try:
+            run(data, out, **options)
+        finally:
+            patch.undo()
+
+    @pytest.fixture
+    def half_bad(self, scenes: SceneFolders, tmp_path: Path) -> Path:
+        good = jpegs_of(scenes)[0].read_bytes()
+        return write_tar(tmp_path / "a.tar", {"0.jpg": good, "1.jpg": b"junk"})
+
+    def test_it_is_done(self, half_bad, tmp_path, monkeypatch):
+        self.run_beside(monkeypatch, half_bad, tmp_path / "out")
+        assert rows_in(tmp_path / "out", "key") == [("0",)]
+
+    def test_its_rejects_may_be_too_many(self, half_bad, tmp_path, monkeypatch):
+        with pytest.raises(TooManyRejects, match=r"1 of 2 rows"):
+            self.run_beside(monkeypatch, half_bad, tmp_path / "out", max_reject_rate=0.1)
+
+    def test_it_did_not_retry(self, half_bad, tmp_path, monkeypatch):
+        with pytest.raises(OutputError, match="in the way"):
+            self.run_beside(monkeypatch, half_bad, tmp_path / "out", retry_rejects=("not_an_image",))
+
+
 class TestKilled:
     """Killed anywhere and run again, the output is an undisturbed run's: every name, every byte."""
 

@@ -155,3 +155,10 @@ class TestResult:
         finish({"captions": Totals(1, 1, 3, 3)}, str(tmp_path), {"captions": Expected(1)}, "run")
         assert Result.of(str(tmp_path), State.DONE, ["images"]) == Result(str(tmp_path), State.DONE, totals)
         assert sorted(os.listdir(tmp_path)) == ["_SUCCESS.json", "_records"]
+
+    def test_a_record_that_is_gone_is_not_taken_for_nothing(self, tmp_path):
+        with pytest.raises(
+            OutputError, match="the record of its images is gone since: another run took the output"
+        ):
+            Result.of(str(tmp_path), State.FRESH, ["images"])
+        assert Result.of(str(tmp_path), State.FRESH, ["images"], ran=False).totals == {"images": Totals()}

@@ -355,6 +355,32 @@ def test_inks_are_read_as_pillow_and_opencv_read_them(name: str, profile: bytes 
         assert np.abs(converted - as_rgb).max() <= 3
 
 
+@pytest.mark.parametrize("subsampling", [1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("transform", [None, 0, 2])
+def test_inks_that_are_sampled_as_turbojpeg_does_not_know(
+    subsampling: int, progressive: bool, transform: int | None
+) -> None:
+    cmyk = Image.fromarray(picture(channels=4), "CMYK")
+    data = save(cmyk, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+    data = data if transform is None else with_adobe_transform(data, transform)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image).astype(int)
+    np.testing.assert_array_equal(decode(data, ANY).pixels, expected)
+    small = decode(data, ANY, 8, 8)
+    assert small.pixels.shape[0] < expected.shape[0]
+    assert (small.height, small.width) == expected.shape[:2]
+    for size in range(len(data) // 2, len(data) - 20, 97):
+        with pytest.raises(BadImage):
+            decode(data[:size], ANY)
+
+
+def test_other_sampling_is_read_as_pillow_reads_it() -> None:
+    data = base64.b64decode(SAMPLED_4X2_JPEG)
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(decode(data, ANY).pixels, np.asarray(image))
+
+
 def with_profile(data: bytes, profile: bytes | None) -> bytes:
     """A JPEG with an ICC profile that fits one segment."""
     if profile is None:
@@ -634,10 +660,10 @@ def test_a_cut_jpeg_is_truncated_wherever_it_is_cut(name: str) -> None:
 @pytest.mark.parametrize("name", JPEGS)
 def test_a_jpeg_that_lacks_its_end_marker_alone_is_whole(name: str) -> None:
     data, expected = JPEGS[name], decoded(JPEGS[name])
-    for end in (b"", b"\xff", b"\xff\xff", bytes(1), bytes(63), bytes(8) + b"\xff"):
+    # zeros: the file was not written to its end, on a disk that reserves room
+    for end in (b"", b"\xff", b"\xff\xff", bytes(1), bytes(2), bytes(63), bytes(8) + b"\xff", bytes(5000)):
         assert np.array_equal(decoded(data[:-2] + end), expected), end
-    for end in (bytes(500), b"surplus" * 9):
-        assert reason_of(data[:-2] + end) in ("truncated", "corrupt"), end
+    assert reason_of(data[:-2] + b"surplus" * 9) in ("truncated", "corrupt")
     half = decode(data[:-2], ANY, 12)
     assert np.array_equal(half.pixels, decode(data, ANY, 12).pixels)
 
@@ -891,7 +917,6 @@ def test_damage_of_other_formats_is_corrupt() -> None:
         ),
         save_tiff(wide(picture()), photometric="cielab"),
         with_tiff_tag(save_tiff(wide(grey())), 258, 12),
-        base64.b64decode(SAMPLED_4X2_JPEG),
         JPEGS["4:2:0 baseline"].replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"),
         JPEGS["4:2:0 baseline"].replace(b"\xff\xc0\0\x11\x08", b"\xff\xc3\0\x11\x08"),
         JPEGS["grey baseline"].replace(b"\xff\xc0\0\x0b\x08", b"\xff\xc5\0\x0b\x08"),

@@ -1,3 +1,5 @@
+import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transforms import finish as finish_module
-from transforms.errors import DiptychError, OutputError
+from transforms.errors import DiptychError, OutputError, TooManyRejects
 from transforms.failures import FailureLimit
-from transforms.finish import Expected, FinishJob, Totals, finish, read_success, sum_by_dataset
+from transforms.fingerprint import digest
+from transforms.finish import Expected, FinishJob, Totals, check_rejects, finish, read_success, sum_by_dataset
 from transforms.output_layout import RECORDS, SUCCESS
-from transforms.sink import Commit
+from transforms.sink import Claim, Commit
+from transforms.storage import write_whole
 
 
 def commit_of(index: int, last: bool = False, shard: str = "a", dataset: str = "images") -> Commit:
@@ -95,6 +99,7 @@ class TestFinish:
                 "read": 31,
                 "rejected": {"corrupt": 6, "empty": 1, "missing_image": 3},
                 "shards": 2,
+                "size_bytes": 0,
                 "written": 21,
             }
         }
@@ -115,6 +120,36 @@ class TestFinish:
         monkeypatch.setattr(finish_module, "delete_working", refuse)
         finish({"images": TOTALS}, str(tmp_path), {"images": Expected(2)}, "run")
         assert read_success(str(tmp_path)) == {"images": TOTALS}
+
+    @pytest.mark.parametrize(
+        ("taken_over", "size_bytes", "message"),
+        [
+            (False, 12, None),
+            (True, 12, r"has 0 files of 0 bytes, and the run .* 3 of 12: .* again, without --overwrite; it"),
+            (
+                False,
+                13,
+                r"has 3 files of 12 bytes, and the run wrote or found 3 of 13: .*\(a-00000\.parquet, ",
+            ),
+        ],
+    )
+    def test_the_files_are_those_of_the_run(self, tmp_path, taken_over, size_bytes, message):
+        """Files that are none of its own are told by their footers, which are read only where the sizes differ."""
+        claim = Claim("_records/source.job.json", "images", digest({}), taken_over)
+        write_whole(str(tmp_path), claim.name, b'{"images": {}}')
+        for name in ("a-00000", "a-00001", "b-00000"):
+            write_whole(str(tmp_path), f"images/{name}.parquet", b"data")
+        totals = {"images": dataclasses.replace(TOTALS, size_bytes=size_bytes)}
+        with pytest.raises(OutputError, match=message) if message else contextlib.nullcontext():
+            finish(totals, str(tmp_path), {"images": Expected(2, claim=claim)}, "run")
+        assert (read_success(str(tmp_path)) is None) == bool(message)
+
+    @pytest.mark.parametrize(("rejected", "is_refused"), [(28, False), (29, False), (30, True)])
+    def test_a_share_is_compared_as_it_is_written(self, rejected, is_refused):
+        """0.29 * 100 is less than 29."""
+        totals = {"images": Totals(1, 1, 100, 100 - rejected, {"corrupt": rejected})}
+        with pytest.raises(TooManyRejects) if is_refused else contextlib.nullcontext():
+            check_rejects(totals, "out", 0.29)
 
     @pytest.mark.parametrize("num_shards", [1, 3])
     def test_what_is_not_complete_is_not_called_so(self, tmp_path, num_shards):

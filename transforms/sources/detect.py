@@ -33,7 +33,8 @@ _KINDS = {
     "coco": re.compile(r"^captions_.*\.json(\.gz)?$", re.I),
     "karpathy": re.compile(r"^dataset_.*\.json(\.gz)?$", re.I),
     "webdataset": re.compile(r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst)$", re.I),
-    "tfrecord": re.compile(r"\.(tfrecords?|tfrec)(\.gz)?$|\.tfrecord-\d+-of-\d+$", re.I),
+    # TensorFlow's writers name shards without an extension
+    "tfrecord": re.compile(r"\.(tfrecords?|tfrec)(\.gz)?$|-\d{4,}-of-\d{4,}$", re.I),
     "parquet": re.compile(r"\.parquet$", re.I),
     "flickr30k": re.compile(
         r"\.token(\.txt)?$|^results.*\.csv$|^captions\.(txt|csv)$|^flickr_annotations.*\.csv$", re.I
@@ -95,17 +96,36 @@ class _Tree(NamedTuple):
 
 
 def expand_braces(url: str) -> list[str]:
-    """Returns what `{000..009}` and `{a,b}` in a path stand for; the path itself where there is such a file."""
+    """Returns what `{000..009}` and `{a,b}` in a path stand for; the path itself where there is such a file.
+
+    Raises:
+        OptionError: They stand for more than a million paths.
+    """
     if "{" not in url:
         return [url]
     fs, path = locate(url)
     with input_errors(url):
         if exists(fs, path):
             return [url]
+    # the library lists each range before it gives the first path
+    ranges = _BRACE_RANGE.findall(url)
+    is_small = all(
+        len(first + last) <= 18 and abs(int(last) - int(first)) < _MAX_PATHS for first, last in ranges
+    )
     try:
-        return list(braceexpand.braceexpand(url))
+        urls = list(itertools.islice(braceexpand.braceexpand(url), _MAX_PATHS + 1)) if is_small else []
     except braceexpand.UnbalancedBracesError:  # type: ignore[attr-defined]  # its stubs leave it out
         return [url]
+    if not 0 < len(urls) <= _MAX_PATHS:
+        raise OptionError(
+            f"{url} stands for more than {_MAX_PATHS:,} files. Name the folder, or a glob such as part-*.tar, which "
+            "stands for those that are there."
+        )
+    return urls
+
+
+_BRACE_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
+_MAX_PATHS = 1_000_000
 
 
 def find(url: str, format: str) -> Found:

@@ -16,7 +16,7 @@ _MAGIC, _ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 _TAIL_BYTES = 8
 # Most headers are short, but statistics in one may hold whole values
 _HEADER_BYTES = (1 << 10, 16 << 20)
-_PACKED_TIGHTLY, _MANY_BYTES = 50, 256 << 20
+_PACKED_TIGHTLY, _MANY_BYTES = 50, 64 << 20
 _DICTIONARY_PACKED_TIGHTLY = 4
 _PARSE_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error)
 _MAX_DEPTH = 32
@@ -70,12 +70,14 @@ class Pages(NamedTuple):
         packed_dictionary_bytes: Its size in the file.
         num_dictionary_values: How many values are in the dictionary.
         largest_bytes: Unpacked size of the largest page.
+        largest_tight_bytes: Unpacked size of the largest page that is packed as images and texts seldom are.
     """
 
     dictionary_bytes: int
     packed_dictionary_bytes: int
     num_dictionary_values: int
     largest_bytes: int
+    largest_tight_bytes: int
 
     @property
     def value_bytes(self) -> int:
@@ -100,13 +102,15 @@ def read_pages(file: pa.NativeFile, chunk: ColumnChunk) -> Pages:
     are_packed_tightly = chunk.size_bytes >= max(_MANY_BYTES, _PACKED_TIGHTLY * chunk.packed_bytes)
     end = first + chunk.packed_bytes if are_packed_tightly else first + 1
     dictionary = 0, 0, 0
-    largest, offset = 0, first
+    largest, largest_tight, offset = 0, 0, first
     while offset < end:
         page, offset = _page(file, offset)
         largest = max(largest, page.size_bytes)
+        if page.size_bytes >= _PACKED_TIGHTLY * page.packed_bytes:
+            largest_tight = max(largest_tight, page.size_bytes)
         if page.num_dictionary_values is not None:
             dictionary = page.size_bytes, page.packed_bytes, page.num_dictionary_values
-    return Pages(*dictionary, largest)
+    return Pages(*dictionary, largest, largest_tight)
 
 
 class _Page(NamedTuple):

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import one_line
-from transforms.sources.base import Lost, Record, Row
+from transforms.sources.base import MAX_IMAGE_BYTES, Lost, Record, Row
 from transforms.sources.column_values import Image, captions, images, keys, metadata, validate
 from transforms.sources.columns import Columns
 from transforms.sources.joined import numbered_key
@@ -153,9 +153,13 @@ def _check_sizes(chunk: ColumnChunk, pages: Pages, num_rows: int) -> None:
     Raises:
         ShardDamage: A page is too large, or lists of values from a dictionary are: a row may have any number of them.
     """
-    if pages.largest_bytes > MAX_RECORD_BYTES:
-        message = f"a page of column {chunk.path} has {pages.largest_bytes} bytes; at most {MAX_RECORD_BYTES} are read"
-        raise ShardDamage("shard_corrupt", message)
+    for largest_bytes, most_bytes, kind in (
+        (pages.largest_bytes, MAX_RECORD_BYTES, ""),
+        (pages.largest_tight_bytes, MAX_IMAGE_BYTES, " packed as no images or texts are"),
+    ):
+        if largest_bytes > most_bytes:
+            message = f"a page of column {chunk.path}{kind} has {largest_bytes} bytes; at most {most_bytes} are read"
+            raise ShardDamage("shard_corrupt", message)
     size_bytes = chunk.num_values * pages.dictionary_bytes // max(1, pages.num_dictionary_values)
     if size_bytes > _MAX_LISTS_BYTES and num_rows < chunk.num_values:
         message = f"the lists in column {chunk.path} have about {size_bytes} bytes; at most {_MAX_LISTS_BYTES} are read"

@@ -163,6 +163,21 @@ class TestNames:
         assert expand_braces(f"{tmp_path}/in/a{{b,c}}.tar") == [f"{tmp_path}/in/a{{b,c}}.tar"]
         assert expand_braces("x{y") == ["x{y"]
         assert expand_braces("{a,b}/{1..2}.tar") == ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]
+        assert len(expand_braces("{000001..1000000}.tar")) == 1_000_000
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "p-{000..999999999}.tar",
+            "{0..999}/{0..9999}.tar",
+            "{1.." + "9" * 5000 + "}",
+            "{a,b}" * 21,
+            "{-1..1000000}",
+        ],
+    )
+    def test_braces_that_stand_for_too_many_paths_are_refused(self, url):
+        with pytest.raises(OptionError, match="stands for more than 1,000,000 files"):
+            expand_braces(url)
 
     def test_two_colons_are_part_of_a_local_name(self, tmp_path):
         assert len(read(write(tmp_path / "a::b", "c::d.tar") / "c::d.tar")[1]) == 2

@@ -405,3 +405,17 @@ class TestStrict:
     def test_what_is_whole_is_read_as_ever(self, path):
         write(path, columns(5))
         assert list(shard_of(path, strict=True).rows()) == list(shard_of(path).rows())
+
+
+@pytest.mark.parametrize("column", ["image", "caption", "url"])
+@pytest.mark.parametrize("compression", ["zstd", "gzip"])
+def test_a_giant_value_of_few_bytes_costs_its_row_group(path, column, compression):
+    """100 MB that are packed into some KB: what is refused is known from the headers of the pages."""
+    rows = {"image": [JPEG + b"1", JPEG + b"2", JPEG + b"3"]}
+    rows |= {name: ["a", "b", "c"] for name in ("caption", "url")}
+    rows[column][1] = (b"\0" if column == "image" else "x") * (100 << 20)
+    pq.write_table(pa.table(rows), path, row_group_size=1, compression=compression, use_dictionary=False)
+    assert os.path.getsize(path) < 8 << 20
+    first, lost, last = shard_of(path, metadata_columns=("url",)).rows()
+    assert (first.captions, lost.reason, last.captions) == (["a"], "shard_corrupt", ["c"])
+    assert "packed as no images or texts are has 1048576" in lost.message
