@@ -47,6 +47,7 @@ CAPTION_NAMES = (
 NUMBER_NAMES = ("comment_number", "caption_number", "caption_index", "sentid")
 _DELIMITERS = ",\t;|"
 _IMAGE = re.compile(r'"?[^"]*\.(?:jpe?g|png|gif|bmp|webp|tiff?|jfif|jpe|avif|heic|jp2)(?:[?#][^"]*)?"?', re.I)
+_BACKSLASHES = re.compile(r"\\+(?![\\\"])")
 _NUMBER = re.compile(r"\s*\d{1,9}(?:\.0)?\s*")
 # Lines that a quoted caption may go over
 _MAX_QUOTED_LINES = 50
@@ -58,7 +59,7 @@ class Dialect(NamedTuple):
 
     Attributes:
         delimiter: What is between fields.
-        escape: What a quote in a quoted field has before it; None where it is doubled.
+        escape: What a quote may have before it instead of being doubled; before anything else it is text.
     """
 
     delimiter: str
@@ -121,7 +122,9 @@ def find_dialect(head: Sequence[str]) -> Dialect:
 
     delimiter = max(_DELIMITERS, key=lambda delimiter: (score(delimiter), -_DELIMITERS.index(delimiter)))
     text = "\n".join(head)
-    return Dialect(delimiter, "\\" if '\\"' in text and '""' not in text else None)
+    # not an empty field
+    is_doubled = re.search(rf'[^\n"{re.escape(delimiter)}]""|""[^\n"{re.escape(delimiter)}]', text)
+    return Dialect(delimiter, None if is_doubled else "\\")
 
 
 def _rows(head: Sequence[str], dialect: Dialect) -> Iterator[list[str]]:
@@ -137,17 +140,20 @@ def _names_image(row: Sequence[str], place: int) -> bool:
 
 def cut(line: str, dialect: Dialect) -> list[str]:
     """Returns the fields of a line; a quote that is not closed in it goes on to its end."""
-    escape = dialect.escape
-    reader = csv.reader(
-        [line], delimiter=dialect.delimiter, escapechar=escape, doublequote=escape is None, strict=False
-    )
+    return _read([line], dialect)
+
+
+def _read(lines: Sequence[str], dialect: Dialect) -> list[str]:
+    if dialect.escape:  # but before a quote, a backslash is text
+        lines = [_BACKSLASHES.sub(r"\g<0>\g<0>", line) for line in lines]
+    reader = csv.reader(lines, delimiter=dialect.delimiter, escapechar=dialect.escape, strict=False)
     return next(reader, [])
 
 
 def is_open(text: str, dialect: Dialect) -> bool:
     """Tells whether a quoted field that begins in a text does not end in it."""
     delimiter = re.escape(dialect.delimiter)
-    inside = r"(?:[^\"\\]|\\.)" if dialect.escape else r"(?:[^\"]|\"\")"
+    inside = r"(?:[^\"\\]|\"\"|\\.?)" if dialect.escape else r"(?:[^\"]|\"\")"
     # whole fields from the start, then one that is quoted and has no end
     pattern = (
         rf"(?:(?:\s*\"{inside}*+\"[^{delimiter}]*+|(?!\s*\")[^{delimiter}]*+){delimiter})*+\s*\"{inside}*+"
@@ -267,6 +273,9 @@ def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
         used: int | None = 0
         if len(line.text) <= _MAX_FIELD_CHARS and is_open(line.text, table.dialect):
             used = _closing(line, pending, numbered, table)
+        dialect = table.dialect
+        if used is None and _is_closed_by_backslash(line.text, table):
+            used, dialect = 0, _without_escape(dialect)
         if used is None:
             yield Record([], number, line.text, line.is_utf, "a quote is opened and not closed")
             continue
@@ -274,7 +283,7 @@ def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
         del pending[:used]
         is_utf = all(part.is_utf for part in parts)
         try:
-            fields = _cut_lines([part.text for part in parts], table.dialect)
+            fields = _cut_lines([part.text for part in parts], dialect)
         except csv.Error as error:
             yield Record([], number, line.text, is_utf, str(error))
         else:
@@ -300,6 +309,18 @@ def _closing(
     return None
 
 
+def _is_closed_by_backslash(line: str, table: Table) -> bool:
+    """Tells whether a line is whole where its backslashes are text, as that of a path at the end of a field is."""
+    plain = _without_escape(table.dialect)
+    with contextlib.suppress(csv.Error):
+        return not is_open(line, plain) and len(cut(line, plain)) == table.num_columns
+    return False
+
+
+def _without_escape(dialect: Dialect) -> Dialect:
+    return dialect._replace(escape=None)
+
+
 def _is_record(line: str, table: Table) -> bool:
     """Tells whether a line is a whole record by itself: in the image's place there is the name of one."""
     with contextlib.suppress(csv.Error):
@@ -309,9 +330,4 @@ def _is_record(line: str, table: Table) -> bool:
 
 
 def _cut_lines(lines: Sequence[str], dialect: Dialect) -> list[str]:
-    escape = dialect.escape
-    ended = [*(f"{line}\n" for line in lines[:-1]), lines[-1]]
-    reader = csv.reader(
-        ended, delimiter=dialect.delimiter, escapechar=escape, doublequote=escape is None, strict=False
-    )
-    return next(reader, [])
+    return _read([*(f"{line}\n" for line in lines[:-1]), lines[-1]], dialect)

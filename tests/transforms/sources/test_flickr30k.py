@@ -322,6 +322,31 @@ def test_quotes_in_the_middle_of_a_field_are_text(tmp_path):
     assert captions_of(read(plan(tmp_path, text))) == {"a": ['a "quoted" word'], "b": ["x"]}
 
 
+def test_a_backslash_escapes_a_quote_and_nothing_else(tmp_path):
+    lines = [
+        *("image,caption", 'a.jpg,"he said \\"hi\\", ok"', "a.jpg,AC\\DC on stage", "a.jpg,back\\\\slash"),
+        *("b.jpg,c:\\new\\dir", 'b.jpg,"dir C:\\"', 'b.jpg,"a \\"c\\\\"', "b.jpg,end"),
+    ]
+    assert captions_of(read(plan(tmp_path, "\n".join(lines)))) == {
+        "a": ['he said "hi", ok', "AC\\DC on stage", "back\\\\slash"],
+        "b": ["c:\\new\\dir", "dir C:\\", 'a "c\\', "end"],
+    }
+
+
+def test_a_quote_is_escaped_for_the_first_time_late_in_a_file(tmp_path):
+    text = "image,caption\n" + "a.jpg,plain\n" * 500 + 'b.jpg,"he said \\"hi\\", ok"\n'
+    assert captions_of(read(plan(tmp_path, text)))["b"] == ['he said "hi", ok']
+
+
+def test_backslashes_part_folders(tmp_path):
+    text = 'image,caption\nimg\\a.jpg,"\\"hi\\", ok"\nimg\\b.jpg,two\n'
+    (tmp_path / "images/img").mkdir(parents=True)
+    assert captions_of(read(plan(tmp_path, text, files=["img/a.jpg", "img/b.jpg"]))) == {
+        "a": ['"hi", ok'],
+        "b": ["two"],
+    }
+
+
 @pytest.mark.parametrize(
     ("encoding", "caption"),
     [
