@@ -7,12 +7,21 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, ClassVar
 
-from transforms.errors import InputError, OptionError
+from transforms.errors import OptionError
 from transforms.sources.annotations import AnnotationSource
 from transforms.sources.base import ColumnNames
 from transforms.sources.encoding import Line, find_encoding, lines
 from transforms.sources.parts import Bad, Caption, Fields, Image
-from transforms.sources.tables import IMAGE_NAMES, Record, Table, find_table, names_images, records
+from transforms.sources.tables import (
+    IMAGE_EXTENSION,
+    IMAGE_NAMES,
+    Record,
+    Table,
+    find_table,
+    is_header,
+    names_images,
+    records,
+)
 
 _BESIDE = (
     "flickr30k-images",
@@ -33,6 +42,10 @@ _NUMBER = re.compile(r"\s*\d{1,9}(?:\.0)?\s*")
 _TOKEN_LINE = re.compile(r"\s*[^\t|,]+(?:#\d+|\.\w{2,5})\t")
 _PIPED_LINE = re.compile(r"\s*[^|\t]+\.\w{2,5}\|\s*\d+\s*(?:\||\s\S)")
 
+_SPACED = re.compile(
+    rf"(?P<image>\S+\.{IMAGE_EXTENSION})(?:#(?P<number>\d{{1,9}}))? +(?P<text>\S.*)", re.I | re.S
+)
+
 _LINES_TO_TELL = 100
 
 _Parts = Iterator[Caption | Fields | Bad]
@@ -46,6 +59,7 @@ class Flickr30kSource(AnnotationSource):
 
     - `NAME.jpg#0<TAB>caption`: `results_20130124.token`, `Flickr8k.token.txt`
     - `NAME.jpg| 0| caption`: Kaggle's `results.csv`
+    - `NAME.jpg caption`, where a blank is all that parts them
     - a table of any delimiter and order of columns (`transforms.sources.tables`): Kaggle's `captions.txt`; `raw` is
       a JSON list of captions (Hugging Face's `flickr_annotations_30k.csv`)
     """
@@ -79,7 +93,7 @@ class Flickr30kSource(AnnotationSource):
             return
         table = find_table(url, head, self.columns, self.metadata_columns)
         if table is None:
-            raise InputError(
+            raise OptionError(
                 f"{url} has no captions that can be told: expected lines such as 'NAME.jpg#0<TAB>caption', "
                 f"'NAME.jpg| 0| caption' or 'NAME.jpg,caption', found {head[0].strip()[:80]!r}. Name its columns with "
                 "--image_column and --caption_column."
@@ -99,6 +113,9 @@ def _shape(head: Sequence[str]) -> tuple[Callable[[Iterator[Line]], "_Parts"], s
         return _tokens, "NAME.jpg#0<TAB>caption"
     if sum(bool(_PIPED_LINE.match(line)) for line in filled[:2]):
         return _piped, "NAME.jpg| 0| caption"
+    body = filled[1:] if filled and is_header(filled[0].split()) else filled
+    if body and all(map(_SPACED.fullmatch, body)):
+        return _spaced, "NAME.jpg caption"
     return None
 
 
@@ -112,6 +129,14 @@ def _tokens(lines: Iterator[Line]) -> _Parts:
             yield Caption(image, number, match["text"], redecoded=not is_utf)
         else:
             yield _bad(ordinal, "NAME.jpg#0<TAB>caption", line)
+
+
+def _spaced(lines: Iterator[Line]) -> _Parts:
+    for ordinal, (line, is_utf, _) in enumerate(lines, 1):
+        if match := _SPACED.fullmatch(line):
+            yield Caption(match["image"], int(match["number"] or 0), match["text"], redecoded=not is_utf)
+        elif line.strip() and not (ordinal == 1 and is_header(line.split())):
+            yield _bad(ordinal, "NAME.jpg caption", line)
 
 
 def _piped(lines: Iterator[Line]) -> _Parts:

@@ -6,6 +6,7 @@ what it gives names images.
 
 import contextlib
 import csv
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -46,11 +47,14 @@ CAPTION_NAMES = (
 )
 NUMBER_NAMES = ("comment_number", "caption_number", "caption_index", "sentid")
 _DELIMITERS = ",\t;|"
-_IMAGE = re.compile(r'"?[^"]*\.(?:jpe?g|png|gif|bmp|webp|tiff?|jfif|jpe|avif|heic|jp2)(?:[?#][^"]*)?"?', re.I)
+_NO_DELIMITERS = frozenset(" \"'._-/\\:#@%&()+?=")
+_NAMED_DELIMITER = re.compile(r"sep=(.)\s*", re.I)
+IMAGE_EXTENSION = r"(?:jpe?g|png|gif|bmp|webp|tiff?|jfif|jpe|avif|heic|jp2)"
+_IMAGE = re.compile(rf'"?[^"]*\.{IMAGE_EXTENSION}(?:[?#][^"]*)?"?', re.I)
 _BACKSLASHES = re.compile(r"\\+(?![\\\"])")
 _NUMBER = re.compile(r"\s*\d{1,9}(?:\.0)?\s*")
 # Lines that a quoted caption may go over
-_MAX_QUOTED_LINES = 50
+_MAX_QUOTED_LINES = 1000
 _MAX_FIELD_CHARS = 1 << 20
 
 
@@ -71,6 +75,7 @@ class Table(NamedTuple):
 
     Attributes:
         dialect: How its lines are cut.
+        num_before: How many lines there are before it.
         image: Place of the images' names.
         caption: Place of the captions.
         number: Place of the captions' numbers; None where there are none.
@@ -82,6 +87,7 @@ class Table(NamedTuple):
     """
 
     dialect: Dialect
+    num_before: int
     image: int
     caption: int
     number: int | None
@@ -111,27 +117,86 @@ class Record(NamedTuple):
 
 
 def find_dialect(head: Sequence[str]) -> Dialect:
-    """Returns the dialect whose fields name images in most of the first lines, or whose first line is a header."""
+    """Returns the dialect whose fields name images in most of the first lines, or whose first line is a header.
 
-    def score(delimiter: str) -> tuple[int, int]:
-        rows = list(_rows(head, Dialect(delimiter)))
-        rows = [row for row in rows if len(row) > 1]
-        images = max((sum(_names_image(row, place) for row in rows) for place in range(6)), default=0)
-        is_header = bool(rows) and _header_columns(rows[0]) is not None
-        return images + is_header, len(rows)
-
-    delimiter = max(_DELIMITERS, key=lambda delimiter: (score(delimiter), -_DELIMITERS.index(delimiter)))
-    text = "\n".join(head)
+    A delimiter that is seldom one is taken where every line has the name of an image in the same place.
+    """
+    num_before, delimiter = _before_table(head)
+    head = head[num_before:]
+    if delimiter is None:
+        scores = {delimiter: _score(head, delimiter) for delimiter in _DELIMITERS}
+        delimiter = max(scores, key=lambda name: scores[name])
+        if not scores[delimiter][0]:
+            first = next((line for line in head if line.strip()), "")
+            others = [
+                char for char in dict.fromkeys(first) if not char.isalnum() and char not in _NO_DELIMITERS
+            ]
+            delimiter = next((other for other in others if _is_certain(head, other)), delimiter)
     # not an empty field
-    is_doubled = re.search(rf'[^\n"{re.escape(delimiter)}]""|""[^\n"{re.escape(delimiter)}]', text)
+    is_doubled = re.search(rf'[^\n"{re.escape(delimiter)}]""|""[^\n"{re.escape(delimiter)}]', "\n".join(head))
     return Dialect(delimiter, None if is_doubled else "\\")
 
 
+def _before_table(head: Sequence[str]) -> tuple[int, str | None]:
+    """Returns how many lines are before a table (blank, Excel's `sep=;`, comments), and the delimiter they name."""
+    delimiter = None
+    for number, line in enumerate(head):
+        if match := _NAMED_DELIMITER.fullmatch(line):
+            delimiter = match[1]
+        elif line.strip() and not _is_comment(line):
+            return number, delimiter
+    return 0, delimiter
+
+
+def _is_comment(line: str) -> bool:
+    fields = re.split(rf"[{_DELIMITERS}]", line.lstrip("# "))
+    is_record = _header_columns(fields) is not None or any(
+        _names_image(fields, place) for place in range(len(fields))
+    )
+    return line.startswith("#") and not is_record
+
+
+def _score(head: Sequence[str], delimiter: str) -> tuple[int, int]:
+    rows = [row for row in _rows(head, Dialect(delimiter)) if len(row) > 1]
+    images = max((sum(_names_image(row, place) for row in rows) for place in range(6)), default=0)
+    is_header = bool(rows) and _header_columns(rows[0]) is not None
+    return images + is_header, len(rows)
+
+
+def _is_certain(head: Sequence[str], delimiter: str) -> bool:
+    rows = list(_rows(head, Dialect(delimiter)))
+    num_columns = len(rows[0])
+    body = rows[1:] or rows
+    return num_columns > 1 and any(
+        all(len(row) == num_columns and _names_image(row, place) for row in body)
+        for place in range(num_columns)
+    )
+
+
 def _rows(head: Sequence[str], dialect: Dialect) -> Iterator[list[str]]:
+    """Yields the fields of the records in the first lines; the last may be cut off."""
+    pending: list[str] = []
     for line in head:
+        if pending and _is_row_of_image(line, dialect):
+            pending = []  # of a quote that is never closed
+        if not pending and not line.strip():
+            continue
+        was_open = bool(pending)
+        pending.append(line)
+        if not is_open(f'"{line}' if was_open else line, dialect):
+            with contextlib.suppress(csv.Error):
+                yield _cut_lines(pending, dialect)
+            pending = []
+    if pending:
         with contextlib.suppress(csv.Error):
-            if line.strip():
-                yield cut(line, dialect)
+            yield _cut_lines(pending, dialect)
+
+
+def _is_row_of_image(line: str, dialect: Dialect) -> bool:
+    with contextlib.suppress(csv.Error):
+        row = cut(line, dialect)
+        return len(row) > 1 and any(_names_image(row, place) for place in range(len(row)))
+    return False
 
 
 def _names_image(row: Sequence[str], place: int) -> bool:
@@ -169,13 +234,19 @@ def _header_columns(row: Sequence[str]) -> tuple[int | None, int | None] | None:
     return None if image is None and caption is None else (image, caption)
 
 
+def is_header(row: Sequence[str]) -> bool:
+    """Tells whether fields are the usual names of the images' and the captions' columns, with or without others."""
+    columns = _header_columns(row)
+    return columns is not None and None not in columns
+
+
 def names_images(head: Sequence[str]) -> bool:
     """Tells whether the first lines of a text are those of a table of images: most name one, or a header says so."""
-    rows = list(_rows(head, find_dialect(head)))
+    rows = list(_rows(head[_before_table(head)[0] :], find_dialect(head)))
     if not rows:
         return True
     columns = _header_columns(rows[0])
-    if columns is not None and None not in columns and len(rows) == 1:
+    if is_header(rows[0]) and len(rows) == 1:
         return True
     body = rows[1:] if columns is not None else rows
     most = max((sum(_names_image(row, place) for row in body) for place in range(len(rows[0]))), default=0)
@@ -195,7 +266,8 @@ def find_table(url: str, head: Sequence[str], names: ColumnNames, metadata: Sequ
         OptionError: A column is not there, or it cannot be told which are meant.
     """
     dialect = find_dialect(head)
-    rows = list(_rows(head, dialect))
+    num_before, _ = _before_table(head)
+    rows = list(_rows(head[num_before:], dialect))
     if not rows:
         return None
     first, body = rows[0], rows[1:]
@@ -225,8 +297,14 @@ def find_table(url: str, head: Sequence[str], names: ColumnNames, metadata: Sequ
         caption = _only_text(url, first, body if has_header else rows, image)
     lowered = [name.lower() for name in header]
     number = next((lowered.index(name) for name in NUMBER_NAMES if name in lowered), None)
+    if caption >= len(first):
+        raise OptionError(
+            f"{url} has one column only, {first[0]!r}, and none of captions. Expected the name of an image and a "
+            "caption in each line."
+        )
     return Table(
         dialect,
+        num_before,
         image,
         caption,
         number,
@@ -261,7 +339,7 @@ def _only_text(url: str, first: Sequence[str], rows: Sequence[Sequence[str]], im
 def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
     """Yields the records of a table; a quote that is never closed costs its own line, and none that follows."""
     pending: list[tuple[int, Line]] = []
-    numbered = enumerate(lines, 1)
+    numbered = itertools.islice(enumerate(lines, 1), table.num_before, None)
     while True:
         if not pending and (item := next(numbered, None)) is None:
             return
@@ -272,7 +350,7 @@ def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
             continue
         used: int | None = 0
         if len(line.text) <= _MAX_FIELD_CHARS and is_open(line.text, table.dialect):
-            used = _closing(line, pending, numbered, table)
+            used = _closing(pending, numbered, table)
         dialect = table.dialect
         if used is None and _is_closed_by_backslash(line.text, table):
             used, dialect = 0, _without_escape(dialect)
@@ -291,10 +369,9 @@ def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
 
 
 def _closing(
-    line: Line, pending: list[tuple[int, Line]], numbered: Iterator[tuple[int, Line]], table: Table
+    pending: list[tuple[int, Line]], numbered: Iterator[tuple[int, Line]], table: Table
 ) -> int | None:
-    """Returns how many of the lines after one close its quote; None where they do not, or are records themselves."""
-    text = line.text
+    """Returns how many of the lines after an open one close its quote; None where they do not, or are records."""
     for used in range(1, _MAX_QUOTED_LINES + 1):
         if len(pending) < used:
             if (item := next(numbered, None)) is None:
@@ -303,8 +380,7 @@ def _closing(
         following = pending[used - 1][1].text
         if _is_record(following, table):
             return None
-        text += "\n" + following
-        if not is_open(text, table.dialect):
+        if not is_open(f'"{following}', table.dialect):
             return used
     return None
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.errors import InputError, OptionError
+from transforms.errors import OptionError
 from transforms.sources.base import ColumnNames, Lost, Row
-from transforms.sources.flickr30k import Flickr30kSource
+from transforms.sources.flickr30k import Flickr30kSource, is_of_images
 from transforms.sources.parts import Caption
 from transforms.sources.planned import plan_counters
 
@@ -142,6 +142,22 @@ def test_quoted_caption_keeps_its_newlines(tmp_path):
     assert captions_of(read(plan(tmp_path, text))) == {"a": ["first\nsecond\n\nthird"], "b": ["x"]}
 
 
+@pytest.mark.parametrize("num_lines", [2, 5, 900])
+def test_captions_of_many_lines(tmp_path, num_lines):
+    names = [f"{number}.jpg" for number in range(60)]
+    text = io.StringIO()
+    caption = "\n".join(f'line {number}, "so"' for number in range(num_lines))
+    csv.writer(text).writerows([("image", "caption"), *((name, caption) for name in names)])
+    found = captions_of(read(plan(tmp_path, text.getvalue(), files=names)))
+    assert found == {name[:-4]: [caption] for name in names}
+    assert is_of_images(text.getvalue().splitlines()[:100])
+
+
+def test_a_table_without_captions_is_refused(tmp_path):
+    with pytest.raises(OptionError, match="one column only, 'image'"):
+        plan(tmp_path, "image\na.jpg\nb.jpg\n")
+
+
 def test_comma_that_is_not_quoted_belongs_to_the_caption(tmp_path):
     assert captions_of(read(plan(tmp_path, "image,caption\na.jpg,A dog, running, fast\n"))) == {
         "a": ["A dog, running, fast"]
@@ -200,8 +216,8 @@ def test_no_captions_are_one_shard_without_rows(tmp_path, text):
 
 
 @pytest.mark.parametrize("text", ["just some text\nand more\n", "{}", b"\x89PNG\r\n\x1a\n\0\0\0"])
-def test_file_without_captions_is_an_input_error(tmp_path, text):
-    with pytest.raises(InputError, match="expected lines such as"):
+def test_file_without_captions_says_what_was_seen_and_which_flags_decide(tmp_path, text):
+    with pytest.raises(OptionError, match="expected lines such as"):
         plan(tmp_path, text)
 
 
@@ -294,6 +310,15 @@ HEAD = "image,caption"
         "image,caption\n\na.jpg,one\n\n\nb.jpg,two\n",
         "image,comment_number,comment\na.jpg,0,one\nb.jpg,0.0,two\n",
         "image_name| comment_number| comment\na.jpg| 0| one\nb.jpg| 0| two\n",
+        "image~caption\na.jpg~one\nb.jpg~two\n",
+        "a.jpg^one\nb.jpg^two\n",
+        "caption\x01image\none\x01a.jpg\ntwo\x01b.jpg\n",
+        "image caption\na.jpg one\nb.jpg two\n",
+        "a.jpg#0 one\nb.jpg#0 two\n",
+        "sep=;\nimage;caption\na.jpg;one\nb.jpg;two\n",
+        "# by X, 2020\n# no licence\nimage,caption\na.jpg,one\nb.jpg,two\n",
+        "# image,caption\na.jpg,one\nb.jpg,two\n",
+        "image,caption\na,one\nb,two\n",
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
