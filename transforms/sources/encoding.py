@@ -11,7 +11,6 @@ from typing import IO, NamedTuple
 from charset_normalizer import from_bytes
 
 _MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -64,6 +63,18 @@ class Line(NamedTuple):
     is_cut: bool = False
 
 
+def decode(data: bytes) -> tuple[str, bool]:
+    """Decodes a text that is a whole file or value; returns it, and whether all of it was in UTF-8, 16 or 32."""
+    if name := _wide_name(data[:_HEAD_BYTES]):
+        text = data.decode(name, "replace").removeprefix("\ufeff")
+        return text, "\ufffd" not in text
+    try:
+        return data.decode("utf-8-sig"), True
+    except UnicodeDecodeError:
+        name = "utf-8-sig" if _is_mostly_utf8(data) else _detected(data[:_SAMPLE_BYTES])
+        return data.decode(name, "replace"), False
+
+
 def find_encoding(file: IO[bytes]) -> Encoding:
     """Finds the encoding of a file, which is read once and left at its start.
 
@@ -72,27 +83,20 @@ def find_encoding(file: IO[bytes]) -> Encoding:
     """
     file.seek(0)
     head = file.read(_HEAD_BYTES)
+    if name := _wide_name(head):
+        file.seek(0)
+        text = head.decode(name, "ignore")
+        return Encoding(name, name, "\r" if "\r" in text and "\n" not in text else "\n")
     newline = "\r" if b"\r" in head and b"\n" not in head else "\n"
-    for mark, name in sorted(_MARKS.items(), key=lambda item: -len(item[0])):
-        if head.startswith(mark) and name != "utf-8-sig":
-            file.seek(0)
-            return _wide(name, head)
-    if b"\0" in head[:2000]:
-        zeros = [head[:2000:2].count(0), head[1:2000:2].count(0)]
-        if max(zeros) > 0.2 * min(len(head), 2000) and max(zeros) > 5 * min(zeros):
-            file.seek(0)
-            name = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
-            return _wide(name, head)
     file.seek(0)
     num_utf8 = num_other = 0
     sample = bytearray()
     for line in file:
         if line.isascii():
             continue
-        try:
-            line.decode()
+        if _is_mostly_utf8(line):
             num_utf8 += 1
-        except UnicodeDecodeError:
+        else:
             num_other += 1
             if len(sample) < _SAMPLE_BYTES:
                 sample += line
@@ -101,9 +105,26 @@ def find_encoding(file: IO[bytes]) -> Encoding:
     return Encoding(fallback if num_other > num_utf8 else "utf-8-sig", fallback, newline)
 
 
-def _wide(name: str, head: bytes) -> Encoding:
-    text = head.decode(name, "ignore")
-    return Encoding(name, name, "\r" if "\r" in text and "\n" not in text else "\n")
+def _wide_name(head: bytes) -> str | None:
+    """Returns which of UTF-16 and 32 a text is in, from its first bytes; None of any other."""
+    for mark, name in sorted(_MARKS.items(), key=lambda item: -len(item[0])):
+        if head.startswith(mark):
+            return name
+    if b"\0" in head[:2000]:
+        zeros = [head[:2000:2].count(0), head[1:2000:2].count(0)]
+        if max(zeros) > 0.2 * min(len(head), 2000) and max(zeros) > 5 * min(zeros):
+            return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+    return None
+
+
+def _is_mostly_utf8(data: bytes) -> bool:
+    """Tells whether a text that is not ASCII is UTF-8, or is but for less than half of it: cut off in a letter, say."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        text = data.decode("utf-8", "replace")
+        return 2 * text.count("\ufffd") < sum(not letter.isascii() for letter in text)
+    return True
 
 
 def peek_encoding(file: io.BufferedReader) -> Encoding:
@@ -184,7 +205,8 @@ def lines(file: IO[bytes], encoding: Encoding) -> Iterator[Line]:
         try:
             yield Line(data.decode(encoding.name.removesuffix("-sig")), is_utf8, is_cut)
         except UnicodeDecodeError:
-            yield Line(data.decode(encoding.fallback, "replace"), False, is_cut)
+            name = "utf-8" if is_utf8 and _is_mostly_utf8(data) else encoding.fallback
+            yield Line(data.decode(name, "replace"), False, is_cut)
 
 
 def _split(file: IO[bytes], newline: bytes) -> Iterator[bytes]:

@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from transforms.sources.encoding import find_encoding, lines
+from transforms.sources.encoding import decode, find_encoding, lines
 
 CAPTIONS = [
     ("cp1252", ["un café à la crème", "Un chien court dans l’herbe près de la forêt", "Une fille à vélo"]),
@@ -50,3 +50,27 @@ def test_a_few_accents_in_plain_text_are_western():
     texts = [*(f"{number}.jpg,plain words" for number in range(1000)), "a.jpg,café crème"]
     file = io.BytesIO("\n".join(texts).encode("cp1252"))
     assert [line.text for line in lines(file, find_encoding(file))] == texts
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "is_utf"),
+    [
+        ("utf-8", "une fête", True),
+        ("utf-8-sig", "une fête", True),
+        ("utf-16", "une fête", True),
+        ("utf-16-le", "a plain text", True),
+        ("utf-32", "une fête", True),
+        ("cp1252", "une fête", False),
+        ("cp1251", "Собака", False),
+        ("shift_jis", "草の上を走る犬", False),
+    ],
+)
+def test_single_text(encoding, text, is_utf):
+    assert decode(text.encode(encoding)) == (text, is_utf)
+
+
+def test_utf8_that_is_cut_off_in_a_letter_stays_utf8():
+    data = "一只狗在草地上奔跑".encode()
+    assert decode(data[:-1]) == ("一只狗在草地上奔\ufffd", False)
+    file = io.BytesIO(b"\n".join([data, data[:-1], data]))
+    assert [line.text for line in lines(file, find_encoding(file))][1] == "一只狗在草地上奔\ufffd"

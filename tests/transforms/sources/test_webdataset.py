@@ -175,7 +175,7 @@ def test_json_captions(path):
         "a",
         "b",
     ]
-    assert one(path, ("jpg", JPEG), ("json", b'{"caption": "caf\xe9"}')).captions == ["caf\ufffd"]
+    assert one(path, ("jpg", JPEG), ("json", b'{"caption": "caf\xe9"}')).captions == ["café"]
     assert one(path, ("jpg", JPEG), ("json", b'{"caption": "\\ud83d"}')).captions == ["?"]
 
 
@@ -201,6 +201,8 @@ def test_text_captions(path):
     expected = ["one", "two\x0c still two\u2028 and still", " three", "f\ufffd"]
     assert one(path, ("txt", text), ("jpg", JPEG)).captions == expected
     assert one(path, ("caption", b"c"), ("txt", b"t"), ("jpg", JPEG)).captions == ["t", "c"]
+    assert one(path, ("txt", "fête".encode("utf-16")), ("jpg", JPEG)).captions == ["fête"]
+    assert one(path, ("txt", "Собака".encode("cp1251")), ("jpg", JPEG)).captions == ["Собака"]
 
 
 def test_metadata(path):
