@@ -1,12 +1,14 @@
 """Flickr30k and Flickr8k captions: token files and the csv shapes they go round in (Young et al. 2014)."""
 
 import dataclasses
+import io
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, ClassVar
 
+from models.location import redacted
+from transforms import storage
 from transforms.errors import OptionError
 from transforms.sources.annotations import AnnotationSource
 from transforms.sources.base import ColumnNames
@@ -17,8 +19,10 @@ from transforms.sources.tables import (
     IMAGE_NAMES,
     Record,
     Table,
+    column_notes,
     find_table,
     is_header,
+    list_of_texts,
     names_images,
     records,
 )
@@ -47,6 +51,7 @@ _SPACED = re.compile(
 )
 
 _LINES_TO_TELL = 100
+_HEAD_BYTES = 1 << 16
 
 _Parts = Iterator[Caption | Fields | Bad]
 
@@ -60,8 +65,8 @@ class Flickr30kSource(AnnotationSource):
     - `NAME.jpg#0<TAB>caption`: `results_20130124.token`, `Flickr8k.token.txt`
     - `NAME.jpg| 0| caption`: Kaggle's `results.csv`
     - `NAME.jpg caption`, where a blank is all that parts them
-    - a table of any delimiter and order of columns (`transforms.sources.tables`): Kaggle's `captions.txt`; `raw` is
-      a JSON list of captions (Hugging Face's `flickr_annotations_30k.csv`)
+    - a table of any delimiter and order of columns (`transforms.sources.tables`): Kaggle's `captions.txt`; a
+      caption may be a list of captions, in JSON or Python (Hugging Face's `flickr_annotations_30k.csv`)
     """
 
     captions_name_images: ClassVar[bool] = True
@@ -73,6 +78,22 @@ class Flickr30kSource(AnnotationSource):
     def folders(self, name: str) -> Sequence[str]:
         """Returns the places where the data sets have been published or unpacked."""
         return FOLDERS
+
+    def column_notes(self) -> tuple[str, ...]:
+        """Returns what the first lines say of columns that might have been meant and are not read."""
+        notes = []
+        for url in self.annotations:
+            fs, path = storage.locate(url)
+            with storage.input_errors(url), fs.open(path, "rb") as file:
+                start = io.BytesIO(file.read(_HEAD_BYTES))
+            head = [
+                line.text for line in itertools.islice(lines(start, find_encoding(start)), _LINES_TO_TELL)
+            ]
+            if len(start.getvalue()) == _HEAD_BYTES:
+                head = head[:-1] or head  # the last line may be cut off
+            if _shape(head) is None:
+                notes += column_notes(redacted(url), head, self.columns, self.metadata_columns)
+        return tuple(notes)
 
     def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Fields | Bad]:
         """Parses the lines; one that cannot be parsed is `Bad`."""
@@ -165,33 +186,32 @@ def _record(record: Record, table: Table) -> _Parts:
     if record.fault:
         yield Bad(f"line {record.line}: {record.fault}: {record.text.strip()[:80]!r}")
         return
-    if table.caption == table.num_columns - 1 and len(row) > table.num_columns:
-        rest = table.dialect.delimiter.join(row[table.caption :])  # a delimiter that was not quoted
-        row = [*row[: table.caption], rest]
+    last = table.num_columns - 1
+    if table.captions == (last,) and len(row) > table.num_columns:
+        row = [*row[:last], table.dialect.delimiter.join(row[last:])]  # a delimiter that was not quoted
     if len(row) != table.num_columns or not row[table.image].strip():
         expected = f"{table.num_columns} fields with the name of an image"
         yield _bad(record.line, expected, table.dialect.delimiter.join(row))
         return
-    image, caption = row[table.image].strip(), row[table.caption]
+    image, captions = row[table.image].strip(), [row[place] for place in table.captions]
     number = row[table.number].strip() if table.number is not None else "0"
     if table.key is not None or table.metadata:
-        key = None if table.key is None else row[table.key].strip()
+        key = row[table.key].strip() or None if table.key is not None else None
         yield Fields(image, [row[place] for place in table.metadata], key)
-    if table.is_json:
-        yield from _json_captions(image, caption, record.line)
-    elif not _NUMBER.fullmatch(number):
+    if not _NUMBER.fullmatch(number):
         yield _bad(record.line, "a number of the caption", number)
-    else:
-        yield Caption(image, int(float(number)), caption, redecoded=not record.is_utf)
+        return
+    for caption in captions:
+        if table.has_lists:
+            yield from _listed_captions(image, caption, record.line)
+        elif caption.strip() or len(captions) == 1:
+            yield Caption(image, int(float(number)), caption, redecoded=not record.is_utf)
 
 
-def _json_captions(image: str, encoded: str, line: int) -> _Parts:
-    try:
-        captions = json.loads(encoded)
-    except ValueError:
-        captions = None
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        yield _bad(line, "a JSON list of captions", encoded)
+def _listed_captions(image: str, encoded: str, line: int) -> _Parts:
+    captions = list_of_texts(encoded)
+    if captions is None:
+        yield _bad(line, "a list of captions", encoded)
         return
     for number, caption in enumerate(captions):
         yield Caption(image, number, caption.encode("utf-8", "replace").decode())

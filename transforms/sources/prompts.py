@@ -199,15 +199,20 @@ class PromptsShard(Shard):
     def _header(self, cells: Sequence[str]) -> list[str] | None:
         names = [cell.strip() for cell in cells]
         wanted = {self.prompt_column} if self.prompt_column else {*PROMPT_COLUMNS}
-        is_header = any(
-            name in wanted or (not self.prompt_column and name.lower() in wanted) for name in names
-        )
-        if self.prompt_column and not is_header:
+        prompts = [
+            name for name in (names if self.prompt_column else map(str.lower, names)) if name in wanted
+        ]
+        if self.prompt_column and not prompts:
             raise OptionError(
                 f"{self.url} has no column {self.prompt_column!r}; its first line has: {', '.join(names)}. Name one of "
                 "them with --caption_column."
             )
-        return names if is_header else None
+        if twice := next((name for name in prompts if prompts.count(name) > 1), None):
+            raise OptionError(
+                f"{self.url} has {prompts.count(twice)} columns {twice!r}, of which one can be read: its first line "
+                f"has {', '.join(names)}. Rename the others."
+            )
+        return names if prompts else None
 
     def _csv_row(self, cells: list[str], header: list[str] | None, number: int) -> "_Prompt | str":
         fields: dict[str, Any] = dict(zip(header or ["prompt"], cells, strict=False))

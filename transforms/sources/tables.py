@@ -4,9 +4,11 @@
 what it gives names images.
 """
 
+import ast
 import contextlib
 import csv
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -52,6 +54,10 @@ _NAMED_DELIMITER = re.compile(r"sep=(.)\s*", re.I)
 IMAGE_EXTENSION = r"(?:jpe?g|png|gif|bmp|webp|tiff?|jfif|jpe|avif|heic|jp2)"
 _IMAGE = re.compile(rf'"?[^"]*\.{IMAGE_EXTENSION}(?:[?#][^"]*)?"?', re.I)
 _BACKSLASHES = re.compile(r"\\+(?![\\\"])")
+_PYTHON_TEXT = r"""\s*(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")\s*"""
+_PYTHON_LIST = re.compile(
+    rf"\s*\[{_PYTHON_TEXT}(?:,{_PYTHON_TEXT})*+,?\s*\]\s*", re.S
+)  # numpy's has no commas
 _NUMBER = re.compile(r"\s*\d{1,9}(?:\.0)?\s*")
 # Lines that a quoted caption may go over
 _MAX_QUOTED_LINES = 1000
@@ -77,25 +83,25 @@ class Table(NamedTuple):
         dialect: How its lines are cut.
         num_before: How many lines there are before it.
         image: Place of the images' names.
-        caption: Place of the captions.
+        captions: Places of the captions: several where columns of one name hold them.
         number: Place of the captions' numbers; None where there are none.
         key: Place of the keys; None where they are made of the images' names.
         metadata: Places of the metadata columns.
         num_columns: How many columns a line has.
         has_header: Whether the first line names the columns.
-        is_json: Whether a caption is a JSON list of captions.
+        has_lists: Whether each caption is a list of captions.
     """
 
     dialect: Dialect
     num_before: int
     image: int
-    caption: int
+    captions: tuple[int, ...]
     number: int | None
     key: int | None
     metadata: tuple[int, ...]
     num_columns: int
     has_header: bool
-    is_json: bool
+    has_lists: bool
 
 
 class Record(NamedTuple):
@@ -218,7 +224,7 @@ def _read(lines: Sequence[str], dialect: Dialect) -> list[str]:
 def is_open(text: str, dialect: Dialect) -> bool:
     """Tells whether a quoted field that begins in a text does not end in it."""
     delimiter = re.escape(dialect.delimiter)
-    inside = r"(?:[^\"\\]|\"\"|\\.?)" if dialect.escape else r"(?:[^\"]|\"\")"
+    inside = _inside_quotes(dialect)
     # whole fields from the start, then one that is quoted and has no end
     pattern = (
         rf"(?:(?:\s*\"{inside}*+\"[^{delimiter}]*+|(?!\s*\")[^{delimiter}]*+){delimiter})*+\s*\"{inside}*+"
@@ -226,12 +232,21 @@ def is_open(text: str, dialect: Dialect) -> bool:
     return re.fullmatch(pattern, text, re.S) is not None
 
 
+def _inside_quotes(dialect: Dialect) -> str:
+    """Returns the pattern of a character of a quoted field."""
+    return r"(?:[^\"\\]|\"\"|\\.?)" if dialect.escape else r"(?:[^\"]|\"\")"
+
+
 def _header_columns(row: Sequence[str]) -> tuple[int | None, int | None] | None:
     """Returns the places of image and caption by their usual names; None of a row that is no header."""
-    names = [name.strip().lower() for name in row]
+    names = [_column_name(field).lower() for field in row]
     image = next((names.index(name) for name in IMAGE_NAMES if name in names), None)
     caption = next((names.index(name) for name in CAPTION_NAMES if name in names), None)
     return None if image is None and caption is None else (image, caption)
+
+
+def _column_name(field: str) -> str:
+    return field.strip().strip('"')
 
 
 def is_header(row: Sequence[str]) -> bool:
@@ -278,7 +293,7 @@ def find_table(url: str, head: Sequence[str], names: ColumnNames, metadata: Sequ
     has_header = not has_images and (
         bool(wanted) or _header_columns(first) is not None or by_content is not None
     )
-    header = [name.strip() for name in first] if has_header else []
+    header = [_column_name(field) for field in first] if has_header else []
     if missing := [name for name in wanted if name not in header]:
         there = ", ".join(map(repr, header)) or "no header, so its columns have no names"
         raise OptionError(f"{url} has no column {missing[0]!r}; it has {there}. Name one of those.")
@@ -306,25 +321,82 @@ def find_table(url: str, head: Sequence[str], names: ColumnNames, metadata: Sequ
         dialect,
         num_before,
         image,
-        caption,
+        _of_one_name(header, caption, exactly=names.caption is not None),
         number,
         header.index(names.key) if names.key else None,
         tuple(header.index(name) for name in metadata),
         len(first),
         has_header,
-        has_header and lowered[caption] == "raw",
+        _has_lists(
+            [row[caption] for row in (body if has_header else rows) if len(row) > caption],
+            lowered[caption:][:1],
+        ),
     )
+
+
+def _has_lists(captions: Sequence[str], name: Sequence[str]) -> bool:
+    """Tells whether all captions are lists; of a column named `raw`, which is of lists, one is enough."""
+    are_lists = [list_of_texts(caption) is not None for caption in captions]
+    return any(are_lists) and (all(are_lists) or name == ["raw"])
+
+
+def list_of_texts(encoded: str) -> list[str] | None:
+    """Returns a list of texts that JSON or Python wrote; None of anything else."""
+    try:
+        texts = json.loads(encoded)
+    except (ValueError, RecursionError):
+        if not _PYTHON_LIST.fullmatch(encoded):
+            return None
+        try:
+            texts = ast.literal_eval(encoded.strip())
+        except (ValueError, SyntaxError, RecursionError):
+            return None
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else None
+
+
+def _of_one_name(header: Sequence[str], place: int, exactly: bool) -> tuple[int, ...]:
+    """Returns the places of all columns of a name, also of `NAME.1` that pandas makes of a second one."""
+    if not header:
+        return (place,)
+    name = header[place] if exactly else header[place].lower()
+    others = header if exactly else [re.sub(r"\.\d+$", "", other.lower()) for other in header]
+    return tuple(other for other in range(len(header)) if other == place or others[other] == name)
+
+
+def column_notes(url: str, head: Sequence[str], names: ColumnNames, metadata: Sequence[str]) -> list[str]:
+    """Returns sentences on columns that might have been meant and are not read; arguments as of `find_table`."""
+    table = find_table(url, head, names, metadata)
+    if table is None or not table.has_header:
+        return []
+    rows = list(_rows(head[table.num_before :], table.dialect))
+    header = [_column_name(field) for field in rows[0]]
+    read = {table.image, table.key, *table.captions, *table.metadata}
+    caption = header[table.captions[0]]
+    others = [
+        header[place]
+        for place in range(len(header))
+        if header[place].lower() in CAPTION_NAMES and place not in read and _holds_text(rows[1:], place)
+    ]
+    notes = []
+    if others and not names.caption:
+        there = ", ".join(map(repr, others))
+        notes.append(
+            f"{url}: the captions are those of column {caption!r}, not of {there}. --caption_column names another."
+        )
+    if len(table.captions) > 1:
+        several = [header[place] for place in table.captions]
+        choice = " --caption_column names one of them." if len({*several}) > 1 else ""
+        notes.append(f"{url}: each of the columns {', '.join(map(repr, several))} holds a caption.{choice}")
+    for name in dict.fromkeys(header[place] for place in sorted(read - {None, *table.captions})):
+        if header.count(name) > 1:
+            notes.append(f"{url}: {header.count(name)} columns are named {name!r}. The first is read.")
+    return notes
 
 
 def _only_text(url: str, first: Sequence[str], rows: Sequence[Sequence[str]], image: int) -> int:
     """Returns the only column that holds text, beside that of the images and those of numbers."""
     places = range(len(first))
-    texts = [
-        place
-        for place in places
-        if place != image
-        and any(len(row) > place and row[place].strip() and not _NUMBER.fullmatch(row[place]) for row in rows)
-    ]
+    texts = [place for place in places if place != image and _holds_text(rows, place)]
     # commas in a caption that is not quoted look like columns
     if texts and (len(texts) == 1 or (len(first) == 2 and image == 0)):
         return texts[0]
@@ -334,6 +406,10 @@ def _only_text(url: str, first: Sequence[str], rows: Sequence[Sequence[str]], im
         f"{url} has several columns that may be the captions; its first line is {list(first)}. Name the one with "
         "--caption_column (a file without a header needs one)."
     )
+
+
+def _holds_text(rows: Sequence[Sequence[str]], place: int) -> bool:
+    return any(len(row) > place and row[place].strip() and not _NUMBER.fullmatch(row[place]) for row in rows)
 
 
 def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
@@ -361,7 +437,7 @@ def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
         del pending[:used]
         is_utf = all(part.is_utf for part in parts)
         try:
-            fields = _cut_lines([part.text for part in parts], dialect)
+            fields = _cut_record([part.text for part in parts], dialect, table.num_columns)
         except csv.Error as error:
             yield Record([], number, line.text, is_utf, str(error))
         else:
@@ -403,6 +479,19 @@ def _is_record(line: str, table: Table) -> bool:
         row = cut(line, table.dialect)
         return len(row) >= table.num_columns and _names_image(row, table.image)
     return False
+
+
+def _cut_record(lines: Sequence[str], dialect: Dialect, num_columns: int) -> list[str]:
+    """Returns the fields of a record; blanks before a quoted one are none of it, where it is one column."""
+    fields = _cut_lines(lines, dialect)
+    if any(field.startswith(" ") and field.lstrip().startswith('"') for field in fields):
+        delimiter = re.escape(dialect.delimiter)
+        quoted = rf'"{_inside_quotes(dialect)}*+"\s*(?:{delimiter}|\Z)'
+        text = re.sub(rf"(^|{delimiter}) +(?={quoted})", r"\1", "\n".join(lines))
+        without_blanks = _cut_lines(text.split("\n"), dialect)
+        if len(without_blanks) == num_columns:
+            return without_blanks
+    return fields
 
 
 def _cut_lines(lines: Sequence[str], dialect: Dialect) -> list[str]:

@@ -340,6 +340,33 @@ def test_a_quote_that_is_never_closed_costs_its_line(tmp_path, num_lines, bad):
     assert f"line {num_lines // 2 + 2}: a quote is opened and not closed" in reject.message
 
 
+def test_blanks_before_a_quote(tmp_path):
+    text = 'image, "caption"\na.jpg, "first, one"\na.jpg, "second\nline, two"\na.jpg, third\na.jpg,he said, "hi"\n'
+    text += 'b.jpg, "hi" he said\nb.jpg,"it, ""is"" , so"\n'
+    assert captions_of(read(plan(tmp_path, text))) == {
+        "a": ["first, one", "second\nline, two", " third", 'he said, "hi"'],
+        "b": [' "hi" he said', 'it, "is" , so'],
+    }
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ((["one", "two"], ["b \U0001f600"]), [["one", "two"], ["b \U0001f600"]]),
+        (("['one', \"it's\"]", "['b']"), [["one", "it's"], ["b"]]),
+        (("['one' 'two']", "['b']"), [["['one' 'two']"], ["['b']"]]),
+        (('["one"]', "[sic] two"), [['["one"]'], ["[sic] two"]]),
+        (("[1, 2]", "[3]"), [["[1, 2]"], ["[3]"]]),
+    ],
+)
+@pytest.mark.parametrize("name", ["caption", "captions"])
+def test_a_caption_is_a_list_where_all_are(tmp_path, cells, expected, name):
+    cells = [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
+    text = io.StringIO()
+    csv.writer(text).writerows([("image", name), *zip(["a.jpg", "b.jpg"], cells, strict=True)])
+    assert list(captions_of(read(plan(tmp_path, text.getvalue()))).values()) == expected
+
+
 def test_quotes_in_the_middle_of_a_field_are_text(tmp_path):
     text = 'image,caption\na.jpg,a 5" pipe\nb.jpg,"say ""hi"", he said"\n'
     assert captions_of(read(plan(tmp_path, text))) == {"a": ['a 5" pipe'], "b": ['say "hi", he said']}
@@ -416,12 +443,45 @@ class TestColumns:
         assert captions_of(records) == {"u1": ["long one", "long uno"], "u2": ["l2"]}
         assert records[0].metadata == {"licence": "free", "long": "long one"}
 
+    def test_a_key_that_is_empty_is_made_of_the_name(self, tmp_path):
+        self.TEXT = "image,caption,uid\na.jpg,one,\nb.jpg,two,k\n"
+        assert captions_of(read(self.plan(tmp_path, key="uid"))) == {"a": ["one"], "k": ["two"]}
+
     @pytest.mark.parametrize("columns", [{"image": "zzz"}, {"caption": "zzz"}, {"key": "zzz"}])
     def test_that_are_not_there_are_refused_with_those_that_are(self, tmp_path, columns):
         with pytest.raises(OptionError, match=r"has no column 'zzz'; it has 'image', 'caption', 'long'"):
             self.plan(tmp_path, **columns)
         with pytest.raises(OptionError, match="no column 'nope'"):
             self.plan(tmp_path, ("nope",))
+
+    @pytest.mark.parametrize(
+        ("header", "note"),
+        [
+            ("image,caption,caption", "each of the columns 'caption', 'caption' holds a caption."),
+            ("image,caption,Caption", "'Caption' holds a caption. --caption_column names one of them."),
+            ("image,caption,caption.1", "'caption.1' holds a caption. --caption_column names one of them."),
+        ],
+    )
+    def test_columns_of_one_name_are_several_captions(self, tmp_path, header, note):
+        shards = plan(tmp_path, f"{header}\na.jpg,one,two\na.jpg,three,\nb.jpg,four,five\n")
+        assert captions_of(read(shards)) == {"a": ["one", "two", "three"], "b": ["four", "five"]}
+        [told] = Flickr30kSource((f"{tmp_path}/results.token",), str(tmp_path)).column_notes()
+        assert note in told
+
+    @pytest.mark.parametrize(
+        ("header", "note"),
+        [
+            ("image,caption,text", "the captions are those of column 'caption', not of 'text'."),
+            ("image,image,caption", "2 columns are named 'image'. The first is read."),
+            ("image,caption,licence", None),
+            ("image,caption,number", None),
+        ],
+    )
+    def test_columns_that_are_not_read_are_told(self, tmp_path, header, note):
+        (tmp_path / "c.csv").write_text(f"{header}\na.jpg,b.jpg,one\na.jpg,b.jpg,two\n")
+        notes = Flickr30kSource((f"{tmp_path}/c.csv",), str(tmp_path)).column_notes()
+        assert len(notes) == (note is not None)
+        assert note is None or note in notes[0]
 
     def test_several_that_may_be_meant_are_asked_for(self, tmp_path):
         with pytest.raises(OptionError, match=r"several columns that may be the captions.*--caption_column"):
