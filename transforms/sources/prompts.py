@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -17,6 +16,7 @@ from transforms.errors import InputError, OptionError
 from transforms.sources import encoding
 from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
 from transforms.sources.columns import CAPTION_COLUMNS
+from transforms.sources.json_stream import parse_json
 from transforms.sources.parquet import ParquetShard
 from transforms.sources.parquet_file import open_parquet
 from transforms.sources.shardfile import (
@@ -146,7 +146,7 @@ class PromptsShard(Shard):
     def _parse_json(self, lines: Iterator[str]) -> Iterator["_Prompt | str"]:
         for number, line in enumerate(lines, 1):
             try:
-                found = json.loads(line) if line.strip() else None
+                found = parse_json(line) if line.strip() else None
             except (ValueError, RecursionError) as error:
                 yield f"line {number}: no JSON ({error}): {line.strip()[:80]!r}"
                 continue

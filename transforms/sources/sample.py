@@ -1,12 +1,12 @@
 """Samples of a WebDataset shard: members of one key, and what they are to a row."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from transforms.sources.base import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, ColumnNames
 from transforms.sources.encoding import decode
+from transforms.sources.json_stream import parse_json
 from transforms.sources.links import LinkError
 from transforms.sources.parts import IMAGE_EXTENSIONS
 from transforms.sources.shardfile import encodable
@@ -175,7 +175,7 @@ def _decode(data: bytes, counters: dict[str, int]) -> str:
 
 def _json_object(data: bytes, counters: dict[str, int]) -> dict[str, Any]:
     try:
-        value = json.loads(_decode(data, counters))
+        value = parse_json(_decode(data, counters))
     except (ValueError, RecursionError):
         _count(counters, "broken_json")
         return {}

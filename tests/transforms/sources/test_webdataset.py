@@ -176,10 +176,11 @@ def test_json_captions(path):
         "b",
     ]
     assert one(path, ("jpg", JPEG), ("json", b'{"caption": "caf\xe9"}')).captions == ["café"]
+    assert one(path, ("jpg", JPEG), ("json", b'{"caption": "a", "n": %s}' % (b"9" * 5000))).captions == ["a"]
     assert one(path, ("jpg", JPEG), ("json", b'{"caption": "\\ud83d"}')).captions == ["?"]
 
 
-@pytest.mark.parametrize("data", [b"{", b"", b"[" * 100_000, b"9" * 9999, b'{"a":' + b"[" * 20_000])
+@pytest.mark.parametrize("data", [b"{", b"", b"[" * 100_000, b'{"a":' + b"[" * 20_000])
 def test_damaged_json_is_counted_or_lost(path, data):
     row = one(path, ("jpg", JPEG), ("json", data), ("txt", b"text"))
     assert (row.captions, row.counters) == (["text"], {"broken_json": 1})
@@ -187,7 +188,7 @@ def test_damaged_json_is_counted_or_lost(path, data):
     assert (lost.reason, lost.counters) == ("bad_annotation", {"broken_json": 1})
 
 
-@pytest.mark.parametrize("data", [b"[1]", b'"caption"', b"null"])
+@pytest.mark.parametrize("data", [b"9" * 9999, b"[1]", b'"caption"', b"null"])
 def test_json_that_has_no_fields_is_counted(path, data):
     row = one(path, ("jpg", JPEG), ("json", data), ("txt", b"text"))
     assert (row.captions, row.counters) == (["text"], {"json_without_fields": 1})
