@@ -387,7 +387,8 @@ def column_notes(url: str, head: Sequence[str], names: ColumnNames, metadata: Se
         several = [header[place] for place in table.captions]
         choice = " --caption_column names one of them." if len({*several}) > 1 else ""
         notes.append(f"{url}: each of the columns {', '.join(map(repr, several))} holds a caption.{choice}")
-    for name in dict.fromkeys(header[place] for place in sorted(read - {None, *table.captions})):
+    single = [place for place in (table.image, table.key, *table.metadata) if place is not None]
+    for name in dict.fromkeys(header[place] for place in single):
         if header.count(name) > 1:
             notes.append(f"{url}: {header.count(name)} columns are named {name!r}. The first is read.")
     return notes
