@@ -13,7 +13,7 @@ from transforms.sources.annotations import AnnotationSource
 from transforms.sources.base import ColumnNames, Source
 from transforms.sources.coco import CocoSource
 from transforms.sources.detect import FORMATS as FORMATS
-from transforms.sources.detect import common_folder, expand_braces, find
+from transforms.sources.detect import common_folder, expand_braces, find, is_table
 from transforms.sources.files import FilesSource
 from transforms.sources.flickr30k import Flickr30kSource
 from transforms.sources.karpathy import KarpathySource
@@ -64,11 +64,15 @@ def open_source(
     formats = sorted({part.format for part in found})
     if len(formats) > 1:
         raise OptionError(f"The inputs are of several formats, {formats}. Give those of one format to a job.")
-    if formats == ["prompts"] and not texts_only:
-        raise OptionError(
-            f"{inputs[0]} holds prompts, which have no images. Prompts go with `diptych embed` and `diptych generate`."
-        )
     files = sorted({file for part in found for file in part.urls})
+    if formats == ["prompts"] and not texts_only:
+        if not (options.image_column and format == "auto" and all(map(is_table, files))):
+            raise OptionError(
+                f"{inputs[0]} holds prompts, which have no images: no column of its first lines has names such as "
+                "a.jpg. Prompts go with `diptych embed` and `diptych generate`. If a column names images, say which "
+                "with --image_column."
+            )
+        formats = ["flickr30k"]
     names = collections.Counter(map(redacted, files))
     if twice := sorted(name for name, count in names.items() if count > 1):
         raise OptionError(

@@ -22,6 +22,7 @@ from transforms.sources.columns import (
     is_string,
     plain,
 )
+from transforms.sources.encoding import decode
 from transforms.sources.shardfile import to_text
 
 _DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.I)
@@ -55,7 +56,7 @@ class Captions(NamedTuple):
 
     Attributes:
         texts: Those of each row that are more than blanks.
-        num_not_utf8: How many of a row had bytes that are not UTF-8, by the row's index; only of rows with such.
+        num_not_utf8: How many of a row were in another encoding than UTF-8, 16 or 32, by the row's index.
         problems: Why those of a row are not read, by its index.
     """
 
@@ -278,25 +279,17 @@ def _captions(rows: list[Any], problems: dict[int, str]) -> Captions:
 
 
 def _as_texts(items: list[Any]) -> tuple[list[str | None], int]:
-    """Returns texts of structs and bytes, and how many had bytes that are not UTF-8."""
+    """Returns texts of structs and bytes, and how many were in another encoding than UTF-8, 16 or 32."""
     texts: list[str | None] = []
     num_not_utf8 = 0
     for item in items:
         if isinstance(item, dict):
             item = next((item[name] for name in CAPTION_FIELDS if name in item), None)
         if isinstance(item, bytes):
-            num_not_utf8 += not _is_utf8(item)
-            item = to_text(item)
+            item, is_utf = decode(item)
+            num_not_utf8 += not is_utf
         texts.append(item)
     return texts, num_not_utf8
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _objects(array: pa.Array) -> list[Any]:

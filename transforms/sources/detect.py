@@ -191,7 +191,7 @@ def kind_of(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
         with fs.open(path, "rb") as file:
             head = read_head(file)
         return "karpathy" if '"sentences"' in head or '"sentids"' in head else "coco"
-    if name.lower().endswith((".csv", ".tsv", ".txt")):
+    if is_table(name):
         with fs.open(path, "rb") as file:
             return "flickr30k" if _names_images(file.read(1 << 16)) else "prompts"
     kind = next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), None)
@@ -200,6 +200,11 @@ def kind_of(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
     if kind is None and (is_image(name) or may_be_image(fs, path)):
         return "files"
     return kind
+
+
+def is_table(name: str) -> bool:
+    """Tells whether a file may be a table of captions, by its name."""
+    return name.lower().endswith((".csv", ".tsv", ".txt"))
 
 
 def _names_images(head: bytes) -> bool:

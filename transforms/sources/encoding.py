@@ -1,15 +1,16 @@
 """Text files in whatever encoding they are: found once a file, so that no line is guessed at by itself."""
 
 import codecs
+import functools
 import io
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
 from charset_normalizer import from_bytes
 
 _MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -18,9 +19,20 @@ _MARKS = {
 _HEAD_BYTES = 1 << 16
 MAX_LINE_BYTES = 16 << 20
 _SAMPLE_BYTES = 1 << 16
-# What captions are found in beside UTF-8; of the Latin ones the web's default (WHATWG Encoding Standard) stands for all
-_WORD, _ASCII_LETTER = re.compile(rb"[A-Za-z\x80-\xff]+"), re.compile(rb"[A-Za-z]")
-_ENCODINGS = ["cp1252", "gb18030", "shift_jis", "euc_jp", "euc_kr", "big5", "cp1251", "koi8_r"]
+# What captions are found in beside UTF-8, the likelier first
+_ENCODINGS = (
+    *("cp1252", "cp1251", "gb18030", "cp932", "euc_jp", "euc_kr", "cp949", "big5", "koi8_r", "koi8_u"),
+    *("cp1250", "iso8859_2", "cp1254", "cp1257", "cp1253", "cp1255", "cp1256", "iso8859_6", "cp874", "cp866"),
+)
+# The letters that languages have beside a to z: what codepages of Latin letters are told apart by
+_ALPHABETS = [
+    *map(frozenset, ("àâæçèéêëîïôœùûüÿ", "äöüß", "áâãàçéêíóôõú", "áéíñóúü", "àèéìíòóùî", "åäöé", "æøåéó")),
+    *map(frozenset, ("áðéíóúýþæö", "éëïóöü", "ąćęłńóśźż", "áčďéěíňóřšťúůýž", "áäčďéíĺľňóôŕšťúýž")),
+    *map(frozenset, ("áéíóöőúüű", "ăâîşţ", "ćčđšž", "çğıöşüâîû", "ąčęėįšųūž", "āčēģīķļņšūž", "äõöüšž")),
+]
+_ASCII_BUT_LETTERS = re.compile(rb"(?<![\x80-\xff])[\t!-?]+")  # behind another byte it may be half a letter
+_WORD = re.compile(r"[^\W_]+")
+_JUDGED_CHARS = 4000
 
 
 class Encoding(NamedTuple):
@@ -51,6 +63,18 @@ class Line(NamedTuple):
     is_cut: bool = False
 
 
+def decode(data: bytes) -> tuple[str, bool]:
+    """Decodes a text that is a whole file or value; returns it, and whether all of it was in UTF-8, 16 or 32."""
+    if name := _wide_name(data[:_HEAD_BYTES]):
+        text = data.decode(name, "replace").removeprefix("\ufeff")
+        return text, "\ufffd" not in text
+    try:
+        return data.decode("utf-8-sig"), True
+    except UnicodeDecodeError:
+        name = "utf-8-sig" if _is_mostly_utf8(data) else _detected(data[:_SAMPLE_BYTES])
+        return data.decode(name, "replace"), False
+
+
 def find_encoding(file: IO[bytes]) -> Encoding:
     """Finds the encoding of a file, which is read once and left at its start.
 
@@ -59,27 +83,20 @@ def find_encoding(file: IO[bytes]) -> Encoding:
     """
     file.seek(0)
     head = file.read(_HEAD_BYTES)
+    if name := _wide_name(head):
+        file.seek(0)
+        text = head.decode(name, "ignore")
+        return Encoding(name, name, "\r" if "\r" in text and "\n" not in text else "\n")
     newline = "\r" if b"\r" in head and b"\n" not in head else "\n"
-    for mark, name in sorted(_MARKS.items(), key=lambda item: -len(item[0])):
-        if head.startswith(mark) and name != "utf-8-sig":
-            file.seek(0)
-            return _wide(name, head)
-    if b"\0" in head[:2000]:
-        zeros = [head[:2000:2].count(0), head[1:2000:2].count(0)]
-        if max(zeros) > 0.2 * min(len(head), 2000) and max(zeros) > 5 * min(zeros):
-            file.seek(0)
-            name = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
-            return _wide(name, head)
     file.seek(0)
     num_utf8 = num_other = 0
     sample = bytearray()
     for line in file:
         if line.isascii():
             continue
-        try:
-            line.decode()
+        if _is_mostly_utf8(line):
             num_utf8 += 1
-        except UnicodeDecodeError:
+        else:
             num_other += 1
             if len(sample) < _SAMPLE_BYTES:
                 sample += line
@@ -88,9 +105,26 @@ def find_encoding(file: IO[bytes]) -> Encoding:
     return Encoding(fallback if num_other > num_utf8 else "utf-8-sig", fallback, newline)
 
 
-def _wide(name: str, head: bytes) -> Encoding:
-    text = head.decode(name, "ignore")
-    return Encoding(name, name, "\r" if "\r" in text and "\n" not in text else "\n")
+def _wide_name(head: bytes) -> str | None:
+    """Returns which of UTF-16 and 32 a text is in, from its first bytes; None of any other."""
+    for mark, name in sorted(_MARKS.items(), key=lambda item: -len(item[0])):
+        if head.startswith(mark):
+            return name
+    if b"\0" in head[:2000]:
+        zeros = [head[:2000:2].count(0), head[1:2000:2].count(0)]
+        if max(zeros) > 0.2 * min(len(head), 2000) and max(zeros) > 5 * min(zeros):
+            return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+    return None
+
+
+def _is_mostly_utf8(data: bytes) -> bool:
+    """Tells whether a text that is not ASCII is UTF-8, or is but for less than half of it: cut off in a letter, say."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        text = data.decode("utf-8", "replace")
+        return 2 * text.count("\ufffd") < sum(not letter.isascii() for letter in text)
+    return True
 
 
 def peek_encoding(file: io.BufferedReader) -> Encoding:
@@ -101,12 +135,50 @@ def peek_encoding(file: io.BufferedReader) -> Encoding:
 
 
 def _detected(sample: bytes) -> str:
-    words = _WORD.findall(sample)
-    mixed = sum(not word.isascii() and _ASCII_LETTER.search(word) is not None for word in words)
-    if 2 * mixed >= sum(not word.isascii() for word in words):
-        return "cp1252"  # letters with accents among plain ones; for a few of them the library's choice is chance
-    best = from_bytes(sample, cp_isolation=_ENCODINGS).best()
-    return best.encoding if best else "cp1252"
+    """Returns the encoding in which a sample is words of a language; cp1252 where it is words in none."""
+    sample = _ASCII_BUT_LETTERS.sub(b" ", sample)
+    scores = {
+        name: _COHERENCE_WEIGHT * match.coherence - match.chaos - _oddness(sample.decode(name, "replace"))
+        for match in from_bytes(sample, cp_isolation=[*_ENCODINGS])
+        for name in match.could_be_from_charset
+    }
+    scores.setdefault("cp1252", -1)
+    return max(scores, key=lambda name: (scores[name] + _BONUS.get(name, 0), -_ENCODINGS.index(name)))
+
+
+# In 860 samples of 30 languages, of one line to 200, these give the fewest mistakes
+_COHERENCE_WEIGHT = 0.3
+_BONUS = {"cp1252": 0.03, "cp949": -0.03}
+
+
+def _oddness(text: str) -> float:
+    """Returns the share of words that no language has: of several scripts, or of letters of several languages."""
+    words = [word for word in _WORD.findall(text[:_JUDGED_CHARS]) if not word.isascii()]
+    latin = []
+    num_odd = 0.0
+    for word in words:
+        scripts = {_script(letter) for letter in word if letter.isalpha()}
+        if scripts == {"LATIN"}:
+            latin.append(word)
+            num_odd += 0 if word[1:].islower() or word.isupper() or not word[1:] else 0.5
+        elif _is_odd_mixture(scripts):
+            num_odd += 1
+        elif len(word) > 2 and word[1:] != word[1:].lower():
+            num_odd += 0.5
+    if latin:
+        letters = [{letter for letter in word.lower() if not letter.isascii()} for word in latin]
+        num_odd += min(sum(not word <= alphabet for word in letters) for alphabet in _ALPHABETS)
+    return num_odd / max(len(words), 1)
+
+
+def _is_odd_mixture(scripts: set[str]) -> bool:
+    return "HALFWIDTH" in scripts or (len(scripts) > 1 and not scripts <= {"LATIN", "EAST ASIAN"})
+
+
+@functools.cache
+def _script(letter: str) -> str:
+    first = re.split("[ -]", unicodedata.name(letter, "UNKNOWN"), maxsplit=1)[0]
+    return "EAST ASIAN" if first in ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC") else first
 
 
 def lines(file: IO[bytes], encoding: Encoding) -> Iterator[Line]:
@@ -133,7 +205,8 @@ def lines(file: IO[bytes], encoding: Encoding) -> Iterator[Line]:
         try:
             yield Line(data.decode(encoding.name.removesuffix("-sig")), is_utf8, is_cut)
         except UnicodeDecodeError:
-            yield Line(data.decode(encoding.fallback, "replace"), False, is_cut)
+            name = "utf-8" if is_utf8 and _is_mostly_utf8(data) else encoding.fallback
+            yield Line(data.decode(name, "replace"), False, is_cut)
 
 
 def _split(file: IO[bytes], newline: bytes) -> Iterator[bytes]:

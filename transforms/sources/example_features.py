@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transforms.sources.base import ColumnNames
+from transforms.sources.encoding import decode
 from transforms.sources.shardfile import IMAGE_MAGIC, metadata_text, to_text
 from transforms.sources.tf_example import Example, feature_values
 
@@ -181,8 +182,8 @@ def _decoded(feature: Any, counters: dict[str, int]) -> list[str]:
         return []
     texts = []
     for value in values:
-        text = to_text(value)
-        if "\ufffd" in text and not _is_utf8(value):
+        text, is_utf = decode(value)
+        if not is_utf:
             counters["captions_not_utf8"] = counters.get("captions_not_utf8", 0) + 1
         texts.append(text)
     return texts
@@ -215,11 +216,3 @@ def _image(values: Any, example: Example) -> Image:
 def _described(kind: str, number: int) -> str:
     kinds = {"float_list": "numbers", "int64_list": "whole numbers"}
     return f"{number} {kinds[kind]}; expected the bytes of an image" if kind in kinds else "nothing"
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

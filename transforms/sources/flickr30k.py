@@ -1,18 +1,31 @@
 """Flickr30k and Flickr8k captions: token files and the csv shapes they go round in (Young et al. 2014)."""
 
 import dataclasses
+import io
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, ClassVar
 
-from transforms.errors import InputError, OptionError
+from models.location import redacted
+from transforms import storage
+from transforms.errors import OptionError
 from transforms.sources.annotations import AnnotationSource
 from transforms.sources.base import ColumnNames
 from transforms.sources.encoding import Line, find_encoding, lines
 from transforms.sources.parts import Bad, Caption, Fields, Image
-from transforms.sources.tables import IMAGE_NAMES, Record, Table, find_table, names_images, records
+from transforms.sources.tables import (
+    IMAGE_EXTENSION,
+    IMAGE_NAMES,
+    Record,
+    Table,
+    column_notes,
+    find_table,
+    is_header,
+    list_of_texts,
+    names_images,
+    records,
+)
 
 _BESIDE = (
     "flickr30k-images",
@@ -33,7 +46,12 @@ _NUMBER = re.compile(r"\s*\d{1,9}(?:\.0)?\s*")
 _TOKEN_LINE = re.compile(r"\s*[^\t|,]+(?:#\d+|\.\w{2,5})\t")
 _PIPED_LINE = re.compile(r"\s*[^|\t]+\.\w{2,5}\|\s*\d+\s*(?:\||\s\S)")
 
+_SPACED = re.compile(
+    rf"(?P<image>\S+\.{IMAGE_EXTENSION})(?:#(?P<number>\d{{1,9}}))? +(?P<text>\S.*)", re.I | re.S
+)
+
 _LINES_TO_TELL = 100
+_HEAD_BYTES = 1 << 16
 
 _Parts = Iterator[Caption | Fields | Bad]
 
@@ -46,8 +64,9 @@ class Flickr30kSource(AnnotationSource):
 
     - `NAME.jpg#0<TAB>caption`: `results_20130124.token`, `Flickr8k.token.txt`
     - `NAME.jpg| 0| caption`: Kaggle's `results.csv`
-    - a table of any delimiter and order of columns (`transforms.sources.tables`): Kaggle's `captions.txt`; `raw` is
-      a JSON list of captions (Hugging Face's `flickr_annotations_30k.csv`)
+    - `NAME.jpg caption`, where a blank is all that parts them
+    - a table of any delimiter and order of columns (`transforms.sources.tables`): Kaggle's `captions.txt`; a
+      caption may be a list of captions, in JSON or Python (Hugging Face's `flickr_annotations_30k.csv`)
     """
 
     captions_name_images: ClassVar[bool] = True
@@ -59,6 +78,22 @@ class Flickr30kSource(AnnotationSource):
     def folders(self, name: str) -> Sequence[str]:
         """Returns the places where the data sets have been published or unpacked."""
         return FOLDERS
+
+    def column_notes(self) -> tuple[str, ...]:
+        """Returns what the first lines say of columns that might have been meant and are not read."""
+        notes = []
+        for url in self.annotations:
+            fs, path = storage.locate(url)
+            with storage.input_errors(url), fs.open(path, "rb") as file:
+                start = io.BytesIO(file.read(_HEAD_BYTES))
+            head = [
+                line.text for line in itertools.islice(lines(start, find_encoding(start)), _LINES_TO_TELL)
+            ]
+            if len(start.getvalue()) == _HEAD_BYTES:
+                head = head[:-1] or head  # the last line may be cut off
+            if _shape(head) is None:
+                notes += column_notes(redacted(url), head, self.columns, self.metadata_columns)
+        return tuple(notes)
 
     def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Fields | Bad]:
         """Parses the lines; one that cannot be parsed is `Bad`."""
@@ -79,7 +114,7 @@ class Flickr30kSource(AnnotationSource):
             return
         table = find_table(url, head, self.columns, self.metadata_columns)
         if table is None:
-            raise InputError(
+            raise OptionError(
                 f"{url} has no captions that can be told: expected lines such as 'NAME.jpg#0<TAB>caption', "
                 f"'NAME.jpg| 0| caption' or 'NAME.jpg,caption', found {head[0].strip()[:80]!r}. Name its columns with "
                 "--image_column and --caption_column."
@@ -99,6 +134,9 @@ def _shape(head: Sequence[str]) -> tuple[Callable[[Iterator[Line]], "_Parts"], s
         return _tokens, "NAME.jpg#0<TAB>caption"
     if sum(bool(_PIPED_LINE.match(line)) for line in filled[:2]):
         return _piped, "NAME.jpg| 0| caption"
+    body = filled[1:] if filled and is_header(filled[0].split()) else filled
+    if body and all(map(_SPACED.fullmatch, body)):
+        return _spaced, "NAME.jpg caption"
     return None
 
 
@@ -112,6 +150,14 @@ def _tokens(lines: Iterator[Line]) -> _Parts:
             yield Caption(image, number, match["text"], redecoded=not is_utf)
         else:
             yield _bad(ordinal, "NAME.jpg#0<TAB>caption", line)
+
+
+def _spaced(lines: Iterator[Line]) -> _Parts:
+    for ordinal, (line, is_utf, _) in enumerate(lines, 1):
+        if match := _SPACED.fullmatch(line):
+            yield Caption(match["image"], int(match["number"] or 0), match["text"], redecoded=not is_utf)
+        elif line.strip() and not (ordinal == 1 and is_header(line.split())):
+            yield _bad(ordinal, "NAME.jpg caption", line)
 
 
 def _piped(lines: Iterator[Line]) -> _Parts:
@@ -140,33 +186,32 @@ def _record(record: Record, table: Table) -> _Parts:
     if record.fault:
         yield Bad(f"line {record.line}: {record.fault}: {record.text.strip()[:80]!r}")
         return
-    if table.caption == table.num_columns - 1 and len(row) > table.num_columns:
-        rest = table.dialect.delimiter.join(row[table.caption :])  # a delimiter that was not quoted
-        row = [*row[: table.caption], rest]
+    last = table.num_columns - 1
+    if table.captions == (last,) and len(row) > table.num_columns:
+        row = [*row[:last], table.dialect.delimiter.join(row[last:])]  # a delimiter that was not quoted
     if len(row) != table.num_columns or not row[table.image].strip():
         expected = f"{table.num_columns} fields with the name of an image"
         yield _bad(record.line, expected, table.dialect.delimiter.join(row))
         return
-    image, caption = row[table.image].strip(), row[table.caption]
+    image, captions = row[table.image].strip(), [row[place] for place in table.captions]
     number = row[table.number].strip() if table.number is not None else "0"
     if table.key is not None or table.metadata:
-        key = None if table.key is None else row[table.key].strip()
+        key = row[table.key].strip() or None if table.key is not None else None
         yield Fields(image, [row[place] for place in table.metadata], key)
-    if table.is_json:
-        yield from _json_captions(image, caption, record.line)
-    elif not _NUMBER.fullmatch(number):
+    if not _NUMBER.fullmatch(number):
         yield _bad(record.line, "a number of the caption", number)
-    else:
-        yield Caption(image, int(float(number)), caption, redecoded=not record.is_utf)
+        return
+    for caption in captions:
+        if table.has_lists:
+            yield from _listed_captions(image, caption, record.line)
+        elif caption.strip() or len(captions) == 1:
+            yield Caption(image, int(float(number)), caption, redecoded=not record.is_utf)
 
 
-def _json_captions(image: str, encoded: str, line: int) -> _Parts:
-    try:
-        captions = json.loads(encoded)
-    except ValueError:
-        captions = None
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        yield _bad(line, "a JSON list of captions", encoded)
+def _listed_captions(image: str, encoded: str, line: int) -> _Parts:
+    captions = list_of_texts(encoded)
+    if captions is None:
+        yield _bad(line, "a list of captions", encoded)
         return
     for number, caption in enumerate(captions):
         yield Caption(image, number, caption.encode("utf-8", "replace").decode())

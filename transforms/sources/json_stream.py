@@ -296,6 +296,23 @@ def _read(url: str, file: IO[bytes], num_bytes: int) -> bytes:
         raise InputError(f"{url} cannot be unpacked: {error}. It may be cut off: fetch it again.") from error
 
 
+def parse_json(text: str) -> Any:
+    """Parses a text of JSON; an integer of more digits than Python converts is the text of them.
+
+    Raises:
+        ValueError: It is not JSON.
+        RecursionError: It is nested too deep.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return json.loads(
+            text, parse_int=lambda digits: int(digits) if len(digits) <= _MAX_DIGITS else digits
+        )
+
+
 def _to_int(digits: str) -> int | float:
     return int(digits) if len(digits) <= _MAX_DIGITS else math.inf
 

@@ -66,6 +66,11 @@ def find_files(database: sqlite3.Connection) -> int:
         database.execute(_SPELL_FILES.format(spelling=spelling))
         database.execute("CREATE INDEX spelled_backwards ON spelled (backwards)")
         database.execute(_find_spelled("spelled", spelling))
+    # names without extension
+    database.execute("DROP TABLE spelled")
+    database.execute(_SPELL_FILES.format(spelling="root"))
+    database.execute("CREATE INDEX spelled_backwards ON spelled (backwards)")
+    database.execute(_find_spelled("spelled", "respell"))
     return num_missing - _num_missing(database)
 
 

@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -17,6 +16,7 @@ from transforms.errors import InputError, OptionError
 from transforms.sources import encoding
 from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
 from transforms.sources.columns import CAPTION_COLUMNS
+from transforms.sources.json_stream import parse_json
 from transforms.sources.parquet import ParquetShard
 from transforms.sources.parquet_file import open_parquet
 from transforms.sources.shardfile import (
@@ -146,7 +146,7 @@ class PromptsShard(Shard):
     def _parse_json(self, lines: Iterator[str]) -> Iterator["_Prompt | str"]:
         for number, line in enumerate(lines, 1):
             try:
-                found = json.loads(line) if line.strip() else None
+                found = parse_json(line) if line.strip() else None
             except (ValueError, RecursionError) as error:
                 yield f"line {number}: no JSON ({error}): {line.strip()[:80]!r}"
                 continue
@@ -199,15 +199,20 @@ class PromptsShard(Shard):
     def _header(self, cells: Sequence[str]) -> list[str] | None:
         names = [cell.strip() for cell in cells]
         wanted = {self.prompt_column} if self.prompt_column else {*PROMPT_COLUMNS}
-        is_header = any(
-            name in wanted or (not self.prompt_column and name.lower() in wanted) for name in names
-        )
-        if self.prompt_column and not is_header:
+        prompts = [
+            name for name in (names if self.prompt_column else map(str.lower, names)) if name in wanted
+        ]
+        if self.prompt_column and not prompts:
             raise OptionError(
                 f"{self.url} has no column {self.prompt_column!r}; its first line has: {', '.join(names)}. Name one of "
                 "them with --caption_column."
             )
-        return names if is_header else None
+        if twice := next((name for name in prompts if prompts.count(name) > 1), None):
+            raise OptionError(
+                f"{self.url} has {prompts.count(twice)} columns {twice!r}, of which one can be read: its first line "
+                f"has {', '.join(names)}. Rename the others."
+            )
+        return names if prompts else None
 
     def _csv_row(self, cells: list[str], header: list[str] | None, number: int) -> "_Prompt | str":
         fields: dict[str, Any] = dict(zip(header or ["prompt"], cells, strict=False))

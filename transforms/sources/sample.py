@@ -1,11 +1,12 @@
 """Samples of a WebDataset shard: members of one key, and what they are to a row."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from transforms.sources.base import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, ColumnNames
+from transforms.sources.encoding import decode
+from transforms.sources.json_stream import parse_json
 from transforms.sources.links import Link, LinkError
 from transforms.sources.parts import IMAGE_EXTENSIONS
 from transforms.sources.shardfile import encodable
@@ -166,16 +167,15 @@ def _count(counters: dict[str, int], name: str, number: int = 1) -> None:
 
 
 def _decode(data: bytes, counters: dict[str, int]) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
+    text, is_utf = decode(data)
+    if not is_utf:
         _count(counters, "captions_not_utf8")
-        return data.decode("utf-8-sig", "replace")
+    return text
 
 
 def _json_object(data: bytes, counters: dict[str, int]) -> dict[str, Any]:
     try:
-        value = json.loads(_decode(data, counters))
+        value = parse_json(_decode(data, counters))
     except (ValueError, RecursionError):
         _count(counters, "broken_json")
         return {}

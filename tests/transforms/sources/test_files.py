@@ -167,3 +167,14 @@ def test_every_file_is_a_row_with_a_key_of_its_own(tmp_path_factory, stems):
     assert sorted(record.path for record in records) == sorted(files)
     assert len({record.key for record in records}) == len(files)
     assert [record.row for record in records] == list(range(len(files)))
+
+
+def test_captions_beside_images_are_decoded_as_what_they_are(tmp_path):
+    root = tmp_path / "in"
+    write(root, ["a.jpg", "b.jpg", "c.jpg"])
+    (root / "a.txt").write_bytes("une fête".encode("utf-16"))
+    (root / "b.txt").write_bytes("Собака".encode("cp1251"))
+    (root / "c.json").write_bytes('{"caption": "café"}'.encode("cp1252"))
+    records = read(FilesSource((str(root),), str(root)), tmp_path)
+    assert [record.captions for record in records] == [["une fête"], ["Собака"], ["café"]]
+    assert [record.counters.get("captions_not_utf8") for record in records] == [None, 1, 1]

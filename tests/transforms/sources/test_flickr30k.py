@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.errors import InputError, OptionError
+from transforms.errors import OptionError
 from transforms.sources.base import ColumnNames, Lost, Row
-from transforms.sources.flickr30k import Flickr30kSource
+from transforms.sources.flickr30k import Flickr30kSource, is_of_images
 from transforms.sources.parts import Caption
 from transforms.sources.planned import plan_counters
 
@@ -142,6 +142,22 @@ def test_quoted_caption_keeps_its_newlines(tmp_path):
     assert captions_of(read(plan(tmp_path, text))) == {"a": ["first\nsecond\n\nthird"], "b": ["x"]}
 
 
+@pytest.mark.parametrize("num_lines", [2, 5, 900])
+def test_captions_of_many_lines(tmp_path, num_lines):
+    names = [f"{number}.jpg" for number in range(60)]
+    text = io.StringIO()
+    caption = "\n".join(f'line {number}, "so"' for number in range(num_lines))
+    csv.writer(text).writerows([("image", "caption"), *((name, caption) for name in names)])
+    found = captions_of(read(plan(tmp_path, text.getvalue(), files=names)))
+    assert found == {name[:-4]: [caption] for name in names}
+    assert is_of_images(text.getvalue().splitlines()[:100])
+
+
+def test_a_table_without_captions_is_refused(tmp_path):
+    with pytest.raises(OptionError, match="one column only, 'image'"):
+        plan(tmp_path, "image\na.jpg\nb.jpg\n")
+
+
 def test_comma_that_is_not_quoted_belongs_to_the_caption(tmp_path):
     assert captions_of(read(plan(tmp_path, "image,caption\na.jpg,A dog, running, fast\n"))) == {
         "a": ["A dog, running, fast"]
@@ -200,8 +216,8 @@ def test_no_captions_are_one_shard_without_rows(tmp_path, text):
 
 
 @pytest.mark.parametrize("text", ["just some text\nand more\n", "{}", b"\x89PNG\r\n\x1a\n\0\0\0"])
-def test_file_without_captions_is_an_input_error(tmp_path, text):
-    with pytest.raises(InputError, match="expected lines such as"):
+def test_file_without_captions_says_what_was_seen_and_which_flags_decide(tmp_path, text):
+    with pytest.raises(OptionError, match="expected lines such as"):
         plan(tmp_path, text)
 
 
@@ -294,6 +310,15 @@ HEAD = "image,caption"
         "image,caption\n\na.jpg,one\n\n\nb.jpg,two\n",
         "image,comment_number,comment\na.jpg,0,one\nb.jpg,0.0,two\n",
         "image_name| comment_number| comment\na.jpg| 0| one\nb.jpg| 0| two\n",
+        "image~caption\na.jpg~one\nb.jpg~two\n",
+        "a.jpg^one\nb.jpg^two\n",
+        "caption\x01image\none\x01a.jpg\ntwo\x01b.jpg\n",
+        "image caption\na.jpg one\nb.jpg two\n",
+        "a.jpg#0 one\nb.jpg#0 two\n",
+        "sep=;\nimage;caption\na.jpg;one\nb.jpg;two\n",
+        "# by X, 2020\n# no licence\nimage,caption\na.jpg,one\nb.jpg,two\n",
+        "# image,caption\na.jpg,one\nb.jpg,two\n",
+        "image,caption\na,one\nb,two\n",
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
@@ -315,11 +340,63 @@ def test_a_quote_that_is_never_closed_costs_its_line(tmp_path, num_lines, bad):
     assert f"line {num_lines // 2 + 2}: a quote is opened and not closed" in reject.message
 
 
+def test_blanks_before_a_quote(tmp_path):
+    text = 'image, "caption"\na.jpg, "first, one"\na.jpg, "second\nline, two"\na.jpg, third\na.jpg,he said, "hi"\n'
+    text += 'b.jpg, "hi" he said\nb.jpg,"it, ""is"" , so"\n'
+    assert captions_of(read(plan(tmp_path, text))) == {
+        "a": ["first, one", "second\nline, two", " third", 'he said, "hi"'],
+        "b": [' "hi" he said', 'it, "is" , so'],
+    }
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ((["one", "two"], ["b \U0001f600"]), [["one", "two"], ["b \U0001f600"]]),
+        (("['one', \"it's\"]", "['b']"), [["one", "it's"], ["b"]]),
+        (("['one' 'two']", "['b']"), [["['one' 'two']"], ["['b']"]]),
+        (('["one"]', "[sic] two"), [['["one"]'], ["[sic] two"]]),
+        (("[1, 2]", "[3]"), [["[1, 2]"], ["[3]"]]),
+    ],
+)
+@pytest.mark.parametrize("name", ["caption", "captions"])
+def test_a_caption_is_a_list_where_all_are(tmp_path, cells, expected, name):
+    cells = [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
+    text = io.StringIO()
+    csv.writer(text).writerows([("image", name), *zip(["a.jpg", "b.jpg"], cells, strict=True)])
+    assert list(captions_of(read(plan(tmp_path, text.getvalue()))).values()) == expected
+
+
 def test_quotes_in_the_middle_of_a_field_are_text(tmp_path):
     text = 'image,caption\na.jpg,a 5" pipe\nb.jpg,"say ""hi"", he said"\n'
     assert captions_of(read(plan(tmp_path, text))) == {"a": ['a 5" pipe'], "b": ['say "hi", he said']}
     text = 'image,caption\na.jpg,"a \\"quoted\\" word"\nb.jpg,x\n'
     assert captions_of(read(plan(tmp_path, text))) == {"a": ['a "quoted" word'], "b": ["x"]}
+
+
+def test_a_backslash_escapes_a_quote_and_nothing_else(tmp_path):
+    lines = [
+        *("image,caption", 'a.jpg,"he said \\"hi\\", ok"', "a.jpg,AC\\DC on stage", "a.jpg,back\\\\slash"),
+        *("b.jpg,c:\\new\\dir", 'b.jpg,"dir C:\\"', 'b.jpg,"a \\"c\\\\"', "b.jpg,end"),
+    ]
+    assert captions_of(read(plan(tmp_path, "\n".join(lines)))) == {
+        "a": ['he said "hi", ok', "AC\\DC on stage", "back\\\\slash"],
+        "b": ["c:\\new\\dir", "dir C:\\", 'a "c\\', "end"],
+    }
+
+
+def test_a_quote_is_escaped_for_the_first_time_late_in_a_file(tmp_path):
+    text = "image,caption\n" + "a.jpg,plain\n" * 500 + 'b.jpg,"he said \\"hi\\", ok"\n'
+    assert captions_of(read(plan(tmp_path, text)))["b"] == ['he said "hi", ok']
+
+
+def test_backslashes_part_folders(tmp_path):
+    text = 'image,caption\nimg\\a.jpg,"\\"hi\\", ok"\nimg\\b.jpg,two\n'
+    (tmp_path / "images/img").mkdir(parents=True)
+    assert captions_of(read(plan(tmp_path, text, files=["img/a.jpg", "img/b.jpg"]))) == {
+        "a": ['"hi", ok'],
+        "b": ["two"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -366,12 +443,45 @@ class TestColumns:
         assert captions_of(records) == {"u1": ["long one", "long uno"], "u2": ["l2"]}
         assert records[0].metadata == {"licence": "free", "long": "long one"}
 
+    def test_a_key_that_is_empty_is_made_of_the_name(self, tmp_path):
+        self.TEXT = "image,caption,uid\na.jpg,one,\nb.jpg,two,k\n"
+        assert captions_of(read(self.plan(tmp_path, key="uid"))) == {"a": ["one"], "k": ["two"]}
+
     @pytest.mark.parametrize("columns", [{"image": "zzz"}, {"caption": "zzz"}, {"key": "zzz"}])
     def test_that_are_not_there_are_refused_with_those_that_are(self, tmp_path, columns):
         with pytest.raises(OptionError, match=r"has no column 'zzz'; it has 'image', 'caption', 'long'"):
             self.plan(tmp_path, **columns)
         with pytest.raises(OptionError, match="no column 'nope'"):
             self.plan(tmp_path, ("nope",))
+
+    @pytest.mark.parametrize(
+        ("header", "note"),
+        [
+            ("image,caption,caption", "each of the columns 'caption', 'caption' holds a caption."),
+            ("image,caption,Caption", "'Caption' holds a caption. --caption_column names one of them."),
+            ("image,caption,caption.1", "'caption.1' holds a caption. --caption_column names one of them."),
+        ],
+    )
+    def test_columns_of_one_name_are_several_captions(self, tmp_path, header, note):
+        shards = plan(tmp_path, f"{header}\na.jpg,one,two\na.jpg,three,\nb.jpg,four,five\n")
+        assert captions_of(read(shards)) == {"a": ["one", "two", "three"], "b": ["four", "five"]}
+        [told] = Flickr30kSource((f"{tmp_path}/results.token",), str(tmp_path)).column_notes()
+        assert note in told
+
+    @pytest.mark.parametrize(
+        ("header", "note"),
+        [
+            ("image,caption,text", "the captions are those of column 'caption', not of 'text'."),
+            ("image,image,caption", "2 columns are named 'image'. The first is read."),
+            ("image,caption,licence", None),
+            ("image,caption,number", None),
+        ],
+    )
+    def test_columns_that_are_not_read_are_told(self, tmp_path, header, note):
+        (tmp_path / "c.csv").write_text(f"{header}\na.jpg,b.jpg,one\na.jpg,b.jpg,two\n")
+        notes = Flickr30kSource((f"{tmp_path}/c.csv",), str(tmp_path)).column_notes()
+        assert len(notes) == (note is not None)
+        assert note is None or note in notes[0]
 
     def test_several_that_may_be_meant_are_asked_for(self, tmp_path):
         with pytest.raises(OptionError, match=r"several columns that may be the captions.*--caption_column"):

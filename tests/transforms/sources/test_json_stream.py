@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from transforms.errors import InputError
 from transforms.sources import json_stream
-from transforms.sources.json_stream import JsonEntries, Unread, read_head
+from transforms.sources.json_stream import JsonEntries, Unread, parse_json, read_head
 
 
 def read(data, *names):
@@ -202,3 +202,9 @@ def test_one_list_twice_and_what_is_no_list():
 )
 def test_description(data, description):
     assert describe(data) == description
+
+
+def test_a_text_with_an_integer_of_any_length_is_parsed():
+    assert parse_json(f'{{"a": {"9" * 5000}, "b": -12, "c": "x"}}') == {"a": "9" * 5000, "b": -12, "c": "x"}
+    with pytest.raises(ValueError, match="delimiter"):
+        parse_json(f'{{"a" {"9" * 5000}}}')

@@ -167,6 +167,17 @@ def test_a_csv_column_that_is_not_there(tmp_path):
         list(shard_of(path, prompt_column="none").rows())
 
 
+def test_json_with_an_integer_of_any_length(tmp_path):
+    shard = write(tmp_path / "p.jsonl", '{"prompt": "a dog", "n": ' + "9" * 5000 + "}\n")
+    assert texts(shard.rows()) == ["a dog"]
+
+
+def test_a_csv_with_two_columns_of_prompts_is_refused(tmp_path):
+    for header in ("id,prompt,prompt", "id,prompt,Prompt"):
+        with pytest.raises(OptionError, match="has 2 columns 'prompt'"):
+            list(write(tmp_path / "p.csv", f"{header}\n1,a,b\n").rows())
+
+
 def test_tsv(tmp_path):
     shard = write(tmp_path / "p.tsv", "Prompt\tCategory\na dog, a cat\tAnimals\n")
     assert texts(shard.rows()) == ["a dog, a cat"]

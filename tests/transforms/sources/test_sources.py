@@ -233,3 +233,16 @@ def test_text_is_prompts_unless_it_names_images(tmp_path, name, text, kind):
 def test_no_shard_has_a_name_that_hides_its_files(path):
     [name] = shard_names([path])
     assert name[0] not in "._"
+
+
+def test_a_table_of_names_without_extension_is_read_where_the_flag_says_so(tmp_path):
+    table = tmp_path / "some.csv"
+    table.write_text("image_id,caption\n1,one\n2,two\n")
+    (tmp_path / "images").mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "images" / name).write_bytes(b"x")
+    with pytest.raises(OptionError, match="--image_column"):
+        open_source([str(table)], "auto", SourceOptions())
+    source = open_source([str(table)], "auto", SourceOptions(image_column="image_id"))
+    rows = [row for shard in source.shards(f"{tmp_path}/plans", 10) for row in shard.rows()]
+    assert [(row.key, row.captions) for row in rows] == [("1", ["one"]), ("2", ["two"])]

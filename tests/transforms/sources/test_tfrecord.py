@@ -109,7 +109,7 @@ def test_image_features(path, name):
 def test_caption_features(path, name):
     texts = ["é\nwhole".encode(), b"", b"\xff", b"last"]
     (row,) = write(path, [{"jpg": (JPEG, "byte"), name: (texts, "byte")}]).rows()
-    assert row.captions == ["é\nwhole", "\ufffd", "last"]
+    assert row.captions == ["é\nwhole", "ÿ", "last"]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_captions_of_other_writers(path, features, captions):
 def test_captions_that_are_not_utf8_are_counted(path):
     captions = (["\ufffd".encode(), b"caf\xe9", b"ok"], "byte")
     (row,) = write(path, [{"jpg": (JPEG, "byte"), "caption": captions}]).rows()
-    assert (row.captions, row.counters) == (["\ufffd", "caf\ufffd", "ok"], {"captions_not_utf8": 1})
+    assert (row.captions, row.counters) == (["\ufffd", "café", "ok"], {"captions_not_utf8": 1})
 
 
 @pytest.mark.parametrize("key", ["image/id", "image/source_id", "image/image_id", "id"])
