@@ -19,7 +19,7 @@ from transforms import storage
 from transforms.errors import OutputError
 from transforms.sources import matching
 from transforms.sources.folder import Member
-from transforms.sources.parts import Bad, Caption, Fields, Image, Ref, is_image, stem
+from transforms.sources.parts import Caption, Fields, Image, Noticed, Part, Ref, is_image, stem
 from transforms.sources.planned import Entry, PlanFacts, write_plan
 from transforms.sources.spelling import backwards
 
@@ -29,10 +29,12 @@ class Draft:
 
     Attributes:
         counters: What was noticed, by name.
+        notes: Sentences that the user is told.
     """
 
     def __init__(self, database: sqlite3.Connection, folder: str) -> None:
         self.counters: collections.Counter[str] = collections.Counter()
+        self.notes: list[str] = []
         self._database = database
         self._folder = folder
         self._num_parts = 0
@@ -44,7 +46,7 @@ class Draft:
         database.executescript(_TABLES)
         database.execute("BEGIN")  # one transaction, never committed: the database dies with the run
 
-    def add(self, parts: Iterable[Image | Caption | Fields | Bad]) -> None:
+    def add(self, parts: Iterable[Part]) -> None:
         """Adds what an annotation says, in its order."""
         execute = self._database.execute
         for position, part in enumerate(parts, self._num_parts):
@@ -59,6 +61,9 @@ class Draft:
                     "INSERT OR IGNORE INTO fields VALUES (?, ?, ?)",
                     (part.ref, part.key, json.dumps(part.metadata)),
                 )
+            elif isinstance(part, Noticed):
+                self.counters.update(part.counters)
+                self.notes += [part.note] if part.note else []
             elif isinstance(part, Image):
                 path = posixpath.normpath(part.path)
                 values = (
@@ -104,6 +109,7 @@ class Draft:
         """
         self._database.execute("CREATE INDEX captions_ref ON captions (ref, ordinal)")
         self._database.execute("CREATE INDEX texts_root ON texts (root)")
+        self.counters["similar_file_names"] += matching.respell_refs(self._database)
         self._database.execute(_LIST_FILES, (self._num_parts,))
         self._database.execute(_LOSE_UNLISTED, (self._num_parts + self._num_files,))
         self._database.execute("CREATE INDEX files_root ON files (root(path))")
@@ -202,7 +208,7 @@ class Draft:
         counters = {name: count for name, count in self.counters.items() if count}
         num_rows = self._count("records WHERE wanted")
         facts = PlanFacts(
-            made_from, num_rows, rows_per_shard, self._shard_sizes_bytes(rows_per_shard), counters
+            made_from, num_rows, rows_per_shard, self._shard_sizes_bytes(rows_per_shard), counters, self.notes
         )
         path = os.path.join(self._folder, "plan.arrow")
         write_plan(path, facts, self.entries(), metadata_columns)

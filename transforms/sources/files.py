@@ -8,20 +8,20 @@ import dataclasses
 import hashlib
 import posixpath
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import fsspec
 from fsspec.core import has_magic
 
 from transforms import storage
-from transforms.errors import InputError
+from transforms.errors import InputError, OptionError
 from transforms.output_layout import JOB, is_of_output
 from transforms.sources import folder
 from transforms.sources.base import InputFile, Shard, Source, shard_names
 from transforms.sources.draft import Draft, open_draft
 from transforms.sources.folder import Member
-from transforms.sources.image_metadata import IMAGE_METADATA, read_metadata
+from transforms.sources.image_metadata import IMAGE_METADATA, MetadataReader
 from transforms.sources.parts import IMAGE_EXTENSIONS, Bad, is_image, is_leftover, may_be_image
 from transforms.sources.planned import plan_shards, read_facts
 from transforms.storage import relative_name
@@ -58,7 +58,6 @@ class FilesSource(Source):
                 total_bytes += size_bytes or 0
             for url in metadata:
                 digest.update(_digest(url))
-            draft.list_files()
             for path, size_bytes in draft.texts():
                 digest.update(f"{path}\t{size_bytes}\n".encode())
         return [InputFile(self._name(), total_bytes, digest.hexdigest())]
@@ -79,7 +78,6 @@ class FilesSource(Source):
         if facts is None or facts.made_from != made_from:
             with open_draft() as draft:
                 self._list(draft)
-                draft.list_files()
                 facts = draft.publish(plan, made_from, rows_per_shard, self.metadata_columns)
         return plan_shards(plan, facts, plan_name, self.root, None, self.metadata_columns, self.columns)
 
@@ -104,10 +102,39 @@ class FilesSource(Source):
                 f"{', '.join(IMAGE_EXTENSIONS)}. Files with other names are taken from a glob, such as "
                 f"{storage.join(self.urls[0], '*')}."
             )
+        reader = MetadataReader(self.columns.caption, self.metadata_columns)
         for path in sorted(metadata):
-            url = storage.join(self.root, path)
-            draft.add(read_metadata(url, path, self.columns.caption, self.metadata_columns))
+            draft.add(reader.read(storage.join(self.root, path), path))
+        draft.list_files()
+        self._check_columns(draft, reader)
         return [storage.join(self.root, path) for path in sorted(metadata)]
+
+    def _check_columns(self, draft: Draft, reader: MetadataReader) -> None:
+        """Checks that the columns that the user names are those of the metadata, or may be of files beside images.
+
+        Raises:
+            OptionError: One is not.
+        """
+        flags: dict[str, Sequence[str | None]] = {
+            "caption_column": [self.columns.caption],
+            "metadata_columns": self.metadata_columns,
+        }
+        missing = [
+            (flag, name) for flag in flags for name in flags[flag] if name and name not in reader.columns
+        ]
+        if not missing:
+            return
+        beside = {posixpath.splitext(path)[1].lower()[1:] for path, _ in draft.texts()}
+        if "json" in beside:  # what is in them shows when they are read
+            return
+        for flag, name in missing:
+            if flag == "metadata_columns" or name.lower() not in beside:
+                there = ", ".join(map(repr, [*reader.columns, *sorted(beside)][:10]))
+                has = f"it has {there}" if there else "its images have no metadata"
+                raise OptionError(
+                    f"{', '.join(self.urls)} has no column {name!r}, which --{flag} names; {has}. "
+                    "Name one that it has, or leave the flag out."
+                )
 
     def _images(self, draft: Draft, url: str, metadata: list[str]) -> Iterator[Member]:
         """Yields the images of a folder, a glob, or a single file, with paths below the root."""

@@ -140,9 +140,6 @@ def _record(record: Record, table: Table) -> _Parts:
     if record.fault:
         yield Bad(f"line {record.line}: {record.fault}: {record.text.strip()[:80]!r}")
         return
-    if table.caption == table.num_columns - 1 and len(row) > table.num_columns:
-        rest = table.dialect.delimiter.join(row[table.caption :])  # a delimiter that was not quoted
-        row = [*row[: table.caption], rest]
     if len(row) != table.num_columns or not row[table.image].strip():
         expected = f"{table.num_columns} fields with the name of an image"
         yield _bad(record.line, expected, table.dialect.delimiter.join(row))

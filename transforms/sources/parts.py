@@ -3,7 +3,7 @@
 import errno
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import fsspec
@@ -97,6 +97,22 @@ class Bad(NamedTuple):
     row: int | None = None
     key: str = ""
     reason: str = "bad_annotation"
+
+
+class Noticed(NamedTuple):
+    """What was noticed of a file beside its parts.
+
+    Attributes:
+        counters: What was mended or left out, by name.
+        note: A sentence that the user is told; empty where there is none.
+    """
+
+    counters: Mapping[str, int] = {}
+    note: str = ""
+
+
+Part = Image | Caption | Fields | Bad | Noticed
+"""What a parser of annotations yields."""
 
 
 def stem(path: str) -> str:

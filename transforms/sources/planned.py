@@ -56,6 +56,7 @@ class PlanFacts:
         rows_per_shard: Rows of each batch but the last.
         shard_sizes_bytes: Size of each batch's images as far as it is known.
         counters: What planning noticed, by name.
+        notes: Sentences that the user is told.
     """
 
     made_from: Mapping[str, object]
@@ -63,6 +64,7 @@ class PlanFacts:
     rows_per_shard: int
     shard_sizes_bytes: Sequence[int]
     counters: Mapping[str, int]
+    notes: Sequence[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,11 +256,20 @@ def plan_counters(shards: Iterable[Shard]) -> dict[str, int]:
     `entries_joined` entries of a file that has another entry. Shards without a plan add nothing.
     """
     totals: dict[str, int] = {}
-    for url in {shard.plan: None for shard in shards if isinstance(shard, PlannedShard)}:
-        facts = read_facts(url)
-        for name, count in facts.counters.items() if facts else ():
-            totals[name] = totals.get(name, 0) + count
+    for facts in _plans(shards):
+        totals = add_counts(totals, facts.counters)
     return totals
+
+
+def plan_notes(shards: Iterable[Shard]) -> list[str]:
+    """Returns what the user is told of the plans that the shards belong to."""
+    return [note for facts in _plans(shards) for note in facts.notes]
+
+
+def _plans(shards: Iterable[Shard]) -> Iterator[PlanFacts]:
+    for url in {shard.plan: None for shard in shards if isinstance(shard, PlannedShard)}:
+        if facts := read_facts(url):
+            yield facts
 
 
 _COLUMNS = pa.schema(

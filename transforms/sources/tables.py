@@ -278,7 +278,14 @@ def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
         except csv.Error as error:
             yield Record([], number, line.text, is_utf, str(error))
         else:
-            yield Record(fields, number, line.text, is_utf)
+            yield Record(_whole(fields, table), number, line.text, is_utf)
+
+
+def _whole(fields: list[str], table: Table) -> list[str]:
+    """Returns the fields of a record whose last one, a caption, has delimiters in it and no quotes."""
+    if len(fields) <= table.num_columns or table.caption != table.num_columns - 1:
+        return fields
+    return [*fields[: table.caption], table.dialect.delimiter.join(fields[table.caption :])]
 
 
 def _closing(
