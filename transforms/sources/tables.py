@@ -252,8 +252,14 @@ def _only_text(url: str, first: Sequence[str], rows: Sequence[Sequence[str]], im
     )
 
 
-def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
-    """Yields the records of a table; a quote that is never closed costs its own line, and none that follows."""
+def records(lines: Iterator[Line], table: Table, with_blank: bool = False) -> Iterator[Record]:
+    """Yields the records of a table; a quote that is never closed costs its own line, and none that follows.
+
+    Args:
+        lines: The table's lines.
+        table: Where it has what.
+        with_blank: Whether a blank line is a record with a fault, rather than none.
+    """
     pending: list[tuple[int, Line]] = []
     numbered = enumerate(lines, 1)
     while True:
@@ -263,6 +269,8 @@ def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
             pending.append(item)  # type: ignore[arg-type]  # it is not None here
         number, line = pending.pop(0)
         if not line.text.strip():
+            if with_blank:
+                yield Record([], number, line.text, line.is_utf, "expected a record, found a blank line")
             continue
         used: int | None = 0
         if len(line.text) <= _MAX_FIELD_CHARS and is_open(line.text, table.dialect):
@@ -303,8 +311,15 @@ def _closing(
             return None
         text += "\n" + following
         if not is_open(text, table.dialect):
-            return used
+            return used if _is_strict(text, table) else None
     return None
+
+
+def _is_strict(text: str, table: Table) -> bool:
+    """Tells whether each quote of a record stands where one may: else it closes on the next one's opening quote."""
+    with contextlib.suppress(csv.Error):
+        return len(_cut_lines(text.split("\n"), table.dialect, strict=True)) >= table.num_columns
+    return False
 
 
 def _is_record(line: str, table: Table) -> bool:
@@ -315,10 +330,10 @@ def _is_record(line: str, table: Table) -> bool:
     return False
 
 
-def _cut_lines(lines: Sequence[str], dialect: Dialect) -> list[str]:
+def _cut_lines(lines: Sequence[str], dialect: Dialect, strict: bool = False) -> list[str]:
     escape = dialect.escape
     ended = [*(f"{line}\n" for line in lines[:-1]), lines[-1]]
     reader = csv.reader(
-        ended, delimiter=dialect.delimiter, escapechar=escape, doublequote=escape is None, strict=False
+        ended, delimiter=dialect.delimiter, escapechar=escape, doublequote=escape is None, strict=strict
     )
     return next(reader, [])

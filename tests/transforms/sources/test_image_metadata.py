@@ -117,7 +117,7 @@ def test_each_row_has_its_own_columns(folder):
 
 @pytest.mark.parametrize("option", [{"caption_column": "nope"}, {"metadata_columns": ("text", "nope")}])
 def test_a_column_that_no_row_has_is_refused(folder, option):
-    with pytest.raises(OptionError, match=f"'nope', which --{next(iter(option))} names"):
+    with pytest.raises(OptionError, match=f"which --{next(iter(option))} names; its images have no metadata"):
         Read(folder, **option)
     jsonl(folder, {"file_name": "1.jpg", "text": "a"})
     with pytest.raises(OptionError, match=f"'nope', which --{next(iter(option))} names"):
