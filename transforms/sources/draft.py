@@ -113,8 +113,7 @@ class Draft:
         self._database.execute(_LIST_FILES, (self._num_parts,))
         self._database.execute(_LOSE_UNLISTED, (self._num_parts + self._num_files,))
         self._database.execute("CREATE INDEX files_root ON files (root(path))")
-        used = "EXISTS (SELECT 1 FROM files WHERE root(files.path) = texts.root)"
-        self.counters["passed_over_files"] += self._count(f"texts WHERE NOT {used}")
+        self.counters["passed_over_files"] += self._count(f"texts WHERE NOT {_USED_TEXT}")
         captioned = "EXISTS (SELECT 1 FROM fields WHERE ref = path)"
         if self._count("fields"):
             self.counters["images_without_metadata"] += self._count(f"files WHERE NOT {captioned}")
@@ -126,8 +125,14 @@ class Draft:
 
     def texts(self) -> Iterator[tuple[str, int]]:
         """Yields path and size in bytes of each file of text that belongs to an image, in order."""
-        used = "EXISTS (SELECT 1 FROM files WHERE root(files.path) = texts.root)"
-        yield from self._database.execute(f"SELECT path, size_bytes FROM texts WHERE {used} ORDER BY path")
+        yield from self._database.execute(
+            f"SELECT path, size_bytes FROM texts WHERE {_USED_TEXT} ORDER BY path"
+        )
+
+    def unused_texts(self) -> Iterator[str]:
+        """Yields the path of each file of text that belongs to no image, in order."""
+        for (path,) in self._database.execute(f"SELECT path FROM texts WHERE NOT {_USED_TEXT} ORDER BY path"):
+            yield path
 
     def assume_files(self) -> None:
         """Takes each image for there, for a job that needs none."""
@@ -340,5 +345,7 @@ SELECT ? + row_number() OVER (ORDER BY ref), root(ref), 'missing_image',
     printf('%s is named by the metadata, and is not there', ref)
 FROM fields WHERE NOT EXISTS (SELECT 1 FROM files WHERE path = ref)
 """
+
+_USED_TEXT = "EXISTS (SELECT 1 FROM files WHERE root(files.path) = texts.root)"
 
 _TEXTS = "SELECT path FROM texts WHERE root = ? ORDER BY path"

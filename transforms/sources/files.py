@@ -6,6 +6,7 @@ a file of the image's name that ends in `.txt`, `.caption` or `.json` (img2datas
 
 import dataclasses
 import hashlib
+import itertools
 import posixpath
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from transforms import storage
 from transforms.errors import InputError, OptionError
 from transforms.output_layout import JOB, is_of_output
 from transforms.sources import folder
-from transforms.sources.base import InputFile, Shard, Source, shard_names
+from transforms.sources.base import InputFile, Shard, Source, passed_over_note, shard_names
 from transforms.sources.draft import Draft, open_draft
 from transforms.sources.folder import Member
 from transforms.sources.image_metadata import IMAGE_METADATA, MetadataReader
@@ -89,9 +90,10 @@ class FilesSource(Source):
         """Lists the files; returns the URLs of those with metadata of others."""
         nameless: list[str] = []
         metadata: list[str] = []
+        passed_over: list[str] = []
         for url in self.urls:
             with storage.input_errors(url):
-                nameless += draft.add_files(self._images(draft, url, metadata))
+                nameless += draft.add_files(self._images(draft, url, metadata, passed_over))
         message = "its name is not UTF-8: rename it"
         draft.add(
             Bad(f"{name}: {message}", key=name, reason="missing_image") for name in sorted(set(nameless))
@@ -107,6 +109,10 @@ class FilesSource(Source):
             draft.add(reader.read(storage.join(self.root, path), path))
         draft.list_files()
         self._check_columns(draft, reader)
+        draft.counters["passed_over_files"] += len(passed_over)
+        if number := draft.counters["passed_over_files"]:
+            names = sorted([*passed_over, *itertools.islice(draft.unused_texts(), _MAX_NAMED)])
+            draft.notes.append(passed_over_note(self.format, number, names))
         return [storage.join(self.root, path) for path in sorted(metadata)]
 
     def _check_columns(self, draft: Draft, reader: MetadataReader) -> None:
@@ -136,8 +142,10 @@ class FilesSource(Source):
                     "Name one that it has, or leave the flag out."
                 )
 
-    def _images(self, draft: Draft, url: str, metadata: list[str]) -> Iterator[Member]:
-        """Yields the images of a folder, a glob, or a single file, with paths below the root."""
+    def _images(
+        self, draft: Draft, url: str, metadata: list[str], passed_over: list[str]
+    ) -> Iterator[Member]:
+        """Yields the images of a folder, a glob, or a single file, with paths below the root; fills the two lists."""
         fs, path = storage.locate(url)
         start = len(storage.locate(self.root)[1].rstrip("/")) + 1
         try:
@@ -153,18 +161,18 @@ class FilesSource(Source):
             return
         above = relative_name(url, self.root)
         num_looked_at = 0
-        passed_over: list[str] = []
+        strays: list[str] = []
         for member in folder.members(url, sizes=True):
             member = member._replace(path=f"{above}/{member.path}" if above else member.path)
             name = posixpath.basename(member.path)
             if is_of_output(member.path, ()):
                 continue
             if is_leftover(member.path):
-                passed_over.append(member.path)
+                strays.append(member.path)
             elif is_image(name):
                 yield member
             elif name[0] in "._":
-                passed_over.append(member.path)
+                strays.append(member.path)
             elif IMAGE_METADATA.match(name):
                 metadata.append(member.path)
             elif name.lower().endswith(_TEXT_EXTENSIONS):
@@ -175,12 +183,13 @@ class FilesSource(Source):
                 if num_looked_at <= _most_looked_at(fs) and may_be_image(fs, place):
                     yield member
                 else:
-                    passed_over.append(member.path)
+                    strays.append(member.path)
         # a job's output may lie below its own input; it is not counted, or the count would grow as the job runs
-        outputs = {posixpath.dirname(name) for name in passed_over if posixpath.basename(name) == JOB}
-        draft.counters["passed_over_files"] += sum(not is_of_output(name, outputs) for name in passed_over)
+        outputs = {posixpath.dirname(name) for name in strays if posixpath.basename(name) == JOB}
+        passed_over.extend(name for name in strays if not is_of_output(name, outputs))
 
 
+_MAX_NAMED = 3
 _TEXT_EXTENSIONS = (".txt", ".caption", ".json")
 
 

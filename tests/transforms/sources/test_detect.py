@@ -1,5 +1,6 @@
 """What an input is, by folders as people have them: nested, mixed, with strays."""
 
+import gzip
 import io
 import json
 import random
@@ -15,7 +16,7 @@ from transforms.errors import InputError, OptionError
 from transforms.sources import SourceOptions, open_source
 from transforms.sources.base import Lost, Record, Row
 from transforms.sources.detect import expand_braces
-from transforms.sources.planned import plan_counters
+from transforms.sources.planned import plan_counters, plan_notes
 
 
 def picture(format: str = "JPEG") -> bytes:
@@ -146,6 +147,99 @@ def test_an_output_below_its_own_input_is_not_counted(tmp_path, names):
     write(folder, *(f"out/{name}" for name in output), "other/_plan/2/x.arrow")
     after = read(folder, plans=f"{tmp_path}/plans")
     assert (after[0], keys_of(after[1]), after[2]) == (before[0], keys_of(before[1]), before[2])
+
+
+COCO = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "one"}]}
+KARPATHY = {"images": [{"filename": "1.jpg", "split": "train", "sentences": [{"raw": "one"}]}]}
+
+
+class TestAnnotations:
+    @pytest.mark.parametrize(
+        ("name", "content", "format"),
+        [
+            ("annotations.json", COCO, "coco"),
+            (
+                "train.json",
+                COCO | {"images": [*COCO["images"], *[{"id": 2, "file_name": "x" * 300_000}]]},
+                "coco",
+            ),
+            ("_annotations.coco.json", COCO, "coco"),
+            ("ann/x.json.gz", COCO, "coco"),
+            ("dataset.json", KARPATHY, "karpathy"),
+            ("annotations.txt", "1.jpg\tone\n", "flickr30k"),
+            ("annotations.tsv", "image\tcaption\n1.jpg\tone\n", "flickr30k"),
+        ],
+    )
+    def test_are_known_by_their_content(self, tmp_path, name, content, format):
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
+        write(
+            tmp_path / "in", "images/1.jpg", **{name: gzip.compress(data) if name.endswith(".gz") else data}
+        )
+        for asked in ("auto", format):
+            found, records, _ = read(tmp_path / "in", asked, plans=f"{tmp_path}/{asked}")
+            assert found == format
+            assert [list(row.captions) for row in records if isinstance(row, Row)] == [["one"]]
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [("captions.json", '{"1.jpg": ["one"]}'), ("c.jsonl", '{"image": "1.jpg", "caption": "one"}\n')],
+    )
+    def test_that_are_not_read_are_refused_beside_images(self, tmp_path, name, content):
+        write(tmp_path / "in", "images/1.jpg", **{name: content})
+        with pytest.raises(OptionError, match=f"{name} has captions .* --format files"):
+            read(tmp_path / "in")
+        assert read(tmp_path / "in", "files")[0] == "files"
+        write(tmp_path / "in", "a.tar")
+        assert read(tmp_path / "in", plans=f"{tmp_path}/tar")[0] == "webdataset"
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            {"images": COCO["images"], "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]},
+            {"train": ["1.jpg"]},
+            {"version": 3, "description": "of no image"},
+        ],
+    )
+    def test_without_captions_are_passed_over_and_named(self, tmp_path, content):
+        write(tmp_path / "in", "1.jpg", **{"x.json": json.dumps(content)})
+        source = open_source([str(tmp_path / "in")], "auto", SourceOptions())
+        shards = source.shards(f"{tmp_path}/plans", 100)
+        assert plan_notes(shards) == ["Passed over 1 file that is no data of format files: x.json."]
+
+    def test_of_one_image_are_its_own(self, tmp_path):
+        text = '{"caption": "one", "url": "https://a.b/c.jpg"}'
+        write(tmp_path / "in", "00000/1.png", "00000/2.jpg", **{"00000/1.json": text, "00000/2.json": text})
+        found, records, num_passed_over = read(tmp_path / "in")
+        assert (found, num_passed_over) == ("files", 0)
+        assert [list(row.captions) for row in records if isinstance(row, Row)] == [["one"], ["one"]]
+
+    def test_of_one_format_are_all_read_where_it_is_named(self, tmp_path):
+        tables = {f"{name}.csv": f"image,caption\n{name}.jpg,{name}\n" for name in ("train", "val")}
+        write(tmp_path / "in", "images/train.jpg", "images/val.jpg", **tables)
+        with pytest.raises(OptionError, match=r"several annotations: train\.csv, val\.csv"):
+            read(tmp_path / "in")
+        assert keys_of(read(tmp_path / "in", "flickr30k")[1]) == ["train", "val"]
+
+
+class TestImagesBesideShards:
+    @pytest.mark.parametrize("shard", ["x.tar", "sub/x.parquet", "x.tfrecord"])
+    @pytest.mark.parametrize(
+        "caption",
+        [
+            {"a.txt": "one"},
+            {"a.json": '{"caption": "one"}'},
+            {"metadata.jsonl": '{"file_name": "a.jpg", "text": "one"}'},
+            {"metadata.csv": "file_name;text\na.jpg;one"},
+        ],
+    )
+    def test_are_no_strays_where_they_have_captions(self, tmp_path, shard, caption):
+        write(tmp_path, "a.jpg", shard, **caption)
+        with pytest.raises(OptionError, match=r"several kinds: .*; 1 image.*--format"):
+            read(tmp_path)
+
+    def test_are_strays_where_the_metadata_is_not_theirs(self, tmp_path):
+        write(tmp_path / "in", "teaser.jpg", "x.tar", **{"metadata.csv": "shard,rows\nx.tar,2", "b.txt": "b"})
+        assert read(tmp_path / "in")[::2] == ("webdataset", 3)
 
 
 class TestNames:
