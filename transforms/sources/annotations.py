@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, ClassVar, TypeGuard
 
 import fsspec
@@ -27,11 +27,14 @@ from transforms.sources.draft import Draft, open_draft
 from transforms.sources.json_stream import Unread
 from transforms.sources.parts import Bad, Caption, Fields, Image, Ref
 from transforms.sources.planned import PlanFacts, plan_shards, read_facts
+from transforms.sources.spelling import respell
 from transforms.storage import relative_name as relative_name
 
 _READ_BYTES = 1 << 18
 # Of an annotation, so many of its first parts are looked at for the name of an image
 _PARTS_TO_TELL = 100
+# So many of them, and so many folders beside it, are looked at
+_IMAGES_TO_TELL, _MAX_FOLDERS = 5, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,33 @@ class AnnotationSource(Source):
             shards += plan_shards(plan, facts, plan_name, images or "", name, self.metadata_columns)
         return shards
 
+    def count_elsewhere(
+        self, root: str, folders: Mapping[str, int], archives: Sequence[str]
+    ) -> dict[str, int]:
+        """Returns how many images and archives of an input are not where the annotations have theirs, as counters.
+
+        Args:
+            root: URL of the input.
+            folders: How many images lie in each folder of it, by its path below the root.
+            archives: Paths of the archives in it.
+        """
+        if self.texts_only and self.images is None:
+            return {}
+        try:
+            used = [storage.locate(self.find_images(url))[1].rstrip("/") for url in self.annotations]
+        except InputError:  # will be said when the images are needed
+            return {}
+        top = storage.locate(root)[1].rstrip("/")
+
+        def is_elsewhere(name: str) -> bool:
+            path = f"{top}/{name}".rstrip("/") + "/"
+            return not any(path.startswith(f"{folder}/") for folder in used)
+
+        return {
+            "unlisted_images": sum(count for name, count in folders.items() if is_elsewhere(name)),
+            "passed_over_files": sum(map(is_elsewhere, archives)),
+        }
+
     def find_images(self, annotation: str) -> str:
         """Returns the URL of the image folder or archive of an annotation.
 
@@ -115,40 +145,50 @@ class AnnotationSource(Source):
             if folder.is_archive(self.images) and storage.is_file(fs, path):
                 return self.images
             below = [posixpath.join(path, posixpath.basename(folder)) for folder in self.folders(name)]
-            tried = [path, *below] if self._is_below(fs, path, annotation) else [*below, path]
+            named = _holds_one(fs, path, self._first_images(annotation))
+            tried = [path, *below] if named else [*below, path]
         else:
             tried = [
                 posixpath.normpath(posixpath.join(parent, candidate)) for candidate in self.folders(name)
             ]
         with storage.input_errors(self.images or annotation):
-            for candidate in tried:
-                if storage.is_folder(fs, candidate):
-                    return (
-                        candidate if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(candidate))
-                    )
+            found = next((candidate for candidate in tried if storage.is_folder(fs, candidate)), None)
+            if found is None and not self.images:
+                found = self._find_beside(fs, parent, annotation)
+        if found is not None:
+            return found if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(found))
         if self.images:
             raise InputError(
                 f"--images {self.images} is neither a folder nor a .tar or .zip that can be found."
             )
         raise InputError(
-            f"The images of {annotation} cannot be found: there is no folder {', '.join(tried)}. "
-            "Name the folder (or a .tar or .zip) with --images."
+            f"The images of {annotation} cannot be found: they are not beside it, and there is no folder "
+            f"{', '.join(tried)}. Name the folder (or a .tar or .zip) with --images."
         )
 
-    def _is_below(self, fs: fsspec.AbstractFileSystem, path: str, annotation: str) -> bool:
-        """Tells whether the first image that an annotation names is in a folder under the very name."""
+    def _find_beside(self, fs: fsspec.AbstractFileSystem, parent: str, annotation: str) -> str | None:
+        """Returns the folder of an annotation, or one in it, that has its first images; else the only archive there."""
+        infos = sorted(fs.ls(parent, detail=True), key=lambda info: str(info["name"]))
+        folders = [info["name"].rstrip("/") for info in infos if info["type"] == "directory"]
+        names = self._first_images(annotation)
+        for candidate in (parent, *folders[:_MAX_FOLDERS]):
+            if _holds_one(fs, candidate, names):
+                return candidate
+        archives = [info["name"] for info in infos if folder.is_image_archive(info["name"])]
+        return archives[0] if len(archives) == 1 else None
+
+    def _first_images(self, annotation: str) -> Sequence[str]:
+        """Returns the paths of a few images that an annotation names at its beginning."""
         with storage.input_errors(annotation):
-            annotation_fs, annotation_path = storage.locate(annotation)
-            with annotation_fs.open(annotation_path, "rb") as file:
+            fs, path = storage.locate(annotation)
+            with fs.open(path, "rb") as file:
                 parts = itertools.islice(self.parts(annotation, file), _PARTS_TO_TELL)
                 names = (
                     part.path if isinstance(part, Image) else part.ref
                     for part in parts
                     if isinstance(part, Image) or (isinstance(part, Caption) and self.captions_name_images)
                 )
-                name = next(names, None)
-        with storage.input_errors(path):
-            return name is not None and storage.is_file(fs, posixpath.join(path, str(name)))
+                return list(dict.fromkeys(respell(str(name)).lstrip("/") for name in names))[:_IMAGES_TO_TELL]
 
     @contextlib.contextmanager
     def open_draft(self, url: str, images: str | None) -> Iterator[Draft]:
@@ -187,6 +227,12 @@ class AnnotationSource(Source):
     ) -> PlanFacts:
         with self.open_draft(url, images) as draft:
             return draft.publish(plan, made_from, rows_per_shard, self.metadata_columns)
+
+
+def _holds_one(fs: fsspec.AbstractFileSystem, path: str, names: Sequence[str]) -> bool:
+    """Tells whether one of some files is in a folder, under the very name."""
+    with storage.input_errors(path):
+        return any(storage.is_file(fs, posixpath.join(path, name)) for name in names)
 
 
 def metadata_values(entry: dict[str, Any], columns: Sequence[str]) -> list[str | None]:

@@ -10,7 +10,8 @@ import itertools
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import braceexpand
@@ -65,6 +66,8 @@ class Found:
         root: URL of the folder that names are relative to.
         num_passed_over: How many files are no part of it.
         passed_over: The names of the first of them.
+        image_folders: Of a folder with annotations: how many images lie in each folder, by its path below the root.
+        archives: Of such a folder: the archives in it, which may hold the images.
     """
 
     format: str
@@ -72,6 +75,8 @@ class Found:
     root: str
     num_passed_over: int = 0
     passed_over: list[str] = dataclasses.field(default_factory=list)
+    image_folders: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    archives: Sequence[str] = ()
 
     def note(self) -> str | None:
         """Returns what to say of the files that are passed over; None where there are none."""
@@ -88,14 +93,14 @@ class _Tree(NamedTuple):
         num_images: How many images there are.
         others: Paths of what is no data, or belongs to another output.
         images: The names of the first images: of all where they may be strays.
-        image_folders: The folders that images lie in.
+        image_folders: How many images lie in each folder.
     """
 
     by_kind: dict[str, list[str]]
     num_images: int
     others: list[str]
     images: list[str]
-    image_folders: set[str]
+    image_folders: Counter[str]
 
 
 def expand_braces(url: str) -> list[str]:
@@ -217,13 +222,16 @@ def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> Fo
     if chosen == "files":  # lists for itself, in bounded memory, and counts what it passes over
         return Found("files", [root], root)
     own = {*files}
-    theirs = chosen in _ANNOTATIONS
-    rest = [name for names in tree.by_kind.values() for name in names if name not in own]
-    rest = sorted([*(name for name in rest if not (theirs and _ARCHIVE.search(name))), *tree.others])
-    num_passed_over = len(rest)
-    if not theirs:
-        rest, num_passed_over = [*rest, *tree.images], num_passed_over + tree.num_images
     urls = [fs.unstrip_protocol(join(path, name)) for name in sorted(files)]
+    rest = [name for names in tree.by_kind.values() for name in names if name not in own]
+    if chosen in _ANNOTATIONS:  # the source knows which of the images and archives are its own
+        archives = [name for name in rest if _ARCHIVE.search(name)]
+        hidden = [name for name in tree.others if is_image(name)]
+        rest = sorted({*rest, *tree.others} - {*archives, *hidden})
+        folders = tree.image_folders + Counter(map(posixpath.dirname, hidden))
+        return Found(chosen, urls, root, len(rest), rest[:_MAX_NAMED], folders, archives)
+    rest = [*sorted([*rest, *tree.others]), *tree.images]
+    num_passed_over = len(rest) - len(tree.images) + tree.num_images
     return Found(chosen, urls, root, num_passed_over, rest[:_MAX_NAMED])
 
 
@@ -244,7 +252,7 @@ def _walk(root: str) -> _Tree:
     others: list[str] = []
     images: list[str] = []
     outputs: set[str] = set()
-    image_folders: set[str] = set()
+    image_folders = Counter[str]()
     num_images = 0
     for member in folder.members(root):
         name = posixpath.basename(member.path)
@@ -254,7 +262,7 @@ def _walk(root: str) -> _Tree:
             others.append(member.path)
         elif is_image(name):
             num_images += 1
-            image_folders.add(posixpath.dirname(member.path))
+            image_folders[posixpath.dirname(member.path)] += 1
             if len(images) < _MAX_STRAY_IMAGES:
                 images.append(member.path)
         elif any(part[:1] in (".", "_") for part in member.path.split("/")) and not _ROBOFLOW.search(
@@ -372,7 +380,7 @@ _NAMED_BY_CONTENT = (".csv", ".tsv", ".txt")
 def _drop_metadata_of_shards(by_kind: dict[str, list[str]], tree: _Tree) -> None:
     """Takes a Parquet of the name of a tar, a TFRecord or a folder of images for its metadata, as img2dataset's are."""
     stems = {name.split(".")[0] for kind in ("webdataset", "tfrecord") for name in by_kind[kind]}
-    stems |= tree.image_folders
+    stems |= tree.image_folders.keys()
     about = [name for name in by_kind["parquet"] if name.removesuffix(".parquet") in stems]
     by_kind["parquet"] = [name for name in by_kind["parquet"] if name not in {*about}]
     tree.others.extend(about)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from transforms.chunk import add_counts
 from transforms.errors import InputError, OptionError
 from transforms.sources import SourceOptions, open_source
 from transforms.sources.base import Lost, Record, Row
@@ -219,6 +220,48 @@ class TestAnnotations:
         with pytest.raises(OptionError, match=r"several annotations: train\.csv, val\.csv"):
             read(tmp_path / "in")
         assert keys_of(read(tmp_path / "in", "flickr30k")[1]) == ["train", "val"]
+
+    def test_images_that_none_lists_are_counted_wherever_they_lie(self, tmp_path):
+        names = [
+            "val/1.jpg",
+            "val/._1.jpg",
+            "val/2.jpg",
+            "test/3.jpg",
+            "4.jpg",
+            ".x/5.jpg",
+            "notes.md",
+            "a.zip",
+        ]
+        write(tmp_path / "in", *names, **{"annotations/captions_val.json": json.dumps(COCO)})
+        source = open_source([str(tmp_path / "in")], "auto", SourceOptions())
+        counters = add_counts(plan_counters(source.shards(f"{tmp_path}/plans", 100)), source.passed_over)
+        assert counters == {"unlisted_images": 5, "passed_over_files": 2}
+
+    @pytest.mark.parametrize("folder", ["", "photos/"])
+    @pytest.mark.parametrize(
+        ("name", "content"), [("c.csv", "image,caption\n1.jpg,one\n"), ("captions_x.json", json.dumps(COCO))]
+    )
+    @pytest.mark.parametrize("is_file", [False, True])
+    def test_images_are_beside_them(self, tmp_path, folder, name, content, is_file):
+        write(tmp_path / "in", f"{folder}1.jpg", f"{folder}2.jpg", "other/3.jpg", **{name: content})
+        place = tmp_path / "in" / name if is_file else tmp_path / "in"
+        _, records, _ = read(place, plans=f"{tmp_path}/plans")
+        assert [list(row.captions) for row in records if isinstance(row, Row)] == [["one"]]
+
+    def test_an_archive_of_images_is_beside_them(self, tmp_path):
+        write(tmp_path / "in", **{"c.csv": "image,caption\na.jpg,one\n", "i.tar": tar_of("a", "b")})
+        assert keys_of(read(tmp_path / "in")[1]) == ["a"]
+        write(tmp_path / "in", "j.tar")
+        with pytest.raises(InputError, match=r"cannot be found: they are not beside it.*--images"):
+            read(tmp_path / "in")
+        _, records, num_passed_over = read(tmp_path / "in", images=f"{tmp_path}/in/i.tar")
+        assert (keys_of(records), num_passed_over) == (["a"], 1)
+
+    def test_each_has_the_images_beside_it(self, tmp_path):
+        text = json.dumps(COCO)
+        files = {f"{split}/_annotations.coco.json": text for split in ("train", "valid")}
+        write(tmp_path / "in", "train/1.jpg", "valid/1.jpg", **files)
+        assert keys_of(read(tmp_path / "in")[1]) == ["1", "1"]
 
 
 class TestImagesBesideShards:
