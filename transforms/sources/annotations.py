@@ -259,16 +259,6 @@ def is_ref(value: object) -> TypeGuard[Ref]:
     )
 
 
-def key_of(entry: dict[str, Any], field: str) -> str | None:
-    """Returns the key that a field of an image's entry is, a text or a whole number; None where it is neither."""
-    value = entry.get(field)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        return None
-    return str(value) or None
-
-
 def show(value: object) -> str:
     """Returns a value of an annotation for a message: as JSON has it, and not all of a long one."""
     shown = json.dumps(value, ensure_ascii=False, default=str)

@@ -102,15 +102,28 @@ class Draft:
             "FROM captions LEFT JOIN fields ON fields.ref = captions.ref GROUP BY captions.ref"
         )
 
-    def list_files(self) -> None:
+    def list_files(self, key_column: str | None = None) -> None:
         """Lists every file as an image, in the order of the bytes of their paths.
 
         The key is the path without its extension, or the whole path where that is another file's too.
+
+        Args:
+            key_column: What the user names for the key. It is the metadata's then, or left empty where a `.json` beside
+                the image may have it; an image with neither is lost.
         """
         self._database.execute("CREATE INDEX captions_ref ON captions (ref, ordinal)")
         self._database.execute("CREATE INDEX texts_root ON texts (root)")
         self.counters["similar_file_names"] += matching.respell_refs(self._database)
         self._database.execute(_LIST_FILES, (self._num_parts,))
+        if key_column is not None:
+            for statement in (
+                _LEAVE_KEYS,
+                _TAKE_KEYS,
+                "CREATE INDEX records_key ON records (key)",
+                _LOSE_SAME_KEY,
+            ):
+                self._database.execute(statement)
+            self._database.execute(_LOSE_KEYLESS, (key_column,))
         self._database.execute(_LOSE_UNLISTED, (self._num_parts + self._num_files,))
         self._database.execute("CREATE INDEX files_root ON files (root(path))")
         self.counters["passed_over_files"] += self._count(f"texts WHERE NOT {_USED_TEXT}")
@@ -193,7 +206,7 @@ class Draft:
             if has_texts and image:
                 root = posixpath.splitext(image.path)[0]
                 texts = [path for (path,) in self._database.execute(_TEXTS, (root,))]
-            yield Entry(row, key, image, captions, reason, message, values, texts)
+            yield Entry(row, key or "", image, captions, reason, message, values, texts)
 
     def publish(
         self,
@@ -337,6 +350,22 @@ SELECT ? + row_number() OVER (ORDER BY path), path,
     ),
     (SELECT metadata FROM fields WHERE ref = path), path, path
 FROM files
+"""
+
+_LEAVE_KEYS = """
+UPDATE records SET key = NULL WHERE file IS NOT NULL AND EXISTS (
+    SELECT 1 FROM texts WHERE texts.root = root(file) AND lower(texts.path) LIKE '%.json'
+)
+"""
+
+_TAKE_KEYS = """
+UPDATE records SET key = fields.key, has_own_key = 1 FROM fields
+WHERE fields.ref = records.file AND fields.key IS NOT NULL
+"""
+
+_LOSE_KEYLESS = """
+UPDATE records SET reason = 'bad_annotation', message = printf('%s has no %s for its key', path, ?)
+WHERE reason IS NULL AND file IS NOT NULL AND key IS NOT NULL AND NOT has_own_key
 """
 
 _LOSE_UNLISTED = """

@@ -34,7 +34,7 @@ class FilesSource(Source):
 
     A folder gives the files in it and below it that have an image's extension; a glob, or a named file, is
     taken whatever its extension. The key is the path below `root` without the extension (or with it where
-    `a.jpg` and `a.png` are both there).
+    `a.jpg` and `a.png` are both there), unless the user names a column of the metadata for it.
 
     Attributes:
         urls: Folders, globs and files, all below `root`.
@@ -46,7 +46,7 @@ class FilesSource(Source):
     root: str
     metadata_columns: tuple[str, ...] = ()
 
-    column_flags: ClassVar[frozenset[str]] = frozenset({"caption_column", "metadata_columns"})
+    column_flags: ClassVar[frozenset[str]] = frozenset({"caption_column", "key_column", "metadata_columns"})
 
     def inputs(self) -> list[InputFile]:
         """Returns one entry for all the files: their total size, and a digest of their names and sizes."""
@@ -73,6 +73,7 @@ class FilesSource(Source):
             "urls_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
             "rows_per_shard": rows_per_shard,
             "caption_column": self.columns.caption,
+            "key_column": self.columns.key,
             "metadata_columns": list(self.metadata_columns),
         }
         facts = read_facts(plan)
@@ -104,10 +105,10 @@ class FilesSource(Source):
                 f"{', '.join(IMAGE_EXTENSIONS)}. Files with other names are taken from a glob, such as "
                 f"{storage.join(self.urls[0], '*')}."
             )
-        reader = MetadataReader(self.columns.caption, self.metadata_columns)
+        reader = MetadataReader(self.columns, self.metadata_columns)
         for path in sorted(metadata):
             draft.add(reader.read(storage.join(self.root, path), path))
-        draft.list_files()
+        draft.list_files(self.columns.key)
         self._check_columns(draft, reader)
         draft.counters["passed_over_files"] += len(passed_over)
         if number := draft.counters["passed_over_files"]:
@@ -123,6 +124,7 @@ class FilesSource(Source):
         """
         flags: dict[str, Sequence[str | None]] = {
             "caption_column": [self.columns.caption],
+            "key_column": [self.columns.key],
             "metadata_columns": self.metadata_columns,
         }
         missing = [
@@ -134,7 +136,7 @@ class FilesSource(Source):
         if "json" in beside:  # what is in them shows when they are read
             return
         for flag, name in missing:
-            if flag == "metadata_columns" or name.lower() not in beside:
+            if flag != "caption_column" or name.lower() not in beside:
                 there = ", ".join(map(repr, [*reader.columns, *sorted(beside)][:10]))
                 has = f"it has {there}" if there else "its images have no metadata"
                 raise OptionError(

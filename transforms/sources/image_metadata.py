@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from transforms import storage
 from transforms.errors import InputError
+from transforms.sources.base import ColumnNames
 from transforms.sources.encoding import find_encoding, lines
-from transforms.sources.parts import Bad, Caption, Fields, Noticed, Part
+from transforms.sources.parts import Bad, Caption, Fields, Noticed, Part, key_of
 from transforms.sources.shardfile import encodable, metadata_text
 from transforms.sources.tables import CAPTION_NAMES, Table, cut, find_dialect, records
 
@@ -50,13 +51,14 @@ class MetadataReader:
         columns: The columns that the files read so far have, in any row.
     """
 
-    def __init__(self, caption_column: str | None, metadata_columns: Sequence[str]) -> None:
+    def __init__(self, names: ColumnNames, metadata_columns: Sequence[str]) -> None:
         """Args:
-        caption_column: The captions' column; None takes in each row the one with a usual name.
+        names: The columns that the user names; captions are else in each row in the one with a usual name.
         metadata_columns: The columns to keep.
         """
         self.columns: dict[str, None] = {}
-        self._caption_column = caption_column
+        self._caption_column = names.caption
+        self._key_column = names.key
         self._metadata_columns = metadata_columns
 
     def read(self, url: str, path: str) -> Iterator[Part]:
@@ -89,7 +91,9 @@ class MetadataReader:
             yield Bad(f"{path}, line {row.number}: there is no file_name")
             return
         ref = posixpath.normpath(posixpath.join(posixpath.dirname(path), name.replace("\\", "/")))
-        yield Fields(ref, [metadata_text(row.fields.get(column)) for column in self._metadata_columns], None)
+        key = key_of(row.fields, self._key_column) if self._key_column else None
+        values = [metadata_text(row.fields.get(column)) for column in self._metadata_columns]
+        yield Fields(ref, values, None if key is None else encodable(key))
         for text in self._captions(row.fields, counters):
             yield Caption(ref, ordinal, encodable(text), redecoded=not row.is_utf)
 

@@ -20,6 +20,7 @@ class Read:
         source.inputs()
         shards = source.shards(f"{folder}-plans/{uuid.uuid4().hex}", 100)
         records = [record for shard in shards for record in shard.rows()]
+        assert [[*shard.rows(1)] for shard in shards] == [[*shard.rows()][1:] for shard in shards]
         self.captions = {row.key: list(row.captions) for row in records if isinstance(row, Row)}
         self.metadata = {row.key: row.metadata for row in records if isinstance(row, Row)}
         self.rejects = [(lost.reason, lost.message) for lost in records if isinstance(lost, Lost)]
@@ -115,7 +116,9 @@ def test_each_row_has_its_own_columns(folder):
     assert read.counters == {"rows_without_caption_column": 2}
 
 
-@pytest.mark.parametrize("option", [{"caption_column": "nope"}, {"metadata_columns": ("text", "nope")}])
+@pytest.mark.parametrize(
+    "option", [{"caption_column": "nope"}, {"key_column": "nope"}, {"metadata_columns": ("text", "nope")}]
+)
 def test_a_column_that_no_row_has_is_refused(folder, option):
     with pytest.raises(OptionError, match=f"which --{next(iter(option))} names; its images have no metadata"):
         Read(folder, **option)
@@ -148,3 +151,14 @@ def test_what_is_no_text_is_counted(folder):
     read = Read(jsonl(folder, {"file_name": "1.jpg", "caption": "c", "text": ["c", "d"]}))
     assert read.captions["1"] == ["c"]
     assert read.counters == {"texts_passed_over": 1, "images_without_metadata": 2}
+
+
+def test_keys_are_those_of_a_named_column(tmp_path):
+    folder = folder_of(tmp_path / "in", *(f"{number}.jpg" for number in range(1, 8)))
+    rows = [{"file_name": f"{number}.jpg", "uid": uid} for number, uid in enumerate(["a", 7.0, "a", None], 1)]
+    jsonl(folder, *rows)
+    for name, uid in (("5", "b"), ("6", "b"), ("7", None)):
+        (folder / f"{name}.json").write_text(json.dumps({"uid": uid, "caption": name}))
+    read = Read(folder, key_column="uid")
+    assert read.captions == {"a": [], "7": [], "b": ["5"]}
+    assert sorted(reason for reason, _ in read.rejects) == [*["bad_annotation"] * 2, *["duplicate_key"] * 2]
