@@ -212,7 +212,8 @@ class AnnotationSource(Source):
             nameless = draft.add_files(folder.members(images)) if images else []
             if images is None:
                 draft.assume_files()
-            draft.settle()
+            above = posixpath.dirname(url)
+            draft.settle(f"{relative_name(images, above)}/" if images else "")
             draft.counters["unlisted_images"] += len(nameless)
             num_named, num_found = draft.num_images()
             if num_named and not num_found:

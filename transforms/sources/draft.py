@@ -21,7 +21,7 @@ from transforms.sources import matching
 from transforms.sources.folder import Member
 from transforms.sources.parts import Caption, Fields, Image, Noticed, Part, Ref, is_image, stem
 from transforms.sources.planned import Entry, PlanFacts, write_plan
-from transforms.sources.spelling import backwards
+from transforms.sources.spelling import backwards, text_root
 
 
 class Draft:
@@ -42,6 +42,7 @@ class Draft:
         database.create_function("stem", 1, stem, deterministic=True)
         database.create_function("root", 1, lambda path: posixpath.splitext(path)[0], deterministic=True)
         database.create_function("is_image", 1, is_image, deterministic=True)
+        database.create_function("text_root", 1, text_root, deterministic=True)
         matching.add_functions(database)
         database.executescript(_TABLES)
         database.execute("BEGIN")  # one transaction, never committed: the database dies with the run
@@ -125,7 +126,7 @@ class Draft:
                 self._database.execute(statement)
             self._database.execute(_LOSE_KEYLESS, (key_column,))
         self._database.execute(_LOSE_UNLISTED, (self._num_parts + self._num_files,))
-        self._database.execute("CREATE INDEX files_root ON files (root(path))")
+        self._database.execute("CREATE INDEX files_root ON files (text_root(path))")
         self.counters["passed_over_files"] += self._count(f"texts WHERE NOT {_USED_TEXT}")
         captioned = "EXISTS (SELECT 1 FROM fields WHERE ref = path)"
         if self._count("fields"):
@@ -133,7 +134,7 @@ class Draft:
 
     def add_texts(self, members: Iterable[Member]) -> None:
         """Adds files of text that may belong to an image of the same name."""
-        values = ((member.path, posixpath.splitext(member.path)[0], member.size_bytes) for member in members)
+        values = ((member.path, text_root(member.path), member.size_bytes) for member in members)
         self._database.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", values)
 
     def texts(self) -> Iterator[tuple[str, int]]:
@@ -151,28 +152,42 @@ class Draft:
         """Takes each image for there, for a job that needs none."""
         self._database.execute("UPDATE records SET file = respell(path) WHERE path IS NOT NULL")
 
-    def settle(self) -> None:
+    def settle(self, images: str = "") -> None:
         """Decides which rows are lost: the later of two with one id or key, and what has no image or entry.
 
         Captions whose ids differ from the images' in type alone are theirs, and entries of one file are one row.
 
         Messages say nothing of where the data set is, so that rejects are the same wherever it is.
+
+        Args:
+            images: What paths may begin with that are no part of the files': the image folder below the annotation's.
         """
         for index in _INDEXES:
             self._database.execute(index)
         self.counters["ids_of_other_type"] += matching.match_refs(self._database)
         self.counters["entries_joined"] += matching.join_same_ref(self._database)
         self.counters["similar_file_names"] += matching.find_files(self._database)
-        self.counters["entries_joined"] += matching.join_same_file(self._database)
+        self.counters["entries_joined"] += matching.join_same_file(self._database, images)
         self._database.execute(_LOSE_MISSING)
-        for path in ("root(respell(path))", "respell(path)"):
-            self._database.execute(_TELL_APART.format(path=path))
+        start = self._start_of_absolute()
+        for path in ("root({0})", "{0}"):
+            below = f"iif({_IS_ABSOLUTE}, substr(respell(path), {start}), respell(path))"
+            self._database.execute(_TELL_APART.format(path=path.format(below)))
         self._database.execute(_LOSE_SAME_KEY)
         # An archive may have a path twice; the last is the one that unpacking it would leave.
         self.counters["repeated_files"] = self._num_files - self._count("files")
         self.counters["unlisted_images"] = self._count(
             "files WHERE is_image(path) AND path NOT IN (SELECT file FROM records WHERE file IS NOT NULL)"
         )
+
+    def _start_of_absolute(self) -> int:
+        """Returns where absolute paths begin to tell images apart: behind the folder that all lie in."""
+        query = f"SELECT min(path), max(path) FROM (SELECT respell(path) AS path FROM records WHERE {_IS_ABSOLUTE})"
+        first, last = self._database.execute(query).fetchone()
+        if first is None:
+            return 1
+        shared = posixpath.commonprefix([posixpath.dirname(first) + "/", posixpath.dirname(last) + "/"])
+        return len(shared.rpartition("/")[0]) + 2 if "/" in shared else 1
 
     def num_images(self) -> tuple[int, int]:
         """Returns how many images are asked for, and how many of those have a file. Only after `settle`."""
@@ -204,8 +219,7 @@ class Draft:
             values = json.loads(metadata) if metadata else None
             texts: list[str] = []
             if has_texts and image:
-                root = posixpath.splitext(image.path)[0]
-                texts = [path for (path,) in self._database.execute(_TEXTS, (root,))]
+                texts = [path for (path,) in self._database.execute(_TEXTS, (text_root(image.path),))]
             yield Entry(row, key or "", image, captions, reason, message, values, texts)
 
     def publish(
@@ -322,6 +336,8 @@ UPDATE records SET reason = 'missing_image',
 WHERE reason IS NULL AND file IS NULL
 """
 
+_IS_ABSOLUTE = r"(path GLOB '/*' OR path GLOB '[A-Za-z]:[\/]*')"
+
 # Names without folder and extension that several files have: `cat/1.jpg` beside `dog/1.jpg`, `1.jpg` beside `1.png`
 _TELL_APART = """
 UPDATE records SET key = {path}
@@ -354,7 +370,7 @@ FROM files
 
 _LEAVE_KEYS = """
 UPDATE records SET key = NULL WHERE file IS NOT NULL AND EXISTS (
-    SELECT 1 FROM texts WHERE texts.root = root(file) AND lower(texts.path) LIKE '%.json'
+    SELECT 1 FROM texts WHERE texts.root = text_root(file) AND lower(texts.path) LIKE '%.json'
 )
 """
 
@@ -375,6 +391,6 @@ SELECT ? + row_number() OVER (ORDER BY ref), root(ref), 'missing_image',
 FROM fields WHERE NOT EXISTS (SELECT 1 FROM files WHERE path = ref)
 """
 
-_USED_TEXT = "EXISTS (SELECT 1 FROM files WHERE root(files.path) = texts.root)"
+_USED_TEXT = "EXISTS (SELECT 1 FROM files WHERE text_root(files.path) = texts.root)"
 
 _TEXTS = "SELECT path FROM texts WHERE root = ? ORDER BY path"

@@ -86,8 +86,12 @@ def respell_refs(database: sqlite3.Connection) -> int:
     return num_found
 
 
-def join_same_file(database: sqlite3.Connection) -> int:
+def join_same_file(database: sqlite3.Connection, images: str = "") -> int:
     """Makes one row of the entries of one file and path; those of another path are lost: they may be other images.
+
+    Args:
+        database: The draft's.
+        images: What a path may begin with or not, and be the same.
 
     Returns:
         How many entries were joined to another one.
@@ -99,7 +103,7 @@ def join_same_file(database: sqlite3.Connection) -> int:
         file, position, ref, path, _ = entry
         if file != leader[0]:
             leader = entry
-        elif respell(path) == respell(leader[3]):
+        elif respell(path).removeprefix(images) == respell(leader[3]).removeprefix(images):
             database.execute("UPDATE captions SET ref = ? WHERE ref = ?", (leader[2], ref))
             database.execute("UPDATE records SET wanted = 0, file = NULL WHERE position = ?", (position,))
             num_joined += 1

@@ -385,6 +385,11 @@ class TestCaptions:
         [shard] = source.shards(f"{tmp_path}/plans", 100)
         assert [list(row.captions) for row in shard.texts(2) if isinstance(row, Row)][2:] == [["four"], []]
 
+    def test_of_a_file_whose_name_is_composed_of_other_letters(self, tmp_path):
+        write(tmp_path / "in", "\xe9.jpg", **{"e\u0301.txt": "one"})
+        _, [row], num_passed_over = read(tmp_path / "in")
+        assert (list(row.captions), num_passed_over) == (["one"], 0)
+
     def test_a_text_that_changes_changes_the_fingerprint(self, tmp_path):
         prints = []
         for text in ("one", "three"):
