@@ -14,7 +14,7 @@ import json
 import math
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any, ClassVar, TypeGuard
+from typing import IO, Any, ClassVar, NamedTuple, TypeGuard
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -26,7 +26,7 @@ from transforms.sources.base import InputFile, Shard, Source, shard_names
 from transforms.sources.draft import Draft, open_draft
 from transforms.sources.json_stream import Unread
 from transforms.sources.parts import Bad, Caption, Fields, Image, Ref
-from transforms.sources.planned import PlanFacts, plan_shards, read_facts
+from transforms.sources.planned import plan_shards, read_facts
 from transforms.sources.spelling import respell
 from transforms.storage import relative_name as relative_name
 
@@ -35,6 +35,24 @@ _READ_BYTES = 1 << 18
 _PARTS_TO_TELL = 100
 # So many of them, and so many folders beside it, are looked at
 _IMAGES_TO_TELL, _MAX_FOLDERS = 5, 20
+
+
+class _Plan(NamedTuple):
+    """What the plan of an annotation is made from.
+
+    Attributes:
+        annotation: URL of the annotation file.
+        name: Its path below the input root.
+        file_name: The plan's name, without extension.
+        images: URL of the images; None where none is wanted.
+        made_from: Everything that decides the plan.
+    """
+
+    annotation: str
+    name: str
+    file_name: str
+    images: str | None
+    made_from: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +103,7 @@ class AnnotationSource(Source):
     def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
         """Plans each annotation file, or takes up the plan that an earlier run left."""
         names = [relative_name(url, self.root) for url in self.annotations]
-        shards: list[Shard] = []
+        plans: list[_Plan] = []
         for url, name, plan_name in zip(self.annotations, names, shard_names(names), strict=True):
             with storage.input_errors(url):
                 fs, path = storage.locate(url)
@@ -99,11 +117,36 @@ class AnnotationSource(Source):
                 "rows_per_shard": rows_per_shard,
                 **self.options(),
             }
-            plan = storage.join(plan_folder, f"{plan_name}.arrow")
-            facts = read_facts(plan)
-            if facts is None or facts.made_from != made_from:
-                facts = self._write_plan(url, images, made_from, plan, rows_per_shard)
-            shards += plan_shards(plan, facts, plan_name, images or "", name, self.metadata_columns)
+            plans.append(_Plan(url, name, plan_name, images, made_from))
+        shards: list[Shard] = []
+        for images in {plan.images: None for plan in plans}:
+            shards += self._shards_of([plan for plan in plans if plan.images == images], plan_folder)
+        order = {name: place for place, name in enumerate(names)}
+        return sorted(shards, key=lambda shard: order[shard.input.rpartition("#")[0]])
+
+    def _shards_of(self, plans: "Sequence[_Plan]", plan_folder: str) -> list[Shard]:
+        """Returns the shards of annotations with one image folder: what none of them lists is counted with the last."""
+        urls = [storage.join(plan_folder, f"{plan.file_name}.arrow") for plan in plans]
+        every_facts = [read_facts(url) for url in urls]
+        is_planned = all(
+            facts is not None and facts.made_from == plan.made_from
+            for facts, plan in zip(every_facts, plans, strict=True)
+        )
+        shards: list[Shard] = []
+        unlisted: set[str] | None = None
+        for plan, url, facts in zip(plans, urls, every_facts, strict=True):
+            if facts is None or not is_planned:
+                with self.open_draft(plan.annotation, plan.images) as draft:
+                    if len(plans) > 1:
+                        own = set(draft.unlisted_images())
+                        unlisted = own if unlisted is None else unlisted & own
+                        draft.counters["unlisted_images"] = len(unlisted) if plan is plans[-1] else 0
+                    facts = draft.publish(
+                        url, plan.made_from, plan.made_from["rows_per_shard"], self.metadata_columns
+                    )
+            shards += plan_shards(
+                url, facts, plan.file_name, plan.images or "", plan.name, self.metadata_columns
+            )
         return shards
 
     def count_elsewhere(
@@ -209,12 +252,12 @@ class AnnotationSource(Source):
                     draft.add(self.parts(url, file))
             if self.captions_name_images:
                 draft.list_captioned()
-            nameless = draft.add_files(folder.members(images)) if images else []
             if images is None:
                 draft.assume_files()
+            else:
+                draft.add_files(folder.members(images))
             above = posixpath.dirname(url)
             draft.settle(f"{relative_name(images, above)}/" if images else "")
-            draft.counters["unlisted_images"] += len(nameless)
             num_named, num_found = draft.num_images()
             if num_named and not num_found:
                 raise InputError(
@@ -222,12 +265,6 @@ class AnnotationSource(Source):
                     "Name the folder (or the .tar or .zip) that they are in with --images."
                 )
             yield draft
-
-    def _write_plan(
-        self, url: str, images: str | None, made_from: dict[str, object], plan: str, rows_per_shard: int
-    ) -> PlanFacts:
-        with self.open_draft(url, images) as draft:
-            return draft.publish(plan, made_from, rows_per_shard, self.metadata_columns)
 
 
 def _holds_one(fs: fsspec.AbstractFileSystem, path: str, names: Sequence[str]) -> bool:

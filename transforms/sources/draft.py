@@ -30,11 +30,13 @@ class Draft:
     Attributes:
         counters: What was noticed, by name.
         notes: Sentences that the user is told.
+        nameless: Names of files that are not UTF-8, escaped: they are of no use.
     """
 
     def __init__(self, database: sqlite3.Connection, folder: str) -> None:
         self.counters: collections.Counter[str] = collections.Counter()
         self.notes: list[str] = []
+        self.nameless: list[str] = []
         self._database = database
         self._folder = folder
         self._num_parts = 0
@@ -81,19 +83,17 @@ class Draft:
             else:
                 execute(_ADD_LOST, (position, part.row, part.key, part.reason, part.message))
 
-    def add_files(self, members: Iterable[Member]) -> list[str]:
-        """Adds the files that there are; returns, escaped, the names that are not UTF-8: no use."""
-        nameless = []
+    def add_files(self, members: Iterable[Member]) -> None:
+        """Adds the files that there are."""
         for member in members:
             try:
                 member.path.encode()
             except UnicodeEncodeError:
-                nameless.append(os.fsencode(member.path).decode("utf-8", "backslashreplace"))
+                self.nameless.append(os.fsencode(member.path).decode("utf-8", "backslashreplace"))
                 continue
             self._num_files += 1
             values = (member.path, backwards(member.path), *member[1:])
             self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", values)
-        return nameless
 
     def list_captioned(self) -> None:
         """Lists the images that the captions name, for an annotation that has only captions."""
@@ -176,9 +176,13 @@ class Draft:
         self._database.execute(_LOSE_SAME_KEY)
         # An archive may have a path twice; the last is the one that unpacking it would leave.
         self.counters["repeated_files"] = self._num_files - self._count("files")
-        self.counters["unlisted_images"] = self._count(
-            "files WHERE is_image(path) AND path NOT IN (SELECT file FROM records WHERE file IS NOT NULL)"
-        )
+        self.counters["unlisted_images"] = self._count(_UNLISTED) + len(self.nameless)
+
+    def unlisted_images(self) -> Iterator[str]:
+        """Yields the path of each image that is in no record. Only after `settle`."""
+        for (path,) in self._database.execute(f"SELECT path FROM {_UNLISTED}"):
+            yield path
+        yield from self.nameless
 
     def _start_of_absolute(self) -> int:
         """Returns where absolute paths begin to tell images apart: behind the folder that all lie in."""
@@ -390,6 +394,8 @@ SELECT ? + row_number() OVER (ORDER BY ref), root(ref), 'missing_image',
     printf('%s is named by the metadata, and is not there', ref)
 FROM fields WHERE NOT EXISTS (SELECT 1 FROM files WHERE path = ref)
 """
+
+_UNLISTED = "files WHERE is_image(path) AND path NOT IN (SELECT file FROM records WHERE file IS NOT NULL)"
 
 _USED_TEXT = "EXISTS (SELECT 1 FROM files WHERE text_root(files.path) = texts.root)"
 

@@ -89,17 +89,16 @@ class FilesSource(Source):
 
     def _list(self, draft: Draft) -> list[str]:
         """Lists the files; returns the URLs of those with metadata of others."""
-        nameless: list[str] = []
         metadata: list[str] = []
         passed_over: list[str] = []
         for url in self.urls:
             with storage.input_errors(url):
-                nameless += draft.add_files(self._images(draft, url, metadata, passed_over))
+                draft.add_files(self._images(draft, url, metadata, passed_over))
         message = "its name is not UTF-8: rename it"
         draft.add(
-            Bad(f"{name}: {message}", key=name, reason="missing_image") for name in sorted(set(nameless))
+            Bad(f"{name}: {message}", key=name, reason="missing_image") for name in sorted({*draft.nameless})
         )
-        if not nameless and next(draft.files(), None) is None:
+        if not draft.nameless and next(draft.files(), None) is None:
             raise InputError(
                 f"There is no image in {', '.join(self.urls)}: expected files ending in "
                 f"{', '.join(IMAGE_EXTENSIONS)}. Files with other names are taken from a glob, such as "

@@ -219,7 +219,12 @@ class TestAnnotations:
         write(tmp_path / "in", "images/train.jpg", "images/val.jpg", **tables)
         with pytest.raises(OptionError, match=r"several annotations: train\.csv, val\.csv"):
             read(tmp_path / "in")
-        assert keys_of(read(tmp_path / "in", "flickr30k")[1]) == ["train", "val"]
+        write(tmp_path / "in", "images/extra.jpg")
+        source = open_source([str(tmp_path / "in")], "flickr30k", SourceOptions())
+        for rows_per_shard in (1, 100, 100):
+            shards = source.shards(f"{tmp_path}/plans", rows_per_shard)
+            assert [record.key for shard in shards for record in shard.rows()] == ["train", "val"]
+            assert plan_counters(shards) == {"unlisted_images": 1}
 
     def test_images_that_none_lists_are_counted_wherever_they_lie(self, tmp_path):
         names = [
