@@ -6,7 +6,7 @@ import functools
 import posixpath
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -35,7 +35,7 @@ from transforms.finish import Expected, FinishJob, Totals, check_rejects
 from transforms.output_layout import PLAN
 from transforms.sink import Claim, Commit, Sink
 from transforms.sources.base import Shard, Source
-from transforms.sources.planned import plan_counters
+from transforms.sources.planned import plan_counters, plan_notes
 from transforms.storage import delete, join
 
 # Rows of an annotation file that one worker reads: enough work for one, enough shards for many
@@ -150,14 +150,13 @@ def launch(
         DiptychError: The run failed; what was committed stays, and the same call goes on from there.
     """
     check_reach(job.options, pipeline)
-    if not job.options.quiet:
-        for note in source.notes:
-            print(f"diptych: {redacted(note)}", file=sys.stderr)
+    _print_notes(job, source.notes)
     state = _state(job)
     if state is State.DONE:
         return _done(job)
     # Before anything is touched: what cannot be planned must not cost the old output, nor claim a new one
     shards = source.shards(job.plan_folder, job.rows_per_chunk * _CHUNKS_A_SHARD)
+    _print_notes(job, plan_notes(shards))
     sinks = _claimed_sinks(job, shards)
     shards = select(shards)
     graph(pipeline, shards, sinks)
@@ -169,6 +168,12 @@ def launch(
         return _done(job)
     is_dry = pipeline.options.view_as(TestOptions).dry_run
     return Result.of(job.options.output, state, job.datasets, ran=not is_dry)
+
+
+def _print_notes(job: Job, notes: Iterable[str]) -> None:
+    if not job.options.quiet:
+        for note in notes:
+            print(f"diptych: {redacted(note)}", file=sys.stderr)
 
 
 def _state(job: Job) -> State:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from models.location import redacted
+from transforms.chunk import add_counts
 from transforms.errors import OptionError
 from transforms.output_layout import JOB
 from transforms.sources.annotations import AnnotationSource
@@ -80,10 +81,14 @@ def open_source(
         )
     root = found[0].root if len(found) == 1 else common_folder(files)
     source = _open(formats[0], tuple(files), root, options, texts_only)
-    num_passed_over = sum(part.num_passed_over for part in found)
+    passed_over = {"passed_over_files": sum(part.num_passed_over for part in found)}
+    if isinstance(source, AnnotationSource):
+        for part in found:
+            elsewhere = source.count_elsewhere(part.root, part.image_folders, part.archives)
+            passed_over = add_counts(passed_over, elsewhere)
     return dataclasses.replace(
         source,
-        passed_over={"passed_over_files": num_passed_over} if num_passed_over else {},
+        passed_over=add_counts(passed_over, {}),
         notes=(*(note for part in found if (note := part.note())), *source.column_notes()),
     )
 

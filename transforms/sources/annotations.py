@@ -13,8 +13,8 @@ import itertools
 import json
 import math
 import posixpath
-from collections.abc import Iterator, Sequence
-from typing import IO, Any, ClassVar, TypeGuard
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, ClassVar, NamedTuple, TypeGuard
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -26,12 +26,33 @@ from transforms.sources.base import InputFile, Shard, Source, shard_names
 from transforms.sources.draft import Draft, open_draft
 from transforms.sources.json_stream import Unread
 from transforms.sources.parts import Bad, Caption, Fields, Image, Ref
-from transforms.sources.planned import PlanFacts, plan_shards, read_facts
+from transforms.sources.planned import plan_shards, read_facts
+from transforms.sources.spelling import respell
 from transforms.storage import relative_name as relative_name
 
 _READ_BYTES = 1 << 18
 # Of an annotation, so many of its first parts are looked at for the name of an image
 _PARTS_TO_TELL = 100
+# So many of them, and so many folders beside it, are looked at
+_IMAGES_TO_TELL, _MAX_FOLDERS = 5, 20
+
+
+class _Plan(NamedTuple):
+    """What the plan of an annotation is made from.
+
+    Attributes:
+        annotation: URL of the annotation file.
+        name: Its path below the input root.
+        file_name: The plan's name, without extension.
+        images: URL of the images; None where none is wanted.
+        made_from: Everything that decides the plan.
+    """
+
+    annotation: str
+    name: str
+    file_name: str
+    images: str | None
+    made_from: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +103,7 @@ class AnnotationSource(Source):
     def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
         """Plans each annotation file, or takes up the plan that an earlier run left."""
         names = [relative_name(url, self.root) for url in self.annotations]
-        shards: list[Shard] = []
+        plans: list[_Plan] = []
         for url, name, plan_name in zip(self.annotations, names, shard_names(names), strict=True):
             with storage.input_errors(url):
                 fs, path = storage.locate(url)
@@ -96,12 +117,64 @@ class AnnotationSource(Source):
                 "rows_per_shard": rows_per_shard,
                 **self.options(),
             }
-            plan = storage.join(plan_folder, f"{plan_name}.arrow")
-            facts = read_facts(plan)
-            if facts is None or facts.made_from != made_from:
-                facts = self._write_plan(url, images, made_from, plan, rows_per_shard)
-            shards += plan_shards(plan, facts, plan_name, images or "", name, self.metadata_columns)
+            plans.append(_Plan(url, name, plan_name, images, made_from))
+        shards: list[Shard] = []
+        for images in {plan.images: None for plan in plans}:
+            shards += self._shards_of([plan for plan in plans if plan.images == images], plan_folder)
+        order = {name: place for place, name in enumerate(names)}
+        return sorted(shards, key=lambda shard: order[shard.input.rpartition("#")[0]])
+
+    def _shards_of(self, plans: "Sequence[_Plan]", plan_folder: str) -> list[Shard]:
+        """Returns the shards of annotations with one image folder: what none of them lists is counted with the last."""
+        urls = [storage.join(plan_folder, f"{plan.file_name}.arrow") for plan in plans]
+        every_facts = [read_facts(url) for url in urls]
+        is_planned = all(
+            facts is not None and facts.made_from == plan.made_from
+            for facts, plan in zip(every_facts, plans, strict=True)
+        )
+        shards: list[Shard] = []
+        unlisted: set[str] | None = None
+        for plan, url, facts in zip(plans, urls, every_facts, strict=True):
+            if facts is None or not is_planned:
+                with self.open_draft(plan.annotation, plan.images) as draft:
+                    if len(plans) > 1:
+                        own = set(draft.unlisted_images())
+                        unlisted = own if unlisted is None else unlisted & own
+                        draft.counters["unlisted_images"] = len(unlisted) if plan is plans[-1] else 0
+                    facts = draft.publish(
+                        url, plan.made_from, plan.made_from["rows_per_shard"], self.metadata_columns
+                    )
+            shards += plan_shards(
+                url, facts, plan.file_name, plan.images or "", plan.name, self.metadata_columns
+            )
         return shards
+
+    def count_elsewhere(
+        self, root: str, folders: Mapping[str, int], archives: Sequence[str]
+    ) -> dict[str, int]:
+        """Returns how many images and archives of an input are not where the annotations have theirs, as counters.
+
+        Args:
+            root: URL of the input.
+            folders: How many images lie in each folder of it, by its path below the root.
+            archives: Paths of the archives in it.
+        """
+        if self.texts_only and self.images is None:
+            return {}
+        try:
+            used = [storage.locate(self.find_images(url))[1].rstrip("/") for url in self.annotations]
+        except InputError:  # will be said when the images are needed
+            return {}
+        top = storage.locate(root)[1].rstrip("/")
+
+        def is_elsewhere(name: str) -> bool:
+            path = f"{top}/{name}".rstrip("/") + "/"
+            return not any(path.startswith(f"{folder}/") for folder in used)
+
+        return {
+            "unlisted_images": sum(count for name, count in folders.items() if is_elsewhere(name)),
+            "passed_over_files": sum(map(is_elsewhere, archives)),
+        }
 
     def find_images(self, annotation: str) -> str:
         """Returns the URL of the image folder or archive of an annotation.
@@ -115,40 +188,50 @@ class AnnotationSource(Source):
             if folder.is_archive(self.images) and storage.is_file(fs, path):
                 return self.images
             below = [posixpath.join(path, posixpath.basename(folder)) for folder in self.folders(name)]
-            tried = [path, *below] if self._is_below(fs, path, annotation) else [*below, path]
+            named = _holds_one(fs, path, self._first_images(annotation))
+            tried = [path, *below] if named else [*below, path]
         else:
             tried = [
                 posixpath.normpath(posixpath.join(parent, candidate)) for candidate in self.folders(name)
             ]
         with storage.input_errors(self.images or annotation):
-            for candidate in tried:
-                if storage.is_folder(fs, candidate):
-                    return (
-                        candidate if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(candidate))
-                    )
+            found = next((candidate for candidate in tried if storage.is_folder(fs, candidate)), None)
+            if found is None and not self.images:
+                found = self._find_beside(fs, parent, annotation)
+        if found is not None:
+            return found if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(found))
         if self.images:
             raise InputError(
                 f"--images {self.images} is neither a folder nor a .tar or .zip that can be found."
             )
         raise InputError(
-            f"The images of {annotation} cannot be found: there is no folder {', '.join(tried)}. "
-            "Name the folder (or a .tar or .zip) with --images."
+            f"The images of {annotation} cannot be found: they are not beside it, and there is no folder "
+            f"{', '.join(tried)}. Name the folder (or a .tar or .zip) with --images."
         )
 
-    def _is_below(self, fs: fsspec.AbstractFileSystem, path: str, annotation: str) -> bool:
-        """Tells whether the first image that an annotation names is in a folder under the very name."""
+    def _find_beside(self, fs: fsspec.AbstractFileSystem, parent: str, annotation: str) -> str | None:
+        """Returns the folder of an annotation, or one in it, that has its first images; else the only archive there."""
+        infos = sorted(fs.ls(parent, detail=True), key=lambda info: str(info["name"]))
+        folders = [info["name"].rstrip("/") for info in infos if info["type"] == "directory"]
+        names = self._first_images(annotation)
+        for candidate in (parent, *folders[:_MAX_FOLDERS]):
+            if _holds_one(fs, candidate, names):
+                return candidate
+        archives = [info["name"] for info in infos if folder.is_image_archive(info["name"])]
+        return archives[0] if len(archives) == 1 else None
+
+    def _first_images(self, annotation: str) -> Sequence[str]:
+        """Returns the paths of a few images that an annotation names at its beginning."""
         with storage.input_errors(annotation):
-            annotation_fs, annotation_path = storage.locate(annotation)
-            with annotation_fs.open(annotation_path, "rb") as file:
+            fs, path = storage.locate(annotation)
+            with fs.open(path, "rb") as file:
                 parts = itertools.islice(self.parts(annotation, file), _PARTS_TO_TELL)
                 names = (
                     part.path if isinstance(part, Image) else part.ref
                     for part in parts
                     if isinstance(part, Image) or (isinstance(part, Caption) and self.captions_name_images)
                 )
-                name = next(names, None)
-        with storage.input_errors(path):
-            return name is not None and storage.is_file(fs, posixpath.join(path, str(name)))
+                return list(dict.fromkeys(respell(str(name)).lstrip("/") for name in names))[:_IMAGES_TO_TELL]
 
     @contextlib.contextmanager
     def open_draft(self, url: str, images: str | None) -> Iterator[Draft]:
@@ -169,11 +252,12 @@ class AnnotationSource(Source):
                     draft.add(self.parts(url, file))
             if self.captions_name_images:
                 draft.list_captioned()
-            nameless = draft.add_files(folder.members(images)) if images else []
             if images is None:
                 draft.assume_files()
-            draft.settle()
-            draft.counters["unlisted_images"] += len(nameless)
+            else:
+                draft.add_files(folder.members(images))
+            above = posixpath.dirname(url)
+            draft.settle(f"{relative_name(images, above)}/" if images else "")
             num_named, num_found = draft.num_images()
             if num_named and not num_found:
                 raise InputError(
@@ -182,11 +266,11 @@ class AnnotationSource(Source):
                 )
             yield draft
 
-    def _write_plan(
-        self, url: str, images: str | None, made_from: dict[str, object], plan: str, rows_per_shard: int
-    ) -> PlanFacts:
-        with self.open_draft(url, images) as draft:
-            return draft.publish(plan, made_from, rows_per_shard, self.metadata_columns)
+
+def _holds_one(fs: fsspec.AbstractFileSystem, path: str, names: Sequence[str]) -> bool:
+    """Tells whether one of some files is in a folder, under the very name."""
+    with storage.input_errors(path):
+        return any(storage.is_file(fs, posixpath.join(path, name)) for name in names)
 
 
 def metadata_values(entry: dict[str, Any], columns: Sequence[str]) -> list[str | None]:
@@ -211,16 +295,6 @@ def is_ref(value: object) -> TypeGuard[Ref]:
         and not isinstance(value, bool)
         and not (isinstance(value, float) and not math.isfinite(value))
     )
-
-
-def key_of(entry: dict[str, Any], field: str) -> str | None:
-    """Returns the key that a field of an image's entry is, a text or a whole number; None where it is neither."""
-    value = entry.get(field)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        return None
-    return str(value) or None
 
 
 def show(value: object) -> str:

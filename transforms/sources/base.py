@@ -200,6 +200,20 @@ class Source(abc.ABC):
         """
 
 
+def passed_over_note(format: str, number: int, names: Sequence[str]) -> str:
+    """Returns what to say of files that are passed over.
+
+    Args:
+        format: What the input is read as.
+        number: How many files are no part of it.
+        names: Some of their names.
+    """
+    shown = list(names)[:_MAX_NAMED]
+    more = f" and {number - len(shown)} more" if number > len(shown) else ""
+    files = "file that is" if number == 1 else "files that are"
+    return f"Passed over {number} {files} no data of format {format}: {', '.join(shown)}{more}."
+
+
 def shard_names(paths: Iterable[str]) -> list[str]:
     """Returns a unique file-name-safe name for each path, stable as long as the paths are.
 
@@ -233,6 +247,7 @@ def shard_names(paths: Iterable[str]) -> list[str]:
 
 # With the digest, the number of a plan's part and that of a chunk, a name stays below the 255 bytes of most disks
 _MAX_NAME_CHARS, _DIGEST_CHARS = 120, 32
+_MAX_NAMED = 3
 _DATA_EXTENSION = re.compile(
     r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst|parquet|tfrecords?(\.gz)?|tfrec|json(\.gz)?|token(\.txt)?|(txt|csv|tsv|jsonl|ndjson)(\.gz)?)$",
     re.I,

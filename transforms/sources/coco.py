@@ -9,13 +9,12 @@ from transforms.errors import InputError, OptionError
 from transforms.sources.annotations import (
     AnnotationSource,
     is_ref,
-    key_of,
     metadata_values,
     not_an_object,
     show,
 )
 from transforms.sources.json_stream import JsonEntries
-from transforms.sources.parts import Bad, Caption, Image
+from transforms.sources.parts import Bad, Caption, Image, key_of
 
 _ENOUGH_TO_TELL = 1000
 
@@ -97,12 +96,16 @@ class CocoSource(AnnotationSource):
             InputError: It was not.
             OptionError: It has no such field as the options name.
         """
-        named = {"image": images, "caption": captions, "key": images}
-        for role, fields in named.items():
-            field = getattr(self.columns, role)
+        wanted = [
+            ("image_column", self.columns.image, images),
+            ("caption_column", self.columns.caption, captions),
+            ("key_column", self.columns.key, images),
+            *(("metadata_columns", name, images) for name in self.metadata_columns),
+        ]
+        for flag, field, fields in wanted:
             if field and fields.num_entries and field not in fields.names:
                 raise OptionError(
-                    f"--{role}_column {field}: no entry of {'annotations' if role == 'caption' else 'images'} in {url} "
+                    f"--{flag} {field}: no entry of {'annotations' if fields is captions else 'images'} in {url} "
                     f"has such a field. They have {', '.join(fields.names) or 'none'}: name one of those."
                 )
         is_captions = captions.names.keys() >= {"image_id", self._caption_field} or not captions.num_entries

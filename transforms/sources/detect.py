@@ -10,7 +10,8 @@ import itertools
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import braceexpand
@@ -20,12 +21,14 @@ from fsspec.core import has_magic
 from transforms.errors import InputError, OptionError
 from transforms.output_layout import JOB, is_of_output
 from transforms.sources import folder
+from transforms.sources.base import passed_over_note
 from transforms.sources.encoding import find_encoding, lines
 from transforms.sources.flickr30k import is_of_images
 from transforms.sources.image_metadata import IMAGE_METADATA
-from transforms.sources.json_stream import read_head
-from transforms.sources.parts import is_image, is_leftover, may_be_image
+from transforms.sources.json_stream import read_ends, read_head
+from transforms.sources.parts import IMAGE_EXTENSIONS, is_image, is_leftover, may_be_image
 from transforms.sources.prompts import EXTENSIONS as PROMPT_EXTENSIONS
+from transforms.sources.tables import CAPTION_NAMES
 from transforms.storage import exists, glob, input_errors, is_folder, join, locate
 
 FORMATS = ("coco", "flickr30k", "karpathy", "webdataset", "parquet", "tfrecord", "files", "prompts")
@@ -43,8 +46,15 @@ _KINDS = {
 }
 _ANNOTATIONS, _SHARDS = ("coco", "karpathy", "flickr30k"), ("webdataset", "tfrecord", "parquet")
 _ARCHIVE = re.compile(r"\.(zip|tar)$", re.I)
+_JSON = re.compile(r"\.json(\.gz)?$", re.I)
+# Roboflow's exports; other names that begin so are no data
+_ROBOFLOW = re.compile(r"^(?:[^._/][^/]*/)*_annotations[^/]*\.(json|csv)$", re.I)
+_USUAL_ANNOTATION = re.compile(r"anno|caption|coco|dataset|label|train|val|test", re.I)
+_IMAGE_NAME = r"\"[^\"]+\.(?:jpe?g|png|gif|bmp|webp|tiff?)\""
+_CAPTION_FIELD = re.compile(rf"\"(?:{'|'.join(CAPTION_NAMES)})\"\s*:", re.I)
+_SIDE_CAR = re.compile(r"\.(txt|caption|json)$", re.I)
 _TABLE = re.compile(r"\.(csv|tsv)$", re.I)
-_MAX_STRAY_IMAGES, _MAX_SNIFFED, _MAX_NAMED = 10, 20, 3
+_MAX_STRAY_IMAGES, _MAX_SNIFFED, _MAX_NAMED, _LINES_TO_TELL = 10, 20, 3, 100
 
 
 @dataclasses.dataclass
@@ -57,6 +67,8 @@ class Found:
         root: URL of the folder that names are relative to.
         num_passed_over: How many files are no part of it.
         passed_over: The names of the first of them.
+        image_folders: Of a folder with annotations: how many images lie in each folder, by its path below the root.
+        archives: Of such a folder: the archives in it, which may hold the images.
     """
 
     format: str
@@ -64,17 +76,14 @@ class Found:
     root: str
     num_passed_over: int = 0
     passed_over: list[str] = dataclasses.field(default_factory=list)
+    image_folders: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    archives: Sequence[str] = ()
 
     def note(self) -> str | None:
         """Returns what to say of the files that are passed over; None where there are none."""
         if not self.num_passed_over:
             return None
-        more = self.num_passed_over - len(self.passed_over)
-        names = ", ".join(self.passed_over) + (f" and {more} more" if more else "")
-        files = "file" if self.num_passed_over == 1 else "files"
-        return (
-            f"Passed over {self.num_passed_over} {files} that are no data of format {self.format}: {names}."
-        )
+        return passed_over_note(self.format, self.num_passed_over, self.passed_over)
 
 
 class _Tree(NamedTuple):
@@ -84,15 +93,15 @@ class _Tree(NamedTuple):
         by_kind: Paths below the folder, of all kinds but images.
         num_images: How many images there are.
         others: Paths of what is no data, or belongs to another output.
-        images: The names of the first images.
-        image_folders: The folders that images lie in.
+        images: The names of the first images: of all where they may be strays.
+        image_folders: How many images lie in each folder.
     """
 
     by_kind: dict[str, list[str]]
     num_images: int
     others: list[str]
     images: list[str]
-    image_folders: set[str]
+    image_folders: Counter[str]
 
 
 def expand_braces(url: str) -> list[str]:
@@ -238,13 +247,16 @@ def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> Fo
     if chosen == "files":  # lists for itself, in bounded memory, and counts what it passes over
         return Found("files", [root], root)
     own = {*files}
-    theirs = chosen in _ANNOTATIONS
-    rest = [name for names in tree.by_kind.values() for name in names if name not in own]
-    rest = sorted([*(name for name in rest if not (theirs and _ARCHIVE.search(name))), *tree.others])
-    num_passed_over = len(rest)
-    if not theirs:
-        rest, num_passed_over = [*rest, *tree.images], num_passed_over + tree.num_images
     urls = [fs.unstrip_protocol(join(path, name)) for name in sorted(files)]
+    rest = [name for names in tree.by_kind.values() for name in names if name not in own]
+    if chosen in _ANNOTATIONS:  # the source knows which of the images and archives are its own
+        archives = [name for name in rest if _ARCHIVE.search(name)]
+        hidden = [name for name in tree.others if is_image(name)]
+        rest = sorted({*rest, *tree.others} - {*archives, *hidden})
+        folders = tree.image_folders + Counter(map(posixpath.dirname, hidden))
+        return Found(chosen, urls, root, len(rest), rest[:_MAX_NAMED], folders, archives)
+    rest = [*sorted([*rest, *tree.others]), *tree.images]
+    num_passed_over = len(rest) - len(tree.images) + tree.num_images
     return Found(chosen, urls, root, num_passed_over, rest[:_MAX_NAMED])
 
 
@@ -265,7 +277,7 @@ def _walk(root: str) -> _Tree:
     others: list[str] = []
     images: list[str] = []
     outputs: set[str] = set()
-    image_folders: set[str] = set()
+    image_folders = Counter[str]()
     num_images = 0
     for member in folder.members(root):
         name = posixpath.basename(member.path)
@@ -275,10 +287,12 @@ def _walk(root: str) -> _Tree:
             others.append(member.path)
         elif is_image(name):
             num_images += 1
-            image_folders.add(posixpath.dirname(member.path))
-            if len(images) < _MAX_NAMED:
+            image_folders[posixpath.dirname(member.path)] += 1
+            if len(images) < _MAX_STRAY_IMAGES:
                 images.append(member.path)
-        elif any(part[:1] in (".", "_") for part in member.path.split("/")):
+        elif any(part[:1] in (".", "_") for part in member.path.split("/")) and not _ROBOFLOW.search(
+            member.path
+        ):
             others.append(member.path)
         else:
             by_kind[_kind_by_name(name)].append(member.path)
@@ -304,8 +318,7 @@ def _choose(
 ) -> tuple[str, Sequence[str]]:
     """Returns the format of a folder and its files of that format, below it."""
     by_kind = tree.by_kind
-    if format == "auto" or format == "flickr30k":
-        _sniff_tables(fs, path, tree, needed=format != "auto")
+    unread = _sniff_annotations(fs, path, tree, format) if format in ("auto", *_ANNOTATIONS) else ()
     if format != "auto":
         files = by_kind[format]
         if format == "parquet":
@@ -314,12 +327,11 @@ def _choose(
             files = [*files, *by_kind["table"], *by_kind["text"], *by_kind["parquet"]]
         if not files and not (format == "files" and (tree.num_images or by_kind["unknown"])):
             raise _no_data(root, f"format {format}", tree)
-        _refuse_several(root, format, files)
         return format, files
     annotations = [kind for kind in _ANNOTATIONS if by_kind[kind]]
     _drop_metadata_of_shards(by_kind, tree)
     shards = [kind for kind in _SHARDS if by_kind[kind] and not (annotations and kind == "webdataset")]
-    _refuse_two_kinds(root, tree, annotations, shards)
+    _refuse_two_kinds(fs, path, tree, annotations, shards)
     if annotations:
         _refuse_several(root, annotations[0], by_kind[annotations[0]])
         return annotations[0], by_kind[annotations[0]]
@@ -328,39 +340,86 @@ def _choose(
     if tree.num_images or any(
         may_be_image(fs, join(path, name)) for name in by_kind["unknown"][:_MAX_SNIFFED]
     ):
+        _refuse_unread(root, tree, unread)
         return "files", []
     if prompts := by_kind["prompts"] or (by_kind["metadata"] and not tree.num_images and by_kind["metadata"]):
         return "prompts", prompts
     raise _no_data(root, "any format", tree)
 
 
-def _sniff_tables(fs: fsspec.AbstractFileSystem, path: str, tree: _Tree, needed: bool) -> None:
-    """Takes csv files near the top whose lines name images for captions of theirs, where no other file has these."""
+def _sniff_annotations(fs: fsspec.AbstractFileSystem, path: str, tree: _Tree, format: str) -> Sequence[str]:
+    """Takes files near the top for annotations by their content, where no name tells of one.
+
+    Returns:
+        Files that have captions of images in a form that is not read.
+    """
     by_kind = tree.by_kind
-    if any(by_kind[kind] for kind in _ANNOTATIONS) and not needed:
-        return
-    near = [name for name in by_kind["table"] if name.count("/") <= 1][:_MAX_SNIFFED]
-    for name in near:
-        if kind_of(fs, join(path, name)) == "flickr30k":
-            by_kind["table"].remove(name)
-            by_kind["flickr30k"].append(name)
+    if format == "auto" and any(by_kind[kind] for kind in _ANNOTATIONS):
+        return []
+    near = [
+        (not _USUAL_ANNOTATION.search(posixpath.basename(name)), name.count("/"), name, kind)
+        for kind in ("table", "text", "unknown", "prompts")
+        for name in by_kind[kind]
+        if name.count("/") <= 1 and (kind != "unknown" or _JSON.search(name))
+    ]
+    unread: list[str] = []
+    for _, _, name, kind in sorted(near)[:_MAX_SNIFFED]:
+        annotation = _annotation_kind(fs, join(path, name))
+        if annotation is None or _is_side_car(fs, join(path, name)):
+            continue
+        if annotation in _ANNOTATIONS:
+            by_kind[kind].remove(name)
+            by_kind[annotation].append(name)
+        else:
+            unread.append(name)
+    return unread
+
+
+def _annotation_kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
+    """Returns the format of an annotation, by its content; "unread" of one that is not read, None of other files."""
+    if path.lower().endswith(_NAMED_BY_CONTENT):
+        return "flickr30k" if kind_of(fs, path) == "flickr30k" else None
+    if not (is_lines := path.lower().endswith((".jsonl", ".ndjson"))) and not _JSON.search(path):
+        return None
+    with fs.open(path, "rb") as file:
+        text = read_ends(file)
+    has_captions = _CAPTION_FIELD.search(text) is not None
+    if '"images"' in text and not is_lines:
+        if '"sentences"' in text or '"sentids"' in text:
+            return "karpathy"
+        if '"annotations"' in text or '"image_id"' in text:
+            return "coco" if has_captions else None
+    names_image = re.search(_IMAGE_NAME + (r"" if has_captions else r"\s*:"), text) is not None
+    return "unread" if names_image else None
+
+
+def _is_side_car(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Tells whether there is an image of a file's name beside it."""
+    root = posixpath.splitext(path)[0]
+    return any(exists(fs, root + extension) for extension in IMAGE_EXTENSIONS)
+
+
+_NAMED_BY_CONTENT = (".csv", ".tsv", ".txt")
 
 
 def _drop_metadata_of_shards(by_kind: dict[str, list[str]], tree: _Tree) -> None:
     """Takes a Parquet of the name of a tar, a TFRecord or a folder of images for its metadata, as img2dataset's are."""
     stems = {name.split(".")[0] for kind in ("webdataset", "tfrecord") for name in by_kind[kind]}
-    stems |= tree.image_folders
+    stems |= tree.image_folders.keys()
     about = [name for name in by_kind["parquet"] if name.removesuffix(".parquet") in stems]
     by_kind["parquet"] = [name for name in by_kind["parquet"] if name not in {*about}]
     tree.others.extend(about)
 
 
-def _refuse_two_kinds(root: str, tree: _Tree, annotations: Sequence[str], shards: Sequence[str]) -> None:
+def _refuse_two_kinds(
+    fs: fsspec.AbstractFileSystem, path: str, tree: _Tree, annotations: Sequence[str], shards: Sequence[str]
+) -> None:
+    root = fs.unstrip_protocol(path)
     kinds = [*annotations, *shards]
     described = [f"{len(tree.by_kind[kind])} of {kind} ({min(tree.by_kind[kind])}, …)" for kind in kinds]
-    if shards and not annotations and tree.num_images > _MAX_STRAY_IMAGES:
+    if shards and not annotations and (tree.num_images > _MAX_STRAY_IMAGES or _are_captioned(fs, path, tree)):
         kinds.append("files")
-        described.append(f"{tree.num_images} images ({tree.images[0]}, …)")
+        described.append(f"{tree.num_images} image{'s' * (tree.num_images > 1)} ({tree.images[0]}, …)")
     if len(annotations) > 1:
         names = sorted(name for kind in annotations for name in tree.by_kind[kind])
         raise OptionError(
@@ -373,10 +432,38 @@ def _refuse_two_kinds(root: str, tree: _Tree, annotations: Sequence[str], shards
         )
 
 
+def _are_captioned(fs: fsspec.AbstractFileSystem, path: str, tree: _Tree) -> bool:
+    """Tells whether a few images have captions beside them, and so are no strays."""
+    texts = [name for kind in ("text", "unknown") for name in tree.by_kind[kind] if _SIDE_CAR.search(name)]
+    if {posixpath.splitext(name)[0] for name in texts} & {
+        posixpath.splitext(name)[0] for name in tree.images
+    }:
+        return True
+    names = [posixpath.basename(name) for name in tree.images]
+    for name in tree.by_kind["metadata"][:_MAX_SNIFFED] if names else ():
+        if name.lower().endswith(".parquet"):
+            return True
+        with fs.open(join(path, name), "rb") as file:
+            encoding = find_encoding(file)
+            head = [line.text for line in itertools.islice(lines(file, encoding), _LINES_TO_TELL)]
+        if any(image in line for line in head for image in names):
+            return True
+    return False
+
+
 def _refuse_several(root: str, kind: str, files: Sequence[str]) -> None:
     if kind == "flickr30k" and len(files) > 1:
         raise OptionError(
             f"{root} holds several annotations: {', '.join(sorted(files)[:10])}. Name one of them as --input."
+        )
+
+
+def _refuse_unread(root: str, tree: _Tree, unread: Sequence[str]) -> None:
+    if unread and not tree.by_kind["metadata"]:
+        raise OptionError(
+            f"{root} has images, and {unread[0]} has captions of images in a form that is not read. Write them as "
+            "metadata.jsonl (file_name, text) beside the images, or as csv (image,caption); or say --format files, "
+            "to read the images without them."
         )
 
 

@@ -19,9 +19,9 @@ from transforms import storage
 from transforms.errors import OutputError
 from transforms.sources import matching
 from transforms.sources.folder import Member
-from transforms.sources.parts import Bad, Caption, Fields, Image, Ref, is_image, stem
+from transforms.sources.parts import Caption, Fields, Image, Noticed, Part, Ref, is_image, stem
 from transforms.sources.planned import Entry, PlanFacts, write_plan
-from transforms.sources.spelling import backwards
+from transforms.sources.spelling import backwards, text_root
 
 
 class Draft:
@@ -29,10 +29,14 @@ class Draft:
 
     Attributes:
         counters: What was noticed, by name.
+        notes: Sentences that the user is told.
+        nameless: Names of files that are not UTF-8, escaped: they are of no use.
     """
 
     def __init__(self, database: sqlite3.Connection, folder: str) -> None:
         self.counters: collections.Counter[str] = collections.Counter()
+        self.notes: list[str] = []
+        self.nameless: list[str] = []
         self._database = database
         self._folder = folder
         self._num_parts = 0
@@ -40,11 +44,12 @@ class Draft:
         database.create_function("stem", 1, stem, deterministic=True)
         database.create_function("root", 1, lambda path: posixpath.splitext(path)[0], deterministic=True)
         database.create_function("is_image", 1, is_image, deterministic=True)
+        database.create_function("text_root", 1, text_root, deterministic=True)
         matching.add_functions(database)
         database.executescript(_TABLES)
         database.execute("BEGIN")  # one transaction, never committed: the database dies with the run
 
-    def add(self, parts: Iterable[Image | Caption | Fields | Bad]) -> None:
+    def add(self, parts: Iterable[Part]) -> None:
         """Adds what an annotation says, in its order."""
         execute = self._database.execute
         for position, part in enumerate(parts, self._num_parts):
@@ -59,6 +64,9 @@ class Draft:
                     "INSERT OR IGNORE INTO fields VALUES (?, ?, ?)",
                     (part.ref, part.key, json.dumps(part.metadata)),
                 )
+            elif isinstance(part, Noticed):
+                self.counters.update(part.counters)
+                self.notes += [part.note] if part.note else []
             elif isinstance(part, Image):
                 path = posixpath.normpath(part.path)
                 values = (
@@ -75,19 +83,17 @@ class Draft:
             else:
                 execute(_ADD_LOST, (position, part.row, part.key, part.reason, part.message))
 
-    def add_files(self, members: Iterable[Member]) -> list[str]:
-        """Adds the files that there are; returns, escaped, the names that are not UTF-8: no use."""
-        nameless = []
+    def add_files(self, members: Iterable[Member]) -> None:
+        """Adds the files that there are."""
         for member in members:
             try:
                 member.path.encode()
             except UnicodeEncodeError:
-                nameless.append(os.fsencode(member.path).decode("utf-8", "backslashreplace"))
+                self.nameless.append(os.fsencode(member.path).decode("utf-8", "backslashreplace"))
                 continue
             self._num_files += 1
             values = (member.path, backwards(member.path), *member[1:])
             self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", values)
-        return nameless
 
     def list_captioned(self) -> None:
         """Lists the images that the captions name, for an annotation that has only captions."""
@@ -97,58 +103,95 @@ class Draft:
             "FROM captions LEFT JOIN fields ON fields.ref = captions.ref GROUP BY captions.ref"
         )
 
-    def list_files(self) -> None:
+    def list_files(self, key_column: str | None = None) -> None:
         """Lists every file as an image, in the order of the bytes of their paths.
 
         The key is the path without its extension, or the whole path where that is another file's too.
+
+        Args:
+            key_column: What the user names for the key. It is the metadata's then, or left empty where a `.json` beside
+                the image may have it; an image with neither is lost.
         """
         self._database.execute("CREATE INDEX captions_ref ON captions (ref, ordinal)")
         self._database.execute("CREATE INDEX texts_root ON texts (root)")
+        self.counters["similar_file_names"] += matching.respell_refs(self._database)
         self._database.execute(_LIST_FILES, (self._num_parts,))
+        if key_column is not None:
+            for statement in (
+                _LEAVE_KEYS,
+                _TAKE_KEYS,
+                "CREATE INDEX records_key ON records (key)",
+                _LOSE_SAME_KEY,
+            ):
+                self._database.execute(statement)
+            self._database.execute(_LOSE_KEYLESS, (key_column,))
         self._database.execute(_LOSE_UNLISTED, (self._num_parts + self._num_files,))
-        self._database.execute("CREATE INDEX files_root ON files (root(path))")
-        used = "EXISTS (SELECT 1 FROM files WHERE root(files.path) = texts.root)"
-        self.counters["passed_over_files"] += self._count(f"texts WHERE NOT {used}")
+        self._database.execute("CREATE INDEX files_root ON files (text_root(path))")
+        self.counters["passed_over_files"] += self._count(f"texts WHERE NOT {_USED_TEXT}")
         captioned = "EXISTS (SELECT 1 FROM fields WHERE ref = path)"
         if self._count("fields"):
             self.counters["images_without_metadata"] += self._count(f"files WHERE NOT {captioned}")
 
     def add_texts(self, members: Iterable[Member]) -> None:
         """Adds files of text that may belong to an image of the same name."""
-        values = ((member.path, posixpath.splitext(member.path)[0], member.size_bytes) for member in members)
+        values = ((member.path, text_root(member.path), member.size_bytes) for member in members)
         self._database.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", values)
 
     def texts(self) -> Iterator[tuple[str, int]]:
         """Yields path and size in bytes of each file of text that belongs to an image, in order."""
-        used = "EXISTS (SELECT 1 FROM files WHERE root(files.path) = texts.root)"
-        yield from self._database.execute(f"SELECT path, size_bytes FROM texts WHERE {used} ORDER BY path")
+        yield from self._database.execute(
+            f"SELECT path, size_bytes FROM texts WHERE {_USED_TEXT} ORDER BY path"
+        )
+
+    def unused_texts(self) -> Iterator[str]:
+        """Yields the path of each file of text that belongs to no image, in order."""
+        for (path,) in self._database.execute(f"SELECT path FROM texts WHERE NOT {_USED_TEXT} ORDER BY path"):
+            yield path
 
     def assume_files(self) -> None:
         """Takes each image for there, for a job that needs none."""
         self._database.execute("UPDATE records SET file = respell(path) WHERE path IS NOT NULL")
 
-    def settle(self) -> None:
+    def settle(self, images: str = "") -> None:
         """Decides which rows are lost: the later of two with one id or key, and what has no image or entry.
 
         Captions whose ids differ from the images' in type alone are theirs, and entries of one file are one row.
 
         Messages say nothing of where the data set is, so that rejects are the same wherever it is.
+
+        Args:
+            images: What paths may begin with that are no part of the files': the image folder below the annotation's.
         """
         for index in _INDEXES:
             self._database.execute(index)
         self.counters["ids_of_other_type"] += matching.match_refs(self._database)
         self.counters["entries_joined"] += matching.join_same_ref(self._database)
         self.counters["similar_file_names"] += matching.find_files(self._database)
-        self.counters["entries_joined"] += matching.join_same_file(self._database)
+        self.counters["entries_joined"] += matching.join_same_file(self._database, images)
         self._database.execute(_LOSE_MISSING)
-        for path in ("root(respell(path))", "respell(path)"):
-            self._database.execute(_TELL_APART.format(path=path))
+        start = self._start_of_absolute()
+        for path in ("root({0})", "{0}"):
+            below = f"iif({_IS_ABSOLUTE}, substr(respell(path), {start}), respell(path))"
+            self._database.execute(_TELL_APART.format(path=path.format(below)))
         self._database.execute(_LOSE_SAME_KEY)
         # An archive may have a path twice; the last is the one that unpacking it would leave.
         self.counters["repeated_files"] = self._num_files - self._count("files")
-        self.counters["unlisted_images"] = self._count(
-            "files WHERE is_image(path) AND path NOT IN (SELECT file FROM records WHERE file IS NOT NULL)"
-        )
+        self.counters["unlisted_images"] = self._count(_UNLISTED) + len(self.nameless)
+
+    def unlisted_images(self) -> Iterator[str]:
+        """Yields the path of each image that is in no record. Only after `settle`."""
+        for (path,) in self._database.execute(f"SELECT path FROM {_UNLISTED}"):
+            yield path
+        yield from self.nameless
+
+    def _start_of_absolute(self) -> int:
+        """Returns where absolute paths begin to tell images apart: behind the folder that all lie in."""
+        query = f"SELECT min(path), max(path) FROM (SELECT respell(path) AS path FROM records WHERE {_IS_ABSOLUTE})"
+        first, last = self._database.execute(query).fetchone()
+        if first is None:
+            return 1
+        shared = posixpath.commonprefix([posixpath.dirname(first) + "/", posixpath.dirname(last) + "/"])
+        return len(shared.rpartition("/")[0]) + 2 if "/" in shared else 1
 
     def num_images(self) -> tuple[int, int]:
         """Returns how many images are asked for, and how many of those have a file. Only after `settle`."""
@@ -180,9 +223,8 @@ class Draft:
             values = json.loads(metadata) if metadata else None
             texts: list[str] = []
             if has_texts and image:
-                root = posixpath.splitext(image.path)[0]
-                texts = [path for (path,) in self._database.execute(_TEXTS, (root,))]
-            yield Entry(row, key, image, captions, reason, message, values, texts)
+                texts = [path for (path,) in self._database.execute(_TEXTS, (text_root(image.path),))]
+            yield Entry(row, key or "", image, captions, reason, message, values, texts)
 
     def publish(
         self,
@@ -202,7 +244,7 @@ class Draft:
         counters = {name: count for name, count in self.counters.items() if count}
         num_rows = self._count("records WHERE wanted")
         facts = PlanFacts(
-            made_from, num_rows, rows_per_shard, self._shard_sizes_bytes(rows_per_shard), counters
+            made_from, num_rows, rows_per_shard, self._shard_sizes_bytes(rows_per_shard), counters, self.notes
         )
         path = os.path.join(self._folder, "plan.arrow")
         write_plan(path, facts, self.entries(), metadata_columns)
@@ -298,6 +340,8 @@ UPDATE records SET reason = 'missing_image',
 WHERE reason IS NULL AND file IS NULL
 """
 
+_IS_ABSOLUTE = r"(path GLOB '/*' OR path GLOB '[A-Za-z]:[\/]*')"
+
 # Names without folder and extension that several files have: `cat/1.jpg` beside `dog/1.jpg`, `1.jpg` beside `1.png`
 _TELL_APART = """
 UPDATE records SET key = {path}
@@ -328,11 +372,31 @@ SELECT ? + row_number() OVER (ORDER BY path), path,
 FROM files
 """
 
+_LEAVE_KEYS = """
+UPDATE records SET key = NULL WHERE file IS NOT NULL AND EXISTS (
+    SELECT 1 FROM texts WHERE texts.root = text_root(file) AND lower(texts.path) LIKE '%.json'
+)
+"""
+
+_TAKE_KEYS = """
+UPDATE records SET key = fields.key, has_own_key = 1 FROM fields
+WHERE fields.ref = records.file AND fields.key IS NOT NULL
+"""
+
+_LOSE_KEYLESS = """
+UPDATE records SET reason = 'bad_annotation', message = printf('%s has no %s for its key', path, ?)
+WHERE reason IS NULL AND file IS NOT NULL AND key IS NOT NULL AND NOT has_own_key
+"""
+
 _LOSE_UNLISTED = """
 INSERT INTO records (position, key, reason, message)
 SELECT ? + row_number() OVER (ORDER BY ref), root(ref), 'missing_image',
     printf('%s is named by the metadata, and is not there', ref)
 FROM fields WHERE NOT EXISTS (SELECT 1 FROM files WHERE path = ref)
 """
+
+_UNLISTED = "files WHERE is_image(path) AND path NOT IN (SELECT file FROM records WHERE file IS NOT NULL)"
+
+_USED_TEXT = "EXISTS (SELECT 1 FROM files WHERE text_root(files.path) = texts.root)"
 
 _TEXTS = "SELECT path FROM texts WHERE root = ? ORDER BY path"

@@ -6,22 +6,23 @@ a file of the image's name that ends in `.txt`, `.caption` or `.json` (img2datas
 
 import dataclasses
 import hashlib
+import itertools
 import posixpath
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import fsspec
 from fsspec.core import has_magic
 
 from transforms import storage
-from transforms.errors import InputError
+from transforms.errors import InputError, OptionError
 from transforms.output_layout import JOB, is_of_output
 from transforms.sources import folder
-from transforms.sources.base import InputFile, Shard, Source, shard_names
+from transforms.sources.base import InputFile, Shard, Source, passed_over_note, shard_names
 from transforms.sources.draft import Draft, open_draft
 from transforms.sources.folder import Member
-from transforms.sources.image_metadata import IMAGE_METADATA, read_metadata
+from transforms.sources.image_metadata import IMAGE_METADATA, MetadataReader
 from transforms.sources.parts import IMAGE_EXTENSIONS, Bad, is_image, is_leftover, may_be_image
 from transforms.sources.planned import plan_shards, read_facts
 from transforms.storage import relative_name
@@ -33,7 +34,7 @@ class FilesSource(Source):
 
     A folder gives the files in it and below it that have an image's extension; a glob, or a named file, is
     taken whatever its extension. The key is the path below `root` without the extension (or with it where
-    `a.jpg` and `a.png` are both there).
+    `a.jpg` and `a.png` are both there), unless the user names a column of the metadata for it.
 
     Attributes:
         urls: Folders, globs and files, all below `root`.
@@ -45,7 +46,7 @@ class FilesSource(Source):
     root: str
     metadata_columns: tuple[str, ...] = ()
 
-    column_flags: ClassVar[frozenset[str]] = frozenset({"caption_column", "metadata_columns"})
+    column_flags: ClassVar[frozenset[str]] = frozenset({"caption_column", "key_column", "metadata_columns"})
 
     def inputs(self) -> list[InputFile]:
         """Returns one entry for all the files: their total size, and a digest of their names and sizes."""
@@ -58,7 +59,6 @@ class FilesSource(Source):
                 total_bytes += size_bytes or 0
             for url in metadata:
                 digest.update(_digest(url))
-            draft.list_files()
             for path, size_bytes in draft.texts():
                 digest.update(f"{path}\t{size_bytes}\n".encode())
         return [InputFile(self._name(), total_bytes, digest.hexdigest())]
@@ -73,13 +73,13 @@ class FilesSource(Source):
             "urls_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
             "rows_per_shard": rows_per_shard,
             "caption_column": self.columns.caption,
+            "key_column": self.columns.key,
             "metadata_columns": list(self.metadata_columns),
         }
         facts = read_facts(plan)
         if facts is None or facts.made_from != made_from:
             with open_draft() as draft:
                 self._list(draft)
-                draft.list_files()
                 facts = draft.publish(plan, made_from, rows_per_shard, self.metadata_columns)
         return plan_shards(plan, facts, plan_name, self.root, None, self.metadata_columns, self.columns)
 
@@ -89,28 +89,64 @@ class FilesSource(Source):
 
     def _list(self, draft: Draft) -> list[str]:
         """Lists the files; returns the URLs of those with metadata of others."""
-        nameless: list[str] = []
         metadata: list[str] = []
+        passed_over: list[str] = []
         for url in self.urls:
             with storage.input_errors(url):
-                nameless += draft.add_files(self._images(draft, url, metadata))
+                draft.add_files(self._images(draft, url, metadata, passed_over))
         message = "its name is not UTF-8: rename it"
         draft.add(
-            Bad(f"{name}: {message}", key=name, reason="missing_image") for name in sorted(set(nameless))
+            Bad(f"{name}: {message}", key=name, reason="missing_image") for name in sorted({*draft.nameless})
         )
-        if not nameless and next(draft.files(), None) is None:
+        if not draft.nameless and next(draft.files(), None) is None:
             raise InputError(
                 f"There is no image in {', '.join(self.urls)}: expected files ending in "
                 f"{', '.join(IMAGE_EXTENSIONS)}. Files with other names are taken from a glob, such as "
                 f"{storage.join(self.urls[0], '*')}."
             )
+        reader = MetadataReader(self.columns, self.metadata_columns)
         for path in sorted(metadata):
-            url = storage.join(self.root, path)
-            draft.add(read_metadata(url, path, self.columns.caption, self.metadata_columns))
+            draft.add(reader.read(storage.join(self.root, path), path))
+        draft.list_files(self.columns.key)
+        self._check_columns(draft, reader)
+        draft.counters["passed_over_files"] += len(passed_over)
+        if number := draft.counters["passed_over_files"]:
+            names = sorted([*passed_over, *itertools.islice(draft.unused_texts(), _MAX_NAMED)])
+            draft.notes.append(passed_over_note(self.format, number, names))
         return [storage.join(self.root, path) for path in sorted(metadata)]
 
-    def _images(self, draft: Draft, url: str, metadata: list[str]) -> Iterator[Member]:
-        """Yields the images of a folder, a glob, or a single file, with paths below the root."""
+    def _check_columns(self, draft: Draft, reader: MetadataReader) -> None:
+        """Checks that the columns that the user names are those of the metadata, or may be of files beside images.
+
+        Raises:
+            OptionError: One is not.
+        """
+        flags: dict[str, Sequence[str | None]] = {
+            "caption_column": [self.columns.caption],
+            "key_column": [self.columns.key],
+            "metadata_columns": self.metadata_columns,
+        }
+        missing = [
+            (flag, name) for flag in flags for name in flags[flag] if name and name not in reader.columns
+        ]
+        if not missing:
+            return
+        beside = {posixpath.splitext(path)[1].lower()[1:] for path, _ in draft.texts()}
+        if "json" in beside:  # what is in them shows when they are read
+            return
+        for flag, name in missing:
+            if flag != "caption_column" or name.lower() not in beside:
+                there = ", ".join(map(repr, [*reader.columns, *sorted(beside)][:10]))
+                has = f"it has {there}" if there else "its images have no metadata"
+                raise OptionError(
+                    f"{', '.join(self.urls)} has no column {name!r}, which --{flag} names; {has}. "
+                    "Name one that it has, or leave the flag out."
+                )
+
+    def _images(
+        self, draft: Draft, url: str, metadata: list[str], passed_over: list[str]
+    ) -> Iterator[Member]:
+        """Yields the images of a folder, a glob, or a single file, with paths below the root; fills the two lists."""
         fs, path = storage.locate(url)
         start = len(storage.locate(self.root)[1].rstrip("/")) + 1
         try:
@@ -126,18 +162,18 @@ class FilesSource(Source):
             return
         above = relative_name(url, self.root)
         num_looked_at = 0
-        passed_over: list[str] = []
+        strays: list[str] = []
         for member in folder.members(url, sizes=True):
             member = member._replace(path=f"{above}/{member.path}" if above else member.path)
             name = posixpath.basename(member.path)
             if is_of_output(member.path, ()):
                 continue
             if is_leftover(member.path):
-                passed_over.append(member.path)
+                strays.append(member.path)
             elif is_image(name):
                 yield member
             elif name[0] in "._":
-                passed_over.append(member.path)
+                strays.append(member.path)
             elif IMAGE_METADATA.match(name):
                 metadata.append(member.path)
             elif name.lower().endswith(_TEXT_EXTENSIONS):
@@ -148,12 +184,13 @@ class FilesSource(Source):
                 if num_looked_at <= _most_looked_at(fs) and may_be_image(fs, place):
                     yield member
                 else:
-                    passed_over.append(member.path)
+                    strays.append(member.path)
         # a job's output may lie below its own input; it is not counted, or the count would grow as the job runs
-        outputs = {posixpath.dirname(name) for name in passed_over if posixpath.basename(name) == JOB}
-        draft.counters["passed_over_files"] += sum(not is_of_output(name, outputs) for name in passed_over)
+        outputs = {posixpath.dirname(name) for name in strays if posixpath.basename(name) == JOB}
+        passed_over.extend(name for name in strays if not is_of_output(name, outputs))
 
 
+_MAX_NAMED = 3
 _TEXT_EXTENSIONS = (".txt", ".caption", ".json")
 
 

@@ -186,9 +186,6 @@ def _record(record: Record, table: Table) -> _Parts:
     if record.fault:
         yield Bad(f"line {record.line}: {record.fault}: {record.text.strip()[:80]!r}")
         return
-    last = table.num_columns - 1
-    if table.captions == (last,) and len(row) > table.num_columns:
-        row = [*row[:last], table.dialect.delimiter.join(row[last:])]  # a delimiter that was not quoted
     if len(row) != table.num_columns or not row[table.image].strip():
         expected = f"{table.num_columns} fields with the name of an image"
         yield _bad(record.line, expected, table.dialect.delimiter.join(row))

@@ -70,6 +70,11 @@ def is_archive(url: str) -> bool:
     return url.lower().endswith((".tar", ".zip", *_PACKED_TAR))
 
 
+def is_image_archive(url: str) -> bool:
+    """Tells whether a URL is an archive whose images can be read, by its name."""
+    return url.lower().endswith((".tar", ".zip"))
+
+
 def members(url: str, *, sizes: bool = False) -> Iterator[Member]:
     """Lists the files of a folder (with its sub-folders) or archive, in no particular order.
 

@@ -4,7 +4,11 @@ Each entry is decoded by Python's own `json`, so NaN, Infinity and integers of a
 """
 
 import codecs
+import collections
+import contextlib
 import gzip
+import io
+import itertools
 import json
 import math
 import re
@@ -24,6 +28,8 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 # What may be left of the last token of a file that is cut off
 _CUT_TOKEN = re.compile(r"|-|\.|[eE][-+]?|t(ru?)?|f(a(ls?)?)?|n(ul?)?|N(a)?|-?I(n(f(i(n(it?)?)?)?)?)?")
 _MOST_FIELDS = 12
+# Of a packed file, so many are unpacked on the way to its end
+_MAX_PIECES = 1 << 12
 
 
 class Unread(NamedTuple):
@@ -270,6 +276,22 @@ def read_head(file: IO[bytes], num_bytes: int = 1 << 16) -> str:
         return next(_characters("", file, num_bytes), "")
     except InputError:
         return ""
+
+
+def read_ends(file: IO[bytes], num_bytes: int = 1 << 16) -> str:
+    """Returns the text that a JSON file begins and ends with, packed or not."""
+    head = read_head(file, num_bytes)
+    file.seek(0)
+    if file.read(2) != b"\x1f\x8b":
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(min(num_bytes, size), size - num_bytes))
+        return head + file.read().decode("utf-8", "replace")
+    file.seek(0)
+    pieces = itertools.islice(_characters("", file, num_bytes), _MAX_PIECES)
+    tail = collections.deque[str](maxlen=2)
+    with contextlib.suppress(InputError):
+        tail.extend(pieces)
+    return head + "".join(tail)
 
 
 def _characters(url: str, file: IO[bytes], read_bytes: int = _READ_BYTES) -> Iterator[str]:

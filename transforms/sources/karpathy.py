@@ -6,10 +6,10 @@ from typing import IO, Any, ClassVar
 
 from transforms import storage
 from transforms.errors import InputError, OptionError
-from transforms.sources.annotations import AnnotationSource, key_of, metadata_values, not_an_object, show
+from transforms.sources.annotations import AnnotationSource, metadata_values, not_an_object, show
 from transforms.sources.flickr30k import FOLDERS
 from transforms.sources.json_stream import JsonEntries
-from transforms.sources.parts import Bad, Caption, Image
+from transforms.sources.parts import Bad, Caption, Image, key_of
 
 _COCO_FOLDERS = ("train2014", "val2014")
 
@@ -82,11 +82,16 @@ class KarpathySource(AnnotationSource):
         return self.columns.image or "filename"
 
     def _check_fields(self, url: str, fields: Mapping[str, set[str]]) -> None:
-        for role, place in (("image", "images"), ("caption", "sentences"), ("key", "images")):
-            field = getattr(self.columns, role)
+        wanted = [
+            ("image_column", self.columns.image, "images"),
+            ("caption_column", self.columns.caption, "sentences"),
+            ("key_column", self.columns.key, "images"),
+            *(("metadata_columns", name, "images") for name in self.metadata_columns),
+        ]
+        for flag, field, place in wanted:
             if field and fields[place] and field not in fields[place]:
                 raise OptionError(
-                    f"--{role}_column {field}: no entry of {place} in {url} has such a field. "
+                    f"--{flag} {field}: no entry of {place} in {url} has such a field. "
                     f"They have {', '.join(sorted(fields[place]))}: name one of those."
                 )
 

@@ -74,8 +74,29 @@ def find_files(database: sqlite3.Connection) -> int:
     return num_missing - _num_missing(database)
 
 
-def join_same_file(database: sqlite3.Connection) -> int:
+def respell_refs(database: sqlite3.Connection) -> int:
+    """Gives what names no file to the one file that is nobody's, and whose name is another spelling of the same.
+
+    Returns:
+        How many names were found by another spelling.
+    """
+    num_found = 0
+    for spelling in ("respell", "unescape", "fold"):
+        if database.execute(f"SELECT 1 FROM fields WHERE {_NAMES_NO_FILE} LIMIT 1").fetchone() is None:
+            break
+        for statement in _RESPELL_REFS.format(spelling=spelling).split(";"):
+            database.execute(statement)
+        (count,) = database.execute("SELECT count(*) FROM respelled").fetchone()
+        num_found += int(count)
+    return num_found
+
+
+def join_same_file(database: sqlite3.Connection, images: str = "") -> int:
     """Makes one row of the entries of one file and path; those of another path are lost: they may be other images.
+
+    Args:
+        database: The draft's.
+        images: What a path may begin with or not, and be the same.
 
     Returns:
         How many entries were joined to another one.
@@ -87,7 +108,7 @@ def join_same_file(database: sqlite3.Connection) -> int:
         file, position, ref, path, _ = entry
         if file != leader[0]:
             leader = entry
-        elif respell(path) == respell(leader[3]):
+        elif respell(path).removeprefix(images) == respell(leader[3]).removeprefix(images):
             database.execute("UPDATE captions SET ref = ? WHERE ref = ?", (leader[2], ref))
             database.execute("UPDATE records SET wanted = 0, file = NULL WHERE position = ?", (position,))
             num_joined += 1
@@ -193,6 +214,23 @@ _SPELL_FILES = """
 CREATE TABLE spelled AS SELECT backwards({spelling}(path)) AS backwards, min(path) AS path
 FROM files WHERE NOT EXISTS (SELECT 1 FROM records WHERE records.file = files.path)
 GROUP BY 1 HAVING count(*) = 1
+"""
+
+_NAMES_NO_FILE = "NOT EXISTS (SELECT 1 FROM files WHERE path = ref)"
+
+_RESPELL_REFS = f"""
+DROP TABLE IF EXISTS spelled;
+CREATE TABLE spelled AS SELECT {{spelling}}(path) AS spelling, min(path) AS path
+FROM files WHERE NOT EXISTS (SELECT 1 FROM fields WHERE ref = path) GROUP BY 1 HAVING count(*) = 1;
+CREATE INDEX spelled_spelling ON spelled (spelling);
+DROP TABLE IF EXISTS respelled;
+CREATE TABLE respelled AS SELECT ref, spelled.path AS path
+FROM fields JOIN spelled ON spelling = {{spelling}}(ref) WHERE {_NAMES_NO_FILE};
+CREATE INDEX respelled_ref ON respelled (ref);
+UPDATE captions SET ref = (SELECT path FROM respelled WHERE respelled.ref = captions.ref)
+WHERE ref IN (SELECT ref FROM respelled);
+INSERT OR IGNORE INTO fields SELECT path, key, metadata FROM fields JOIN respelled USING (ref);
+DELETE FROM fields WHERE ref IN (SELECT ref FROM respelled)
 """
 
 _LIST_SHARED = """

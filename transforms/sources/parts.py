@@ -3,8 +3,8 @@
 import errno
 import posixpath
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import fsspec
 
@@ -99,9 +99,35 @@ class Bad(NamedTuple):
     reason: str = "bad_annotation"
 
 
+class Noticed(NamedTuple):
+    """What was noticed of a file beside its parts.
+
+    Attributes:
+        counters: What was mended or left out, by name.
+        note: A sentence that the user is told; empty where there is none.
+    """
+
+    counters: Mapping[str, int] = {}
+    note: str = ""
+
+
+Part = Image | Caption | Fields | Bad | Noticed
+"""What a parser of annotations yields."""
+
+
 def stem(path: str) -> str:
     """Returns a file's name without folders (Windows' too) and extension: the key of its image."""
     return posixpath.splitext(posixpath.basename(path.replace("\\", "/")))[0]
+
+
+def key_of(entry: Mapping[str, Any], field: str) -> str | None:
+    """Returns the key that a field of an image's entry is, a text or a whole number; None where it is neither."""
+    value = entry.get(field)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    return str(value) or None
 
 
 def is_image(path: str) -> bool:

@@ -16,8 +16,9 @@ from transforms import storage
 from transforms.chunk import add_counts
 from transforms.sources import folder
 from transforms.sources.base import MAX_TEXT_BYTES, ColumnNames, Lost, Record, Row, Shard
+from transforms.sources.parts import key_of
 from transforms.sources.sample import Sample
-from transforms.sources.shardfile import metadata_text
+from transforms.sources.shardfile import encodable, metadata_text
 
 _FACTS = b"diptych.plan"
 
@@ -27,7 +28,7 @@ class Entry(NamedTuple):
 
     Attributes:
         row: Ordinal of the image in its annotation.
-        key: Identity of the image; may be empty in a reject.
+        key: Identity of the image; may be empty in a reject, and where it is in a file of text beside the image.
         image: Where the image is; None in a reject.
         captions: Raw captions.
         reason: Why the row is lost, one of `transforms.schemas.REASONS`; None where it is not.
@@ -56,6 +57,7 @@ class PlanFacts:
         rows_per_shard: Rows of each batch but the last.
         shard_sizes_bytes: Size of each batch's images as far as it is known.
         counters: What planning noticed, by name.
+        notes: Sentences that the user is told.
     """
 
     made_from: Mapping[str, object]
@@ -63,6 +65,7 @@ class PlanFacts:
     rows_per_shard: int
     shard_sizes_bytes: Sequence[int]
     counters: Mapping[str, int]
+    notes: Sequence[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +108,10 @@ class PlannedShard(Shard):
     def _records(self, skip: int, with_images: bool) -> Iterator[Record]:
         entries = self._entries()
         wanted: list[folder.Member] = []
-        for entry in entries[skip:]:
+        for ordinal, entry in enumerate(entries):
             if entry.image is not None:
-                wanted += [entry.image] if with_images else []
-                wanted += [folder.Member(text) for text in entry.texts]
+                wanted += [entry.image] if with_images and ordinal >= skip else []
+                wanted += [folder.Member(text) for text in entry.texts if ordinal >= skip or not entry.key]
         others = [entry.image for entry in entries[:skip] if entry.image is not None]
         contents = folder.fetch(self.images, wanted, others)
         for ordinal, entry in enumerate(entries):
@@ -117,7 +120,7 @@ class PlannedShard(Shard):
                 continue
             path = entry.image.path
             data = next(contents) if ordinal >= skip and with_images else b""
-            texts = [next(contents) for _ in entry.texts] if ordinal >= skip else []
+            texts = [next(contents) for _ in entry.texts] if ordinal >= skip or not entry.key else []
             if isinstance(data, folder.Absent):
                 yield Lost(entry.key, entry.row, "missing_image", f"{path} {data.message}")
                 continue
@@ -131,7 +134,7 @@ class PlannedShard(Shard):
 
     def _with_texts(
         self, row: Row, names: Sequence[str], texts: Sequence[bytes | folder.Unreadable | folder.Absent]
-    ) -> Row:
+    ) -> Record:
         """Returns a row with what the files of text beside its image say."""
         sample = Sample(row.key, self.columns)
         unread = 0
@@ -148,7 +151,14 @@ class PlannedShard(Shard):
             for name in self.metadata_columns
         }
         counters = add_counts(found.counters, {"texts_unreadable": unread})
-        return row._replace(captions=[*row.captions, *found.captions], metadata=values, counters=counters)
+        key: str | None = row.key
+        if not key and (key := key_of(found.fields, self.columns.key or "")) is None:
+            message = f"{row.source} has no {self.columns.key} for its key in the .json beside it"
+            key = posixpath.splitext(row.source)[0]
+            return Lost(key, row.row, "bad_annotation", message, row.image, counters)
+        return row._replace(
+            key=encodable(key), captions=[*row.captions, *found.captions], metadata=values, counters=counters
+        )
 
     def _entries(self) -> list[Entry]:
         with storage.input_errors(self.plan):
@@ -254,11 +264,20 @@ def plan_counters(shards: Iterable[Shard]) -> dict[str, int]:
     `entries_joined` entries of a file that has another entry. Shards without a plan add nothing.
     """
     totals: dict[str, int] = {}
-    for url in {shard.plan: None for shard in shards if isinstance(shard, PlannedShard)}:
-        facts = read_facts(url)
-        for name, count in facts.counters.items() if facts else ():
-            totals[name] = totals.get(name, 0) + count
+    for facts in _plans(shards):
+        totals = add_counts(totals, facts.counters)
     return totals
+
+
+def plan_notes(shards: Iterable[Shard]) -> list[str]:
+    """Returns what the user is told of the plans that the shards belong to."""
+    return [note for facts in _plans(shards) for note in facts.notes]
+
+
+def _plans(shards: Iterable[Shard]) -> Iterator[PlanFacts]:
+    for url in {shard.plan: None for shard in shards if isinstance(shard, PlannedShard)}:
+        if facts := read_facts(url):
+            yield facts
 
 
 _COLUMNS = pa.schema(

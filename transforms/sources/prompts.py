@@ -16,6 +16,7 @@ from transforms.errors import InputError, OptionError
 from transforms.sources import encoding
 from transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
 from transforms.sources.columns import CAPTION_COLUMNS
+from transforms.sources.encoding import Line
 from transforms.sources.json_stream import parse_json
 from transforms.sources.parquet import ParquetShard
 from transforms.sources.parquet_file import open_parquet
@@ -27,10 +28,13 @@ from transforms.sources.shardfile import (
     open_shard,
     unpacked,
 )
+from transforms.sources.tables import Dialect, Table, cut, find_dialect, records
 
 # Names in use, in lower case; the first that is there wins.
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 KEY_COLUMNS = ("key", "id", "uid")
+
+_LINES_TO_TELL = 100
 
 EXTENSIONS = re.compile(r"\.(?:parquet|(txt|jsonl|ndjson|csv|tsv)(?:\.gz)?)$", re.I)
 
@@ -116,7 +120,7 @@ class PromptsShard(Shard):
         if self.extension == "parquet":
             yield from self._parquet(skip)
             return
-        parse: Callable[[Iterator[str]], Iterator[_Prompt | str]] = {
+        parse: Callable[[Iterator[Line]], Iterator[_Prompt | str]] = {
             "txt": _parse_lines,
             "csv": self._parse_csv,
             "tsv": self._parse_csv,
@@ -143,8 +147,8 @@ class PromptsShard(Shard):
         values = {name: metadata_text(found.fields.get(name)) for name in self.metadata_columns}
         return Row(key, b"", "", [encodable(found.text)], self.source, row, values)
 
-    def _parse_json(self, lines: Iterator[str]) -> Iterator["_Prompt | str"]:
-        for number, line in enumerate(lines, 1):
+    def _parse_json(self, lines: Iterator[Line]) -> Iterator["_Prompt | str"]:
+        for number, (line, *_) in enumerate(lines, 1):
             try:
                 found = parse_json(line) if line.strip() else None
             except (ValueError, RecursionError) as error:
@@ -162,28 +166,26 @@ class PromptsShard(Shard):
             else:
                 yield f"line {number}: expected a text as {self._names()}, found {line.strip()[:80]!r}"
 
-    def _parse_csv(self, lines: Iterator[str]) -> Iterator["_Prompt | str"]:
-        if not (first := next(lines, "")):
+    def _parse_csv(self, lines: Iterator[Line]) -> Iterator["_Prompt | str"]:
+        head = list(itertools.islice(lines, _LINES_TO_TELL))
+        filled = [line.text for line in head if line.text.strip()]
+        if not head:
             return
-        reader = csv.reader(itertools.chain([first], lines), delimiter=self._delimiter(first), strict=True)
-        header: list[str] | None = None
-        is_first = True
-        while True:
-            number = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield f"line {number}: {error}"
-                is_first = False
-                continue
-            if is_first and any(cells):
-                is_first = False
-                header = self._header(cells)
-                if header is not None:
-                    continue
-            yield self._csv_row(cells, header, number)
+        first = filled[0] if filled else ""
+        dialect = Dialect(self._delimiter(first), find_dialect(filled).escape)
+        header = self._header(cut(first, dialect)) if filled else None
+        # no column names images: its place is behind the last
+        num_columns = len(header or ["prompt"])
+        table = Table(dialect, 0, num_columns, (-1,), None, None, (), num_columns, header is not None, False)
+        is_header = header is not None
+        for record in records(itertools.chain(head, lines), table, with_blank=True):
+            if record.text.strip() and is_header:
+                is_header = False
+            elif record.fault:
+                found = f": {record.text.strip()[:80]!r}" if record.text.strip() else ""
+                yield f"line {record.line}: {record.fault}{found}"
+            else:
+                yield self._csv_row(record.fields, header, record.line)
 
     def _delimiter(self, first: str) -> str:
         """Returns the delimiter by which the first line names a column of prompts, else the file extension's own."""
@@ -251,21 +253,21 @@ class _Prompt(NamedTuple):
     fields: dict[str, Any]
 
 
-def _parse_lines(lines: Iterator[str]) -> Iterator[_Prompt | str]:
-    for number, line in enumerate(lines, 1):
+def _parse_lines(lines: Iterator[Line]) -> Iterator[_Prompt | str]:
+    for number, (line, *_) in enumerate(lines, 1):
         if line.strip():
             yield _Prompt(line.strip(), None, {})
         else:
             yield f"line {number}: expected a prompt, found a blank line"
 
 
-def _lines(file: io.BufferedReader, counters: dict[str, int]) -> Iterator[str]:
-    """Yields the lines, with an end each: only LF and CRLF end one, other separators of Unicode are text."""
+def _lines(file: io.BufferedReader, counters: dict[str, int]) -> Iterator[Line]:
+    """Yields the lines: only LF and CRLF end one, other separators of Unicode are text."""
     for line in encoding.lines(file, encoding.peek_encoding(file)):
         if line.is_cut:
             raise ShardDamage("shard_corrupt", f"a line is longer than {encoding.MAX_LINE_BYTES} bytes")
         counters["captions_not_utf8"] += not line.is_utf
-        yield f"{line.text}\n"
+        yield line
 
 
 def _pick(fields: dict[str, Any], names: dict[str, str], asked: str | None, usual: Sequence[str]) -> Any:

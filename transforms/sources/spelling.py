@@ -19,6 +19,11 @@ def respell(path: str) -> str:
     return unicodedata.normalize("NFC", posixpath.normpath(path.replace("\\", "/")))
 
 
+def text_root(path: str) -> str:
+    """Returns what the names of an image and of a text that goes with it have in common, in composed letters."""
+    return unicodedata.normalize("NFC", posixpath.splitext(path)[0])
+
+
 def unescape(path: str) -> str:
     """Returns the usual spelling of a path with its %-escapes undone, as of a name that was taken from a URL."""
     return respell(urllib.parse.unquote(path) if "%" in path else path)

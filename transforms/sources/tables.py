@@ -214,10 +214,10 @@ def cut(line: str, dialect: Dialect) -> list[str]:
     return _read([line], dialect)
 
 
-def _read(lines: Sequence[str], dialect: Dialect) -> list[str]:
+def _read(lines: Sequence[str], dialect: Dialect, strict: bool = False) -> list[str]:
     if dialect.escape:  # but before a quote, a backslash is text
         lines = [_BACKSLASHES.sub(r"\g<0>\g<0>", line) for line in lines]
-    reader = csv.reader(lines, delimiter=dialect.delimiter, escapechar=dialect.escape, strict=False)
+    reader = csv.reader(lines, delimiter=dialect.delimiter, escapechar=dialect.escape, strict=strict)
     return next(reader, [])
 
 
@@ -413,8 +413,14 @@ def _holds_text(rows: Sequence[Sequence[str]], place: int) -> bool:
     return any(len(row) > place and row[place].strip() and not _NUMBER.fullmatch(row[place]) for row in rows)
 
 
-def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
-    """Yields the records of a table; a quote that is never closed costs its own line, and none that follows."""
+def records(lines: Iterator[Line], table: Table, with_blank: bool = False) -> Iterator[Record]:
+    """Yields the records of a table; a quote that is never closed costs its own line, and none that follows.
+
+    Args:
+        lines: The table's lines.
+        table: Where it has what.
+        with_blank: Whether a blank line is a record with a fault, rather than none.
+    """
     pending: list[tuple[int, Line]] = []
     numbered = itertools.islice(enumerate(lines, 1), table.num_before, None)
     while True:
@@ -424,10 +430,12 @@ def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
             pending.append(item)  # type: ignore[arg-type]  # it is not None here
         number, line = pending.pop(0)
         if not line.text.strip():
+            if with_blank:
+                yield Record([], number, line.text, line.is_utf, "expected a record, found a blank line")
             continue
         used: int | None = 0
         if len(line.text) <= _MAX_FIELD_CHARS and is_open(line.text, table.dialect):
-            used = _closing(pending, numbered, table)
+            used = _closing(line.text, pending, numbered, table)
         dialect = table.dialect
         if used is None and _is_closed_by_backslash(line.text, table):
             used, dialect = 0, _without_escape(dialect)
@@ -442,11 +450,19 @@ def records(lines: Iterator[Line], table: Table) -> Iterator[Record]:
         except csv.Error as error:
             yield Record([], number, line.text, is_utf, str(error))
         else:
-            yield Record(fields, number, line.text, is_utf)
+            yield Record(_whole(fields, table), number, line.text, is_utf)
+
+
+def _whole(fields: list[str], table: Table) -> list[str]:
+    """Returns the fields of a record whose last one, a caption, has delimiters in it and no quotes."""
+    last = table.num_columns - 1
+    if len(fields) <= table.num_columns or table.captions != (last,):
+        return fields
+    return [*fields[:last], table.dialect.delimiter.join(fields[last:])]
 
 
 def _closing(
-    pending: list[tuple[int, Line]], numbered: Iterator[tuple[int, Line]], table: Table
+    first: str, pending: list[tuple[int, Line]], numbered: Iterator[tuple[int, Line]], table: Table
 ) -> int | None:
     """Returns how many of the lines after an open one close its quote; None where they do not, or are records."""
     for used in range(1, _MAX_QUOTED_LINES + 1):
@@ -458,8 +474,16 @@ def _closing(
         if _is_record(following, table):
             return None
         if not is_open(f'"{following}', table.dialect):
-            return used
+            lines = [first, *(line.text for _, line in pending[:used])]
+            return used if _is_strict(lines, table) else None
     return None
+
+
+def _is_strict(lines: Sequence[str], table: Table) -> bool:
+    """Tells whether each quote of a record stands where one may: else it closes on the next one's opening quote."""
+    with contextlib.suppress(csv.Error):
+        return len(_cut_lines(lines, table.dialect, strict=True)) >= table.num_columns
+    return False
 
 
 def _is_closed_by_backslash(line: str, table: Table) -> bool:
@@ -495,5 +519,5 @@ def _cut_record(lines: Sequence[str], dialect: Dialect, num_columns: int) -> lis
     return fields
 
 
-def _cut_lines(lines: Sequence[str], dialect: Dialect) -> list[str]:
-    return _read([*(f"{line}\n" for line in lines[:-1]), lines[-1]], dialect)
+def _cut_lines(lines: Sequence[str], dialect: Dialect, strict: bool = False) -> list[str]:
+    return _read([*(f"{line}\n" for line in lines[:-1]), lines[-1]], dialect, strict)

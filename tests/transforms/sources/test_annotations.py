@@ -7,7 +7,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from transforms.errors import InputError, OutputError
+from transforms.errors import InputError, OptionError, OutputError
 from transforms.sources import draft
 from transforms.sources.annotations import relative_name
 from transforms.sources.base import InputFile, Lost, Row
@@ -259,12 +259,22 @@ def test_link_to_itself_is_no_file_and_the_others_are_listed(tmp_path):
 
 
 def test_metadata_columns_are_strings_or_null(root):
-    entry = {"id": 7, "file_name": "a.jpg", "license": 3, "tags": ["x"], "coco_url": "http://é"}
+    entry = {
+        "id": 7,
+        "file_name": "a.jpg",
+        "license": 3,
+        "tags": ["x"],
+        "coco_url": "http://é",
+        "nothing": None,
+    }
     write(root, {"captions_v.json": {"images": [entry], "annotations": []}, "v/a.jpg": b"x"})
     columns = ("license", "tags", "coco_url", "nothing", "id")
     source = CocoSource((f"{root}/captions_v.json",), root, metadata_columns=columns)
     [row] = source.shards(f"{root}/plans", 10)[0].rows()
     assert row.metadata == dict(zip(columns, ("3", '["x"]', "http://é", None, "7"), strict=True))
+    source = CocoSource((f"{root}/captions_v.json",), root, metadata_columns=("id", "nope"))
+    with pytest.raises(OptionError, match=r"--metadata_columns nope: .* They have id, file_name"):
+        source.shards(f"{root}/plans", 10)
 
 
 def test_rejects_have_null_metadata_in_the_plan(root):

@@ -1,5 +1,6 @@
 """What an input is, by folders as people have them: nested, mixed, with strays."""
 
+import gzip
 import io
 import json
 import random
@@ -11,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from transforms.chunk import add_counts
 from transforms.errors import InputError, OptionError
-from transforms.sources import SourceOptions, open_source
+from transforms.sources import SourceOptions, detect, open_source
 from transforms.sources.base import Lost, Record, Row
 from transforms.sources.detect import expand_braces
-from transforms.sources.planned import plan_counters
+from transforms.sources.planned import plan_counters, plan_notes
 
 
 def picture(format: str = "JPEG") -> bytes:
@@ -148,6 +150,146 @@ def test_an_output_below_its_own_input_is_not_counted(tmp_path, names):
     assert (after[0], keys_of(after[1]), after[2]) == (before[0], keys_of(before[1]), before[2])
 
 
+COCO = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "one"}]}
+KARPATHY = {"images": [{"filename": "1.jpg", "split": "train", "sentences": [{"raw": "one"}]}]}
+
+
+class TestAnnotations:
+    @pytest.mark.parametrize(
+        ("name", "content", "format"),
+        [
+            ("annotations.json", COCO, "coco"),
+            (
+                "train.json",
+                COCO | {"images": [*COCO["images"], *[{"id": 2, "file_name": "x" * 300_000}]]},
+                "coco",
+            ),
+            ("_annotations.coco.json", COCO, "coco"),
+            ("ann/x.json.gz", COCO, "coco"),
+            ("dataset.json", KARPATHY, "karpathy"),
+            ("annotations.txt", "1.jpg\tone\n", "flickr30k"),
+            ("annotations.tsv", "image\tcaption\n1.jpg\tone\n", "flickr30k"),
+        ],
+    )
+    def test_are_known_by_their_content(self, tmp_path, name, content, format):
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
+        write(
+            tmp_path / "in", "images/1.jpg", **{name: gzip.compress(data) if name.endswith(".gz") else data}
+        )
+        for asked in ("auto", format):
+            found, records, _ = read(tmp_path / "in", asked, plans=f"{tmp_path}/{asked}")
+            assert found == format
+            assert [list(row.captions) for row in records if isinstance(row, Row)] == [["one"]]
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [("captions.json", '{"1.jpg": ["one"]}'), ("c.jsonl", '{"image": "1.jpg", "caption": "one"}\n')],
+    )
+    def test_that_are_not_read_are_refused_beside_images(self, tmp_path, name, content):
+        write(tmp_path / "in", "images/1.jpg", **{name: content})
+        with pytest.raises(OptionError, match=f"{name} has captions .* --format files"):
+            read(tmp_path / "in")
+        assert read(tmp_path / "in", "files")[0] == "files"
+        write(tmp_path / "in", "a.tar")
+        assert read(tmp_path / "in", plans=f"{tmp_path}/tar")[0] == "webdataset"
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            {"images": COCO["images"], "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]},
+            {"train": ["1.jpg"]},
+            {"version": 3, "description": "of no image"},
+        ],
+    )
+    def test_without_captions_are_passed_over_and_named(self, tmp_path, content):
+        write(tmp_path / "in", "1.jpg", **{"x.json": json.dumps(content)})
+        source = open_source([str(tmp_path / "in")], "auto", SourceOptions())
+        shards = source.shards(f"{tmp_path}/plans", 100)
+        assert plan_notes(shards) == ["Passed over 1 file that is no data of format files: x.json."]
+
+    def test_of_one_image_are_its_own(self, tmp_path):
+        text = '{"caption": "one", "url": "https://a.b/c.jpg"}'
+        write(tmp_path / "in", "00000/1.png", "00000/2.jpg", **{"00000/1.json": text, "00000/2.json": text})
+        found, records, num_passed_over = read(tmp_path / "in")
+        assert (found, num_passed_over) == ("files", 0)
+        assert [list(row.captions) for row in records if isinstance(row, Row)] == [["one"], ["one"]]
+
+    def test_of_one_format_are_all_read_where_it_is_named(self, tmp_path):
+        tables = {f"{name}.csv": f"image,caption\n{name}.jpg,{name}\n" for name in ("train", "val")}
+        write(tmp_path / "in", "images/train.jpg", "images/val.jpg", **tables)
+        with pytest.raises(OptionError, match=r"several annotations: train\.csv, val\.csv"):
+            read(tmp_path / "in")
+        write(tmp_path / "in", "images/extra.jpg")
+        source = open_source([str(tmp_path / "in")], "flickr30k", SourceOptions())
+        for rows_per_shard in (1, 100, 100):
+            shards = source.shards(f"{tmp_path}/plans", rows_per_shard)
+            assert [record.key for shard in shards for record in shard.rows()] == ["train", "val"]
+            assert plan_counters(shards) == {"unlisted_images": 1}
+
+    def test_images_that_none_lists_are_counted_wherever_they_lie(self, tmp_path):
+        names = [
+            "val/1.jpg",
+            "val/._1.jpg",
+            "val/2.jpg",
+            "test/3.jpg",
+            "4.jpg",
+            ".x/5.jpg",
+            "notes.md",
+            "a.zip",
+        ]
+        write(tmp_path / "in", *names, **{"annotations/captions_val.json": json.dumps(COCO)})
+        source = open_source([str(tmp_path / "in")], "auto", SourceOptions())
+        counters = add_counts(plan_counters(source.shards(f"{tmp_path}/plans", 100)), source.passed_over)
+        assert counters == {"unlisted_images": 5, "passed_over_files": 2}
+
+    @pytest.mark.parametrize("folder", ["", "photos/"])
+    @pytest.mark.parametrize(
+        ("name", "content"), [("c.csv", "image,caption\n1.jpg,one\n"), ("captions_x.json", json.dumps(COCO))]
+    )
+    @pytest.mark.parametrize("is_file", [False, True])
+    def test_images_are_beside_them(self, tmp_path, folder, name, content, is_file):
+        write(tmp_path / "in", f"{folder}1.jpg", f"{folder}2.jpg", "other/3.jpg", **{name: content})
+        place = tmp_path / "in" / name if is_file else tmp_path / "in"
+        _, records, _ = read(place, plans=f"{tmp_path}/plans")
+        assert [list(row.captions) for row in records if isinstance(row, Row)] == [["one"]]
+
+    def test_an_archive_of_images_is_beside_them(self, tmp_path):
+        write(tmp_path / "in", **{"c.csv": "image,caption\na.jpg,one\n", "i.tar": tar_of("a", "b")})
+        assert keys_of(read(tmp_path / "in")[1]) == ["a"]
+        write(tmp_path / "in", "j.tar")
+        with pytest.raises(InputError, match=r"cannot be found: they are not beside it.*--images"):
+            read(tmp_path / "in")
+        _, records, num_passed_over = read(tmp_path / "in", images=f"{tmp_path}/in/i.tar")
+        assert (keys_of(records), num_passed_over) == (["a"], 1)
+
+    def test_each_has_the_images_beside_it(self, tmp_path):
+        text = json.dumps(COCO)
+        files = {f"{split}/_annotations.coco.json": text for split in ("train", "valid")}
+        write(tmp_path / "in", "train/1.jpg", "valid/1.jpg", **files)
+        assert keys_of(read(tmp_path / "in")[1]) == ["1", "1"]
+
+
+class TestImagesBesideShards:
+    @pytest.mark.parametrize("shard", ["x.tar", "sub/x.parquet", "x.tfrecord"])
+    @pytest.mark.parametrize(
+        "caption",
+        [
+            {"a.txt": "one"},
+            {"a.json": '{"caption": "one"}'},
+            {"metadata.jsonl": '{"file_name": "a.jpg", "text": "one"}'},
+            {"metadata.csv": "file_name;text\na.jpg;one"},
+        ],
+    )
+    def test_are_no_strays_where_they_have_captions(self, tmp_path, shard, caption):
+        write(tmp_path, "a.jpg", shard, **caption)
+        with pytest.raises(OptionError, match=r"several kinds: .*; 1 image.*--format"):
+            read(tmp_path)
+
+    def test_are_strays_where_the_metadata_is_not_theirs(self, tmp_path):
+        write(tmp_path / "in", "teaser.jpg", "x.tar", **{"metadata.csv": "shard,rows\nx.tar,2", "b.txt": "b"})
+        assert read(tmp_path / "in")[::2] == ("webdataset", 3)
+
+
 class TestNames:
     def test_a_glob_reads_the_folders_that_it_matches(self, tmp_path):
         write(tmp_path / "in", "x/a.tar", "y/deep/b.tar")
@@ -163,20 +305,15 @@ class TestNames:
         assert expand_braces(f"{tmp_path}/in/a{{b,c}}.tar") == [f"{tmp_path}/in/a{{b,c}}.tar"]
         assert expand_braces("x{y") == ["x{y"]
         assert expand_braces("{a,b}/{1..2}.tar") == ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]
-        assert len(expand_braces("{000001..1000000}.tar")) == 1_000_000
 
     @pytest.mark.parametrize(
         "url",
-        [
-            "p-{000..999999999}.tar",
-            "{0..999}/{0..9999}.tar",
-            "{1.." + "9" * 5000 + "}",
-            "{a,b}" * 21,
-            "{-1..1000000}",
-        ],
+        ["p-{000..999999999}.tar", "{0..9}/{0..99}.tar", "{1.." + "9" * 200 + "}", "{a,b}" * 10, "{-1..999}"],
     )
-    def test_braces_that_stand_for_too_many_paths_are_refused(self, url):
-        with pytest.raises(OptionError, match="stands for more than 1,000,000 files"):
+    def test_braces_that_stand_for_too_many_paths_are_refused(self, url, monkeypatch):
+        monkeypatch.setattr(detect, "_MAX_PATHS", 999)
+        assert len(expand_braces("{001..999}.tar")) == 999
+        with pytest.raises(OptionError, match="stands for more than 999 files"):
             expand_braces(url)
 
     def test_two_colons_are_part_of_a_local_name(self, tmp_path):
@@ -262,6 +399,11 @@ class TestCaptions:
         source = open_source([str(tmp_path / "in")], "auto", SourceOptions())
         [shard] = source.shards(f"{tmp_path}/plans", 100)
         assert [list(row.captions) for row in shard.texts(2) if isinstance(row, Row)][2:] == [["four"], []]
+
+    def test_of_a_file_whose_name_is_composed_of_other_letters(self, tmp_path):
+        write(tmp_path / "in", "\xe9.jpg", **{"e\u0301.txt": "one"})
+        _, [row], num_passed_over = read(tmp_path / "in")
+        assert (list(row.captions), num_passed_over) == (["one"], 0)
 
     def test_a_text_that_changes_changes_the_fingerprint(self, tmp_path):
         prints = []

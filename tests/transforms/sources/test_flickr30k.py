@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transforms.errors import OptionError
+from transforms.sources import SourceOptions, open_source
 from transforms.sources.base import ColumnNames, Lost, Row
 from transforms.sources.flickr30k import Flickr30kSource, is_of_images
 from transforms.sources.parts import Caption
@@ -539,3 +540,30 @@ def test_a_line_that_is_changed_costs_no_other():
 @pytest.mark.timeout(900)
 def test_a_line_that_is_changed_costs_no_other_long():
     check_mutations(100_000, 2)
+
+
+@pytest.mark.parametrize(
+    ("top", "separator"), [("C:\\\\data", "\\"), ("/data", "/"), ("/", "/"), ("/a/b c", "/"), ("", "/")]
+)
+def test_keys_of_absolute_paths_say_nothing_of_the_machine(tmp_path, top, separator):
+    names = [["cat", "1.jpg"], ["dog", "1.jpg"], ["dog", "2.jpg"]]
+    lines = "".join(f"{separator.join([top, *name])},{name[0]}\n" for name in names)
+    write_dataset(tmp_path, "image,caption\n" + lines, ["/".join(name) for name in names])
+    source = open_source([str(tmp_path)], "auto", SourceOptions())
+    records = [record for shard in source.shards(f"{tmp_path}-plans", 10) for record in shard.rows()]
+    assert [record.key for record in records] == ["cat/1", "dog/1", "2"]
+
+
+def test_one_file_named_from_two_folders_is_one_row(tmp_path):
+    write_dataset(tmp_path, "image,caption\n1.jpg,a\nimages/1.jpg,b\nother/1.jpg,c\n", ["1.jpg"])
+    source = open_source([str(tmp_path)], "auto", SourceOptions())
+    [row, lost] = [record for shard in source.shards(f"{tmp_path}-plans", 10) for record in shard.rows()]
+    assert (row.captions, lost.reason) == (["a", "b"], "missing_image")
+
+
+def write_dataset(folder, text, images):
+    (folder / "captions.csv").write_text(text)
+    for image in images:
+        path = folder / "images" / image
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"an image")

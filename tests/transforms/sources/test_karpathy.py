@@ -89,11 +89,21 @@ def test_coco_has_a_folder_in_filepath(tmp_path, below, images):
         "dataset_coco.json",
         below,
         images=images,
-        metadata_columns=("cocoid", "split", "no"),
+        metadata_columns=("cocoid", "split"),
     )
     [row] = read(shards)
     assert (row.key, row.path, row.image) == ("COCO_val2014_1", "COCO_val2014_1.jpg", files[0].encode())
-    assert row.metadata == {"cocoid": "1", "split": "train", "no": None}
+    assert row.metadata == {"cocoid": "1", "split": "train"}
+    with pytest.raises(OptionError, match=r"--metadata_columns nope: .* They have cocoid"):
+        plan(
+            tmp_path,
+            data,
+            files,
+            "dataset_coco.json",
+            below,
+            images=images,
+            metadata_columns=("split", "nope"),
+        )
 
 
 def test_file_name_alone_is_found_without_its_folder(tmp_path):

@@ -155,8 +155,21 @@ def test_csv_without_a_header(tmp_path):
     assert "quotes" in list(shard.rows())[2].message
 
 
-def test_a_quote_that_is_not_closed_does_not_swallow_the_file_in_silence(tmp_path):
-    assert texts(write(tmp_path / "p.csv", 'prompt\none\n"two\nthree\n').rows()) == ["one", "bad_annotation"]
+@pytest.mark.parametrize("two", ["two", '"two"'])
+@pytest.mark.parametrize("three", ["three", '"three"'])
+def test_a_quote_that_is_not_closed_costs_its_line(tmp_path, two, three):
+    prompts = ["zero", '"one', two, three]
+    with_ids = ["id,prompt", *(f"{number},{prompt}" for number, prompt in enumerate(prompts))]
+    for name, lines in (("a.csv", prompts), ("b.csv", with_ids), ("c.tsv", with_ids)):
+        text = "\n".join(lines)
+        records = list(write(tmp_path / name, text if name != "c.tsv" else text.replace(",", "\t")).rows())
+        assert texts(records) == ["zero", "bad_annotation", "two", "three"]
+        assert "a quote is opened and not closed" in records[1].message
+
+
+def test_a_prompt_may_go_over_lines_that_look_like_records(tmp_path):
+    text = 'id,prompt\n0,"a dog, brown\nruns, fast\n\nhere"\n1,"a ""cat"""\n'
+    assert texts(write(tmp_path / "p.csv", text).rows()) == ["a dog, brown\nruns, fast\n\nhere", 'a "cat"']
 
 
 def test_a_csv_column_that_is_not_there(tmp_path):
