@@ -5,8 +5,8 @@ import functools
 import io
 import re
 import unicodedata
-from collections.abc import Iterator
-from typing import IO, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import IO, NamedTuple, TypeVar
 
 from charset_normalizer import from_bytes
 
@@ -18,6 +18,7 @@ _MARKS = {
 }
 _HEAD_BYTES = 1 << 16
 MAX_LINE_BYTES = 16 << 20
+_PIECE_BYTES = 1 << 20
 _SAMPLE_BYTES = 1 << 16
 # What captions are found in beside UTF-8, the likelier first
 _ENCODINGS = (
@@ -55,12 +56,16 @@ class Line(NamedTuple):
     Attributes:
         text: The line.
         is_utf: Whether it was in UTF-8, 16 or 32.
-        is_cut: Whether it is longer than what is read of a line, so that its rest comes as another.
+        is_cut: Whether it is longer than what is read of a line; the text says so then, and is no record of any kind.
     """
 
     text: str
     is_utf: bool
     is_cut: bool = False
+
+
+_CUT = Line(f"a line of more than {MAX_LINE_BYTES} bytes", True, True)
+_Text = TypeVar("_Text", str, bytes)
 
 
 def decode(data: bytes) -> tuple[str, bool]:
@@ -91,7 +96,7 @@ def find_encoding(file: IO[bytes]) -> Encoding:
     file.seek(0)
     num_utf8 = num_other = 0
     sample = bytearray()
-    for line in file:
+    while line := file.readline(_PIECE_BYTES):
         if line.isascii():
             continue
         if _is_mostly_utf8(line):
@@ -187,36 +192,51 @@ def lines(file: IO[bytes], encoding: Encoding) -> Iterator[Line]:
         newline = "\n" if encoding.newline == "\n" else None
         text = io.TextIOWrapper(file, encoding=encoding.name, errors="replace", newline=newline)
         try:
-            for line in text:
-                yield Line(line.rstrip("\r\n").removeprefix("\ufeff"), True)
+            for line in _bounded(text.readline, "\n"):
+                yield Line(line.rstrip("\r\n").removeprefix("\ufeff"), True) if line is not None else _CUT
         finally:
             text.detach()  # the file is the caller's to close
         return
     is_utf8 = encoding.name == "utf-8-sig"
     first = True
-    for data in _split(file, encoding.newline.encode()):
-        is_cut = len(data) == MAX_LINE_BYTES
+    pieces = _bounded(file.readline, b"\n") if encoding.newline == "\n" else _split(file, b"\r")
+    for data in pieces:
+        if data is None:
+            first = False
+            yield _CUT
+            continue
         data = data.rstrip(b"\r\n")
         if first:
             data, first = data.removeprefix(codecs.BOM_UTF8), False
         if data.isascii():
-            yield Line(data.decode(), True, is_cut)
+            yield Line(data.decode(), True)
             continue
         try:
-            yield Line(data.decode(encoding.name.removesuffix("-sig")), is_utf8, is_cut)
+            yield Line(data.decode(encoding.name.removesuffix("-sig")), is_utf8)
         except UnicodeDecodeError:
             name = "utf-8" if is_utf8 and _is_mostly_utf8(data) else encoding.fallback
-            yield Line(data.decode(name, "replace"), False, is_cut)
+            yield Line(data.decode(name, "replace"), False)
 
 
-def _split(file: IO[bytes], newline: bytes) -> Iterator[bytes]:
-    if newline == b"\n":
-        while line := file.readline(MAX_LINE_BYTES):
-            yield line
-        return
-    rest = b""
+def _bounded(readline: Callable[[int], _Text], newline: _Text) -> Iterator[_Text | None]:
+    """Yields lines, and None for one that is too long, which is passed over."""
+    while line := readline(MAX_LINE_BYTES):
+        is_cut = len(line) == MAX_LINE_BYTES and not line.endswith(newline)
+        rest = line
+        while is_cut and rest and not rest.endswith(newline):
+            rest = readline(_PIECE_BYTES)
+        yield None if is_cut else line
+
+
+def _split(file: IO[bytes], newline: bytes) -> Iterator[bytes | None]:
+    """Yields the same as `_bounded`, of lines that do not end as those of a file do."""
+    rest, is_cut = b"", False
     while block := file.read(_HEAD_BYTES):
         *whole, rest = (rest + block).split(newline)
-        yield from whole
-    if rest:
-        yield rest
+        for line in whole:
+            yield None if is_cut else line
+            is_cut = False
+        is_cut = is_cut or len(rest) >= MAX_LINE_BYTES
+        rest = b"" if is_cut else rest
+    if rest or is_cut:
+        yield None if is_cut else rest

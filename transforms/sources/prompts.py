@@ -254,8 +254,10 @@ class _Prompt(NamedTuple):
 
 
 def _parse_lines(lines: Iterator[Line]) -> Iterator[_Prompt | str]:
-    for number, (line, *_) in enumerate(lines, 1):
-        if line.strip():
+    for number, (line, _, is_cut) in enumerate(lines, 1):
+        if is_cut:
+            yield f"line {number}: expected a prompt, found {line}"
+        elif line.strip():
             yield _Prompt(line.strip(), None, {})
         else:
             yield f"line {number}: expected a prompt, found a blank line"
@@ -264,8 +266,6 @@ def _parse_lines(lines: Iterator[Line]) -> Iterator[_Prompt | str]:
 def _lines(file: io.BufferedReader, counters: dict[str, int]) -> Iterator[Line]:
     """Yields the lines: only LF and CRLF end one, other separators of Unicode are text."""
     for line in encoding.lines(file, encoding.peek_encoding(file)):
-        if line.is_cut:
-            raise ShardDamage("shard_corrupt", f"a line is longer than {encoding.MAX_LINE_BYTES} bytes")
         counters["captions_not_utf8"] += not line.is_utf
         yield line
 

@@ -433,6 +433,9 @@ def records(lines: Iterator[Line], table: Table, with_blank: bool = False) -> It
             if with_blank:
                 yield Record([], number, line.text, line.is_utf, "expected a record, found a blank line")
             continue
+        if line.is_cut:
+            yield Record([], number, line.text, line.is_utf, "expected a record")
+            continue
         used: int | None = 0
         if len(line.text) <= _MAX_FIELD_CHARS and is_open(line.text, table.dialect):
             used = _closing(line.text, pending, numbered, table)

@@ -2,6 +2,7 @@ import io
 
 import pytest
 
+from transforms.sources import encoding
 from transforms.sources.encoding import decode, find_encoding, lines
 
 CAPTIONS = [
@@ -74,3 +75,23 @@ def test_utf8_that_is_cut_off_in_a_letter_stays_utf8():
     assert decode(data[:-1]) == ("一只狗在草地上奔\ufffd", False)
     file = io.BytesIO(b"\n".join([data, data[:-1], data]))
     assert [line.text for line in lines(file, find_encoding(file))][1] == "一只狗在草地上奔\ufffd"
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["utf-8", "utf-16", "utf-32", "cp1252"])
+@pytest.mark.parametrize("length", [98, 99, 100, 101, 132, 133, 1000, 200_000])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_line_that_is_too_long_costs_itself_alone(monkeypatch, newline, name, length, end):
+    monkeypatch.setattr(encoding, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(encoding, "_PIECE_BYTES", 32)
+    texts = ["one é", "x" * length, "three", "y" * length, "", "six"]
+    data = (newline.join(texts) + end.replace("\n", newline)).encode(name)
+    file = io.BytesIO(data)
+    found = list(lines(file, find_encoding(file)))
+    assert len(found) == len(texts)
+    for text, line in zip(texts, found, strict=True):
+        assert line.text == text or (line.is_cut and len(text) >= 98)
+    if length == 200_000 or (
+        length > 100 and newline != "\r"
+    ):  # lines that end in CR are counted by the block
+        assert [line.is_cut for line in found] == [False, True, False, True, False, False]
