@@ -15,6 +15,7 @@ _WITH_QUERY = ("http", "https", "webdav", "webhdfs", "ftp", "hf")
 _LOCAL = (None, "file", "local", "memory")
 _SCHEME = r"[a-zA-Z][a-zA-Z0-9+.-]*://"
 _URL = re.compile(rf"\b({_SCHEME})((?:(?!::{_SCHEME})[^\s'\"<>`])*)")
+_QUERY_OR_FRAGMENT = re.compile(r"\?(?=[\w.~%+-]+=)|#")
 _QUERY = re.compile(r"[?][\w.~%+-]+=[^?*]*$")
 
 
@@ -46,6 +47,14 @@ def absolute_if_there(location: str) -> str:
 def is_local(location: str) -> bool:
     """Tells whether a path or URL is of this machine alone: on its disks, or in its memory."""
     return "://" not in location or split_protocol(location.rpartition("::")[2])[0] in _LOCAL
+
+
+def without_query(path: str) -> str:
+    """Returns the path of a file without the query that its URL may end in, where paths are URLs.
+
+    A question mark that no `NAME=` follows is one of a pattern.
+    """
+    return _QUERY_OR_FRAGMENT.split(path, maxsplit=1)[0] if path.startswith(("http://", "https://")) else path
 
 
 def redacted(text: str) -> str:

@@ -6,6 +6,7 @@ import errno
 import os
 import pathlib
 import posixpath
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -33,12 +34,21 @@ _STORE_CLIENTS = frozenset(
 )
 
 
+_CREDENTIALS = re.compile(r"(s3a?|gs|gcs)://[^/]*@", re.I)
+
+
 def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Returns the file system of a URL or path, and the path in it.
 
     Raises:
         InputError: No file system is installed for the URL's protocol, or it cannot be opened.
     """
+    if _CREDENTIALS.match(url):
+        raise InputError(
+            f"{redacted(url)} was given with credentials before an @, which a store's URL has no place for. Leave them "
+            "out, and set the variables or the file that the store's client reads, such as AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY."
+        )
     try:
         fs, path = open_store(url)
     except (ValueError, ImportError, OSError) as error:
@@ -73,6 +83,8 @@ def input_errors(url: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
+        if (cause := _unmasked(error)) is not error:
+            raise _unread(url, cause) from cause
         raise MissingInputError(
             f"{url} is not there. It was expected as an input: put it back, or name another, and run again."
         ) from error
@@ -83,10 +95,23 @@ def input_errors(url: str) -> Iterator[None]:
     except Exception as error:
         if not _is_answer(error):
             raise
-        raise InputError(
-            f"{url} cannot be read: {_what(error)}. Check its name and your rights to it, and run the same command "
-            "again once the storage answers."
-        ) from error
+        raise _unread(url, error) from error
+
+
+def _unread(url: str, error: Exception) -> InputError:
+    return InputError(
+        f"{url} cannot be read: {_what(error)}. Check its name and your rights to it, and run the same command again "
+        "once the storage answers."
+    )
+
+
+def _unmasked(error: Exception) -> Exception:
+    """Returns what went wrong: fsspec's client of HTTP says "not found" to a refusal or a lost connection as well."""
+    cause = error.__cause__
+    is_of_http = isinstance(cause, asyncio.TimeoutError) or type(cause).__module__.startswith("aiohttp")
+    if isinstance(cause, Exception) and is_of_http and getattr(cause, "status", 0) not in (404, 410):
+        return cause
+    return error
 
 
 def is_absence(error: InputError) -> bool:
@@ -105,7 +130,9 @@ def entry_type(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
     """
     try:
         return str(fs.info(path)["type"])
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if (cause := _unmasked(error)) is not error:
+            raise cause from error
         return None
 
 

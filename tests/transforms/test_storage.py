@@ -1,10 +1,14 @@
 import asyncio
 import contextlib
 import errno
+import http.server
 import io
 import os
+import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -13,9 +17,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from kills import files_in
 
 from transforms import storage
-from transforms.errors import InputError, OutputError
+from transforms.errors import InputError, MissingInputError, OutputError
 from transforms.storage import (
     delete,
+    entry_type,
+    exists,
     input_errors,
     is_absence,
     join,
@@ -304,3 +310,57 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, event: str, error: BaseException) -
         monkeypatch.setattr(storage, "open", HalfFile, raising=False)
     else:
         monkeypatch.setattr(storage.os, event, fail)
+
+
+class TestHttp:
+    """fsspec's client says that a file is not there whatever the server says, and where there is none."""
+
+    @pytest.fixture
+    def server(self) -> Iterator[str]:
+        class Answers(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(int(self.path.strip("/")))
+                self.end_headers()
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as served:
+            threading.Thread(target=served.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{served.server_port}"
+            served.shutdown()
+
+    @pytest.mark.parametrize("status", [404, 410])
+    def test_absence(self, server, status):
+        fs, path = locate(f"{server}/{status}")
+        assert exists(fs, path) is False
+        with pytest.raises(MissingInputError), input_errors("x"):
+            fs.info(path)
+
+    @pytest.mark.parametrize("status", [401, 403, 407, 429, 500, 502, 503])
+    def test_failure(self, server, status):
+        url = f"{server}/{status}"
+        for ask in (entry_type, lambda fs, path: fs.info(path)):
+            with pytest.raises(InputError, match=f"cannot be read: {status}") as caught, input_errors(url):
+                ask(*locate(url))
+            assert not is_absence(caught.value)
+
+    def test_nobody_answers(self):
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            url = f"http://127.0.0.1:{closed.getsockname()[1]}/a"
+        with (
+            pytest.raises(InputError, match="cannot be read: Connect call failed") as caught,
+            input_errors(url),
+        ):
+            exists(*locate(url))
+        assert not is_absence(caught.value)
+
+
+@pytest.mark.parametrize("url", ["s3://KEY:SECRET@bucket/x", "gs://user@bucket/x", "s3a://a:b@c"])
+def test_credentials_in_a_stores_url_are_refused_and_not_shown(url):
+    with pytest.raises(InputError, match="credentials before an @") as caught:
+        locate(url)
+    assert "KEY" not in str(caught.value).partition(" was given")[0]
+    assert "SECRET@" not in str(caught.value)

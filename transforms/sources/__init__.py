@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from models.location import redacted
+from models.location import redacted, without_query
 from transforms.chunk import add_counts
 from transforms.errors import OptionError
 from transforms.output_layout import JOB
@@ -96,6 +96,8 @@ def open_source(
 def output_of(url: str) -> str | None:
     """Returns the Diptych output that an input names: `OUT`, `OUT/images`, or files in that; None of other data."""
     fs, path = locate(url)
+    if without_query(path) != path:  # it gives access to one file
+        return None
     path = path.rstrip("/")
     folders = [path]
     for images in (path, os.path.dirname(path)):

@@ -18,6 +18,7 @@ import braceexpand
 import fsspec
 from fsspec.core import has_magic
 
+from models.location import without_query
 from transforms.errors import InputError, OptionError
 from transforms.output_layout import JOB, is_of_output
 from transforms.sources import folder
@@ -225,17 +226,6 @@ def _names_images(head: bytes) -> bool:
     # the last line may be cut off
     first = [line.text for line in itertools.islice(lines(file, encoding), 100)]
     return is_of_images(first[:-1] or first)
-
-
-def without_query(path: str) -> str:
-    """Returns the path of a file without the query that its URL may end in, where paths are URLs.
-
-    A question mark that no `NAME=` follows is one of a pattern.
-    """
-    return _QUERY.split(path, maxsplit=1)[0] if path.startswith(("http://", "https://")) else path
-
-
-_QUERY = re.compile(r"\?(?=[\w.~%+-]+=)|#")
 
 
 def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> Found:

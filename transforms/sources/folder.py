@@ -14,6 +14,7 @@ from typing import NamedTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from models.location import without_query
 from transforms import storage
 from transforms.errors import InputError
 from transforms.sources.ahead import Get, fetch_ahead
@@ -67,12 +68,12 @@ class Absent(NamedTuple):
 
 def is_archive(url: str) -> bool:
     """Tells whether a URL is an archive of images rather than a folder, by its name."""
-    return url.lower().endswith((".tar", ".zip", *_PACKED_TAR))
+    return without_query(url).lower().endswith((".tar", ".zip", *_PACKED_TAR))
 
 
 def is_image_archive(url: str) -> bool:
     """Tells whether a URL is an archive whose images can be read, by its name."""
-    return url.lower().endswith((".tar", ".zip"))
+    return without_query(url).lower().endswith((".tar", ".zip"))
 
 
 def members(url: str, *, sizes: bool = False) -> Iterator[Member]:
@@ -290,13 +291,13 @@ _PACKED_TAR = (
 
 
 def _archive_members(url: str, fs: fsspec.AbstractFileSystem, path: str) -> Iterator[Member]:
-    if url.lower().endswith(_PACKED_TAR):
+    if without_query(url).lower().endswith(_PACKED_TAR):
         raise InputError(
             f"--images {url} is a compressed tar, which can only be read from its start. "
             "Unpack it and name the folder, or make it a plain .tar or a .zip."
         )
     try:
-        if url.lower().endswith(".tar"):
+        if without_query(url).lower().endswith(".tar"):
             yield from _tar_members(url)
         else:
             with fs.open(path, "rb") as file:
