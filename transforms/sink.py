@@ -147,18 +147,21 @@ def commit_chunk(sink: Sink, chunk: Chunk) -> Commit:
         raise AssertionError(f"the rows of {chunk.key} have schema {chunk.rows.schema}, not {sink.schema}")
     commit = _commit(sink, chunk)
     name = chunk.key.file_name()
-    if sink.has_files or sink.orphans:
-        _delete_earlier(sink, chunk, commit)
     scratch = join(SCRATCH, sink.job["fingerprint"])
     stages = chunk.rejects.column("stage")
-    for stage in commit.rejected:
-        rejects = chunk.rejects.filter(pa.compute.equal(stages, stage))
-        write_whole(sink.root, f"rejects/{stage}/{name}", _parquet(rejects, REJECTS, {}), scratch)
+    rejects = {
+        stage: _parquet(chunk.rejects.filter(pa.compute.equal(stages, stage)), REJECTS, {})
+        for stage in commit.rejected
+    }
     metadata = {
         _METADATA_KEY: json.dumps({**sink.job, **_in_footer(commit)}, sort_keys=True).encode(),
         b"huggingface": huggingface_info(sink.schema).encode(),
     }
     data = _parquet(chunk.rows, sink.schema, metadata)
+    if sink.has_files or sink.orphans:  # just before what takes its place
+        _delete_earlier(sink, chunk, commit)
+    for stage, lost in rejects.items():
+        write_whole(sink.root, f"rejects/{stage}/{name}", lost, scratch)
     write_whole(sink.root, f"{sink.dataset}/{name}", data, scratch)
     return dataclasses.replace(commit, size_bytes=len(data))
 
