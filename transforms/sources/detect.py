@@ -384,9 +384,11 @@ def _annotation_kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
 
 
 def _is_side_car(fs: fsspec.AbstractFileSystem, path: str) -> bool:
-    """Tells whether there is an image of a file's name beside it."""
+    """Tells whether a file of text is that of one image: there is an image of its name beside it."""
     root = posixpath.splitext(path)[0]
-    return any(exists(fs, root + extension) for extension in IMAGE_EXTENSIONS)
+    return _SIDE_CAR.search(path) is not None and any(
+        exists(fs, root + extension) for extension in IMAGE_EXTENSIONS
+    )
 
 
 _NAMED_BY_CONTENT = (".csv", ".tsv", ".txt")

@@ -168,6 +168,7 @@ class TestAnnotations:
             ("ann/x.json.gz", COCO, "coco"),
             ("dataset.json", KARPATHY, "karpathy"),
             ("annotations.txt", "1.jpg\tone\n", "flickr30k"),
+            ("1.csv", "image,caption\n1.jpg,one\n", "flickr30k"),
             ("annotations.tsv", "image\tcaption\n1.jpg\tone\n", "flickr30k"),
         ],
     )
