@@ -103,6 +103,10 @@ class DatasetClaim:
         """The place of its record below the output folder."""
         return claim_name(self.dataset, self.reads_own_images)
 
+    def record(self, taken_over: bool = False) -> Claim:
+        """Returns the record by which the data set is the job's own, once it is made."""
+        return Claim(self.name, self.dataset, digest(self.fingerprint), taken_over)
+
     @property
     def scratch(self) -> str:
         """The folder of the run, below the output folder, for what is not yet whole."""
@@ -189,9 +193,7 @@ def take_output(root: str, wanted: DatasetClaim) -> Claim:
         delete(root, (wanted.scratch,))
         delete_empty(root, (SCRATCH,))
         raise
-    return Claim(
-        wanted.name, wanted.dataset, digest(wanted.fingerprint), taken_over=wanted.overwrite and not was_done
-    )
+    return wanted.record(taken_over=wanted.overwrite and not was_done)
 
 
 def clean_up(root: str, wanted: DatasetClaim) -> None:

@@ -827,7 +827,8 @@ class TestLaws:
         about = {"job": "embed", "versions": {"diptych": "1"}}
         job = Job({"embeddings": branch.written}, about, 10, options)
         before = {"CleanCaptions": CleanCaptions(CleanOptions())}
-        model_graph(pipeline, shards, job, job.sinks(), branch, before, with_images=False)
+        sinks = job.sinks({name: claim.record() for name, claim in job.claims().items()})
+        model_graph(pipeline, shards, job, sinks, branch, before, with_images=False)
         return pipeline.to_runner_api()
 
     def test_reading_to_writing_is_one_fused_stage(self, graph):

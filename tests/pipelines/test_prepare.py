@@ -570,7 +570,8 @@ class TestLaws:
         pipeline = new_pipeline(())
         about = {"job": "prepare", "versions": {"diptych": "1"}}
         job = Job({"images": Written(images_schema())}, about, 10, options)
-        prepare_graph(pipeline, shards, job, options, job.sinks())
+        sinks = job.sinks({name: claim.record() for name, claim in job.claims().items()})
+        prepare_graph(pipeline, shards, job, options, sinks)
         return pipeline.to_runner_api()
 
     def test_reading_to_writing_is_one_fused_stage(self, graph):
