@@ -215,7 +215,7 @@ def cut(line: str, dialect: Dialect) -> list[str]:
 
 
 def _read(lines: Sequence[str], dialect: Dialect) -> list[str]:
-    if dialect.escape:  # but before a quote, a backslash is text
+    if dialect.escape and any("\\" in line for line in lines):  # but before a quote, a backslash is text
         lines = [_BACKSLASHES.sub(r"\g<0>\g<0>", line) for line in lines]
     reader = csv.reader(lines, delimiter=dialect.delimiter, escapechar=dialect.escape, strict=False)
     return next(reader, [])
@@ -233,8 +233,8 @@ def is_open(text: str, dialect: Dialect) -> bool:
 
 
 def _inside_quotes(dialect: Dialect) -> str:
-    """Returns the pattern of a character of a quoted field."""
-    return r"(?:[^\"\\]|\"\"|\\.?)" if dialect.escape else r"(?:[^\"]|\"\")"
+    """Returns the pattern of a part of a quoted field."""
+    return r"(?:[^\"\\]++|\"\"|\\.?)" if dialect.escape else r"(?:[^\"]++|\"\")"
 
 
 def _header_columns(row: Sequence[str]) -> tuple[int | None, int | None] | None:
@@ -485,7 +485,9 @@ def _is_record(line: str, table: Table) -> bool:
 def _cut_record(lines: Sequence[str], dialect: Dialect, num_columns: int) -> list[str]:
     """Returns the fields of a record; blanks before a quoted one are none of it, where it is one column."""
     fields = _cut_lines(lines, dialect)
-    if any(field.startswith(" ") and field.lstrip().startswith('"') for field in fields):
+    if any(' "' in line for line in lines) and any(
+        field.startswith(" ") and field.lstrip().startswith('"') for field in fields
+    ):
         delimiter = re.escape(dialect.delimiter)
         quoted = rf'"{_inside_quotes(dialect)}*+"\s*(?:{delimiter}|\Z)'
         text = re.sub(rf"(^|{delimiter}) +(?={quoted})", r"\1", "\n".join(lines))
