@@ -136,13 +136,11 @@ def find_dialect(head: Sequence[str]) -> Dialect:
         delimiter = max(scores, key=lambda name: scores[name])
         filled = [line for line in head if line.strip()]
         if 2 * scores[delimiter][0] < len(filled):
-            first = filled[0]
-            others = [
-                char for char in dict.fromkeys(first) if not char.isalnum() and char not in _NO_DELIMITERS
-            ]
+            marks = [char for char in dict.fromkeys(filled[0]) if not char.isalnum()]
+            others = [char for char in marks if char not in _NO_DELIMITERS]
             delimiter = next((other for other in others if _is_certain(head, other)), delimiter)
-    text, others = "\n".join(head), rf'[^\n"{re.escape(delimiter)}]'
-    num_doubled = len(re.findall(rf'{others}""|""{others}', text))  # and no empty field
+    text, inside = "\n".join(head), rf'[^\n"{re.escape(delimiter)}]'
+    num_doubled = len(re.findall(rf'{inside}""|""{inside}', text))  # and no empty field
     is_doubled = num_doubled > 0 and num_doubled >= text.count('\\"')
     return Dialect(delimiter, None if is_doubled else "\\")
 
