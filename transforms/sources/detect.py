@@ -55,6 +55,7 @@ _IMAGE_NAME = r"\"[^\"]+\.(?:jpe?g|png|gif|bmp|webp|tiff?)\""
 _CAPTION_FIELD = re.compile(rf"\"(?:{'|'.join(CAPTION_NAMES)})\"\s*:", re.I)
 _SIDE_CAR = re.compile(r"\.(txt|caption|json)$", re.I)
 _TABLE = re.compile(r"\.(csv|tsv)$", re.I)
+_HEAD_BYTES = 1 << 16
 _MAX_STRAY_IMAGES, _MAX_SNIFFED, _MAX_NAMED, _LINES_TO_TELL = 10, 20, 3, 100
 
 
@@ -203,7 +204,7 @@ def kind_of(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
         return "karpathy" if '"sentences"' in head or '"sentids"' in head else "coco"
     if is_table(name):
         with fs.open(path, "rb") as file:
-            return "flickr30k" if _names_images(file.read(1 << 16)) else "prompts"
+            return "flickr30k" if _names_images(file.read(_HEAD_BYTES)) else "prompts"
     kind = next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), None)
     if kind is None and PROMPT_EXTENSIONS.search(name):  # packed text
         return "prompts"
@@ -223,9 +224,10 @@ def _names_images(head: bytes) -> bool:
         return False
     file = io.BytesIO(head)
     encoding = find_encoding(file)
-    # the last line may be cut off
     first = [line.text for line in itertools.islice(lines(file, encoding), 100)]
-    return is_of_images(first[:-1] or first)
+    if len(head) == _HEAD_BYTES:
+        first = first[:-1] or first  # the last line may be cut off
+    return is_of_images(first)
 
 
 def _find_in_folder(fs: fsspec.AbstractFileSystem, path: str, format: str) -> Found:

@@ -15,6 +15,7 @@ from transforms.sources.base import ColumnNames
 from transforms.sources.encoding import Line, find_encoding, lines
 from transforms.sources.parts import Bad, Caption, Fields, Image
 from transforms.sources.tables import (
+    CERTAIN,
     IMAGE_EXTENSION,
     IMAGE_NAMES,
     Record,
@@ -135,7 +136,7 @@ def _shape(head: Sequence[str]) -> tuple[Callable[[Iterator[Line]], "_Parts"], s
     if sum(bool(_PIPED_LINE.match(line)) for line in filled[:2]):
         return _piped, "NAME.jpg| 0| caption"
     body = filled[1:] if filled and is_header(filled[0].split()) else filled
-    if body and all(map(_SPACED.fullmatch, body)):
+    if body and sum(_SPACED.fullmatch(line) is not None for line in body) >= CERTAIN * len(body):
         return _spaced, "NAME.jpg caption"
     return None
 

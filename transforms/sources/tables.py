@@ -59,6 +59,8 @@ _PYTHON_LIST = re.compile(
     rf"\s*\[{_PYTHON_TEXT}(?:,{_PYTHON_TEXT})*+,?\s*\]\s*", re.S
 )  # numpy's has no commas
 _NUMBER = re.compile(r"\s*\d{1,9}(?:\.0)?\s*")
+CERTAIN = 0.8
+"""The share of lines that have to fit a form which text without images may have by chance."""
 # Lines that a quoted caption may go over
 _MAX_QUOTED_LINES = 1000
 _MAX_FIELD_CHARS = 1 << 20
@@ -125,21 +127,21 @@ class Record(NamedTuple):
 def find_dialect(head: Sequence[str]) -> Dialect:
     """Returns the dialect whose fields name images in most of the first lines, or whose first line is a header.
 
-    A delimiter that is seldom one is taken where every line has the name of an image in the same place.
+    A delimiter that is seldom one is taken where nearly every line has the name of an image in the same place.
     """
     num_before, delimiter = _before_table(head)
     head = head[num_before:]
     if delimiter is None:
         scores = {delimiter: _score(head, delimiter) for delimiter in _DELIMITERS}
         delimiter = max(scores, key=lambda name: scores[name])
-        if not scores[delimiter][0]:
-            first = next((line for line in head if line.strip()), "")
-            others = [
-                char for char in dict.fromkeys(first) if not char.isalnum() and char not in _NO_DELIMITERS
-            ]
+        filled = [line for line in head if line.strip()]
+        if 2 * scores[delimiter][0] < len(filled):
+            marks = [char for char in dict.fromkeys(filled[0]) if not char.isalnum()]
+            others = [char for char in marks if char not in _NO_DELIMITERS]
             delimiter = next((other for other in others if _is_certain(head, other)), delimiter)
-    # not an empty field
-    is_doubled = re.search(rf'[^\n"{re.escape(delimiter)}]""|""[^\n"{re.escape(delimiter)}]', "\n".join(head))
+    text, inside = "\n".join(head), rf'[^\n"{re.escape(delimiter)}]'
+    num_doubled = len(re.findall(rf'{inside}""|""{inside}', text))  # and no empty field
+    is_doubled = num_doubled > 0 and num_doubled >= text.count('\\"')
     return Dialect(delimiter, None if is_doubled else "\\")
 
 
@@ -173,10 +175,9 @@ def _is_certain(head: Sequence[str], delimiter: str) -> bool:
     rows = list(_rows(head, Dialect(delimiter)))
     num_columns = len(rows[0])
     body = rows[1:] or rows
-    return num_columns > 1 and any(
-        all(len(row) == num_columns and _names_image(row, place) for row in body)
-        for place in range(num_columns)
-    )
+    whole = [row for row in body if len(row) == num_columns > 1]
+    most = max((sum(_names_image(row, place) for row in whole) for place in range(num_columns)), default=0)
+    return most >= CERTAIN * len(body)
 
 
 def _rows(head: Sequence[str], dialect: Dialect) -> Iterator[list[str]]:
@@ -215,7 +216,7 @@ def cut(line: str, dialect: Dialect) -> list[str]:
 
 
 def _read(lines: Sequence[str], dialect: Dialect, strict: bool = False) -> list[str]:
-    if dialect.escape:  # but before a quote, a backslash is text
+    if dialect.escape and any("\\" in line for line in lines):  # but before a quote, a backslash is text
         lines = [_BACKSLASHES.sub(r"\g<0>\g<0>", line) for line in lines]
     reader = csv.reader(lines, delimiter=dialect.delimiter, escapechar=dialect.escape, strict=strict)
     return next(reader, [])
@@ -233,8 +234,8 @@ def is_open(text: str, dialect: Dialect) -> bool:
 
 
 def _inside_quotes(dialect: Dialect) -> str:
-    """Returns the pattern of a character of a quoted field."""
-    return r"(?:[^\"\\]|\"\"|\\.?)" if dialect.escape else r"(?:[^\"]|\"\")"
+    """Returns the pattern of a part of a quoted field."""
+    return r"(?:[^\"\\]++|\"\"|\\.?)" if dialect.escape else r"(?:[^\"]++|\"\")"
 
 
 def _header_columns(row: Sequence[str]) -> tuple[int | None, int | None] | None:
@@ -512,7 +513,9 @@ def _is_record(line: str, table: Table) -> bool:
 def _cut_record(lines: Sequence[str], dialect: Dialect, num_columns: int) -> list[str]:
     """Returns the fields of a record; blanks before a quoted one are none of it, where it is one column."""
     fields = _cut_lines(lines, dialect)
-    if any(field.startswith(" ") and field.lstrip().startswith('"') for field in fields):
+    if any(' "' in line for line in lines) and any(
+        field.startswith(" ") and field.lstrip().startswith('"') for field in fields
+    ):
         delimiter = re.escape(dialect.delimiter)
         quoted = rf'"{_inside_quotes(dialect)}*+"\s*(?:{delimiter}|\Z)'
         text = re.sub(rf"(^|{delimiter}) +(?={quoted})", r"\1", "\n".join(lines))

@@ -518,6 +518,8 @@ def check_mutations(number: int, seed: int) -> None:
         [b"%03d.jpg#0\tcaption, %d" % (n, n) for n in range(12)],
         [b"image_name| comment_number| comment", *(b"%03d.jpg| 0| caption, %d" % (n, n) for n in range(12))],
         [b"id;file;text", *(b"%d;%03d.jpg;caption, %d" % (n, n, n) for n in range(12))],
+        [b"image~caption", *(b"%03d.jpg~caption, %d" % (n, n) for n in range(12))],
+        [b"image,caption", *(b'%03d.jpg, "caption, %d"' % (n, n) for n in range(12))],
     ]
     for _ in range(number):
         lines = draw.choice(shapes)

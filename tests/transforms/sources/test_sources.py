@@ -215,6 +215,8 @@ def test_an_output_is_told_from_other_data(tmp_path: Path, url: str, is_output: 
         ("a.txt", "image,caption\n1000.jpg,A dog .\n", "flickr30k"),
         ("a.csv", "image_name| comment_number| comment\n1000.jpg| 0| A dog .\n", "flickr30k"),
         ("a.csv", '\ufeff"image","caption"\n"1000.jpg","A dog ."\n', "flickr30k"),
+        ("a.csv", "name,what\n1000.jpg,A dog .\n", "flickr30k"),
+        ("a.csv", 'image,caption\n1000.jpg,"A\ndog\n."\n1001.jpg,"A\ncat\n."\n', "flickr30k"),
         ("a.txt", "", "prompts"),
         ("a.txt", "a dog, in the image\nan image of a dog\n", "prompts"),
         ("a.txt", "image, 4k, of a cat\na poster of photo.png, neon\na dog\na cow\n", "prompts"),
