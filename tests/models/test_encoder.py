@@ -56,7 +56,8 @@ def test_strides_of_resnet_are_its_stages(stride, last):
     getattr(whole, last).register_forward_hook(lambda module, args, grid: grids.update(found=grid))
     with torch.inference_mode():
         whole((PIXELS - encoder.mean) / encoder.std)
-        assert torch.allclose(encoder(PIXELS), grids["found"].flatten(2).transpose(1, 2), atol=1e-5)
+        # values reach 10, and processors add up in different orders
+        assert torch.allclose(encoder(PIXELS), grids["found"].flatten(2).transpose(1, 2), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ class TestExitCodes:
             (
                 ["prepare", "--input=DATA", "--output=http://127.0.0.1:1/o"],
                 1,
-                "http://127.0.0.1:1/o/_records",
+                "http://127.0.0.1:1/o cannot be written: Connect call failed",
             ),
             (["verify"], 2, "required: OUT"),
             (["verify", ""], 2, "OUT is ''"),
