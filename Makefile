@@ -12,7 +12,7 @@ demo: .venv/demoed
 test: .venv/tested
 	$(BIN)/python -m pytest $(PARALLEL)
 
-check: .venv/tested .venv/airflow/installed
+check: .venv/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -43,7 +43,7 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
-# In an environment of its own: its packages and Apache Beam's do not go together
+# For `pytest -m long tests/test_airflow.py`: its packages and Apache Beam's do not go together
 .venv/airflow/installed: .venv/installed
 	$(PYTHON) -m venv .venv/airflow
 	.venv/airflow/bin/python -m pip install --quiet --requirement tests/airflow_requirements.txt
