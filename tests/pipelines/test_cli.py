@@ -298,7 +298,8 @@ class TestSignals:
         assert (json.loads(shown)["outcome"] == "stopped") if "--summary=json" in flags else (shown == "")
         assert error == "diptych: stopped. The same command goes on from here.\n"
         names = set(os.listdir(tmp_path / "out" / "images"))
-        assert 5 <= len(names) < 40
+        # on a busy machine, worker processes may write the last file before they are told
+        assert 5 <= len(names) < (41 if "--direct_num_workers=2" in flags else 40)
         assert prepare(data, tmp_path / "out", CHUNK_ROWS, "--quiet") == 0
         assert files_in(tmp_path / "out") == undisturbed
 
