@@ -176,7 +176,7 @@ def take_output(root: str, wanted: DatasetClaim) -> Claim:
         OutputError: Another run was faster, or the folder cannot be written.
     """
     _adopt_earlier_version(root, wanted.scratch)
-    was_done = _state(root, wanted.dataset) is State.DONE
+    taken_over = wanted.overwrite and _state(root, wanted.dataset) is not State.DONE
     if wanted.overwrite:
         _delete_dataset(root, wanted)
     record = claim(root, wanted.name, wanted.dataset, _as_json(wanted.fingerprint), wanted.scratch)
@@ -193,7 +193,7 @@ def take_output(root: str, wanted: DatasetClaim) -> Claim:
         delete(root, (wanted.scratch,))
         delete_empty(root, (SCRATCH,))
         raise
-    return wanted.record(taken_over=wanted.overwrite and not was_done)
+    return wanted.record(taken_over)
 
 
 def clean_up(root: str, wanted: DatasetClaim) -> None:
