@@ -1,8 +1,10 @@
-"""Packaging. The import names are the folder names: pipelines, transforms, models."""
+"""Packaging: the folders at the top level become sub-packages of `diptych`."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+FOLDERS = ("pipelines", "transforms", "models")
 
 DIFFUSERS = ["diffusers>=0.35"]
 FLINK = [
@@ -47,8 +49,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["pipelines*", "transforms*", "models*"]),
-    package_data={"pipelines": ["py.typed"], "transforms": ["py.typed"], "models": ["py.typed"]},
+    packages=[
+        "diptych",
+        *(f"diptych.{name}" for name in find_packages(include=[f"{name}*" for name in FOLDERS])),
+    ],
+    package_dir={"diptych": "diptych", **{f"diptych.{name}": name for name in FOLDERS}},
+    package_data={"diptych": ["py.typed"]},
     install_requires=[
         "aac-metrics>=0.5.4,<0.5.5",  # the next versions need an audio model, or cannot be installed
         "apache-beam>=2.77,<3",
@@ -85,5 +91,5 @@ setup(
         "s3": S3,
         "test": TEST,
     },
-    entry_points={"console_scripts": ["diptych = pipelines.cli:main"]},
+    entry_points={"console_scripts": ["diptych = diptych.pipelines.cli:main"]},
 )

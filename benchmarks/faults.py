@@ -30,7 +30,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipelines.scene_folders import write_data_set
+from diptych.pipelines.demo_data.layouts import write_data_set
 
 
 @dataclasses.dataclass
@@ -218,7 +218,7 @@ def run_twins(bench: Bench, kills: int, seed: int) -> bool:
     return all(passed)
 
 
-COMMAND = [sys.executable, "-m", "pipelines.cli", "prepare", "--quiet"]
+COMMAND = [sys.executable, "-m", "diptych", "prepare", "--quiet"]
 
 
 def run(bench: Bench, start_up: Bench, kills: int, repeats: int) -> bool:

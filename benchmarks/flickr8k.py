@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines.lite0 import ENCODER, write_lite0_weights
+from diptych.pipelines.demo_data.efficientnet_lite0 import ENCODER, write_lite0_weights
 
 SPLITS = {"train": "train", "validation": "val"}
 MODELS = {
@@ -36,7 +36,7 @@ PUBLISHED = {"bleu_1": 0.67, "bleu_4": 0.195}
 def diptych(*args: str) -> None:
     """Runs a command of diptych to its end."""
     print(f"$ diptych {shlex.join(args)}", flush=True)
-    subprocess.run([sys.executable, "-m", "pipelines.cli", *args], check=True)
+    subprocess.run([sys.executable, "-m", "diptych", *args], check=True)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

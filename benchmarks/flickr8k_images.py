@@ -20,10 +20,10 @@ import time
 from flickr8k import add_data_flags, diptych, prepare_splits
 from text_probe import TextProbe
 
-from models.base import TextOptions
-from models.image_scores import Features
-from models.text_model import load_text_model
-from pipelines.lite0 import ENCODER
+from diptych.models.base import TextOptions
+from diptych.models.metrics.image_scores import Features
+from diptych.models.text.text_model import load_text_model
+from diptych.pipelines.demo_data.efficientnet_lite0 import ENCODER
 
 COMMON = shlex.split("--size 64 --ema 0.995 --flips")
 VAE = shlex.split(

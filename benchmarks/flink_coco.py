@@ -21,7 +21,7 @@ from faults import count
 from local_cluster import Cluster, Shape, below, flink_cluster, memory_mb, pids_of, trees
 from plan import make_coco
 
-_DIPTYCH = [sys.executable, "-m", "pipelines.cli"]
+_DIPTYCH = [sys.executable, "-m", "diptych"]
 
 
 def sample(launcher: int, cluster: Cluster) -> dict[str, float]:

@@ -27,8 +27,8 @@ from faults import count
 from local_cluster import Cluster, Shape, flink_cluster, pids_of, trees
 from runners import files_of, job_command, job_flags
 
-from pipelines.scene_folders import write_data_set
-from transforms.output_layout import DATASETS
+from diptych.pipelines.demo_data.layouts import write_data_set
+from diptych.transforms.output_layout import DATASETS
 
 VICTIMS = ("task-manager", "worker")
 _TIMEOUT_S = 600

@@ -104,7 +104,7 @@ def make_prepared(photos: Path, scratch: Path, num_rows: int) -> Path:
     output = scratch / f"prepared-{num_rows}"
     if not output.exists():
         shards = make_shards(photos, scratch, num_rows)
-        command = [sys.executable, "-m", "pipelines.cli", "prepare", "--quiet"]
+        command = [sys.executable, "-m", "diptych", "prepare", "--quiet"]
         subprocess.run([*command, "--input", str(shards), "--output", str(output)], check=True)
     return output
 
@@ -113,10 +113,10 @@ def make_captioner(folder: Path) -> str:
     """Saves a captioner with random weights of the usual size; returns its name."""
     import torch
 
-    from models.captioner import CaptionNetwork
-    from models.decoder import Decoder, DecoderConfig
-    from models.encoder import create_encoder
-    from models.vocabulary import Vocabulary
+    from diptych.models.captioning.captioner import CaptionNetwork
+    from diptych.models.captioning.decoder import Decoder, DecoderConfig
+    from diptych.models.captioning.encoder import create_encoder
+    from diptych.models.captioning.vocabulary import Vocabulary
 
     torch.manual_seed(0)
     vocabulary = Vocabulary([f"word{i}" for i in range(4996)])
@@ -131,11 +131,11 @@ def make_generator(folder: Path) -> str:
     import numpy as np
     import torch
 
-    from models.base import TextOptions
-    from models.generator import Generator, GeneratorConfig
-    from models.image_generator import save_generator
-    from models.text_model import TextSource
-    from models.word2vec import Word2Vec
+    from diptych.models.base import TextOptions
+    from diptych.models.generation.generator import Generator, GeneratorConfig
+    from diptych.models.generation.image_generator import save_generator
+    from diptych.models.text.text_model import TextSource
+    from diptych.models.text.word2vec import Word2Vec
 
     torch.manual_seed(0)
     words = folder / "words"
@@ -149,8 +149,8 @@ def make_generator(folder: Path) -> str:
 
 def load(setting: Setting) -> Any:
     """Returns the model as the job's flags have it by default."""
-    from models.base import CaptionOptions, ImageOptions, TextOptions
-    from models.spec import ModelSpec, load_model
+    from diptych.models.base import CaptionOptions, ImageOptions, TextOptions
+    from diptych.models.spec import ModelSpec, load_model
 
     kind, _, location = setting.model.partition(":")
     options = {"caption": CaptionOptions(), "embed": TextOptions(), "generate": ImageOptions()}[setting.job]
@@ -161,7 +161,7 @@ def batches(file: Path, setting: Setting, model: Any) -> Iterator[tuple[list[str
     """Yields the keys and inputs of the micro-batches of a prepared file: texts by length, as the job has them."""
     import pyarrow.parquet as pq
 
-    from models.base import Prompt
+    from diptych.models.base import Prompt
 
     if setting.job == "caption":
         rows = pq.read_table(file, columns=["key", "image"]).to_pylist()
@@ -251,7 +251,7 @@ def measure(
             for name in names:
                 if name == "diptych":
                     source = "--prompts" if setting.job == "generate" else "--input"
-                    command = [sys.executable, "-m", "pipelines.cli", setting.job, "--quiet"]
+                    command = [sys.executable, "-m", "diptych", setting.job, "--quiet"]
                     command += [source, str(prepared), "--output", output]
                 else:
                     command = [sys.executable, __file__, "--one", name, str(prepared), output]

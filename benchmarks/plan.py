@@ -14,8 +14,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from transforms.sources.base import Row
-from transforms.sources.coco import CocoSource
+from diptych.transforms.sources.base import Row
+from diptych.transforms.sources.planned.coco import CocoSource
 
 _WORDS = ("a", "man", "dog", "red", "large", "sitting", "standing", "on", "near", "table", "street", "beach")
 _LINKS_PER_FILE = 60_000  # ext4 allows 65,000

@@ -128,7 +128,7 @@ def measure(
                 output = str(scratch / "out")
                 commands = {
                     "diptych": [
-                        *(sys.executable, "-m", "pipelines.cli", "prepare", "--quiet"),
+                        *(sys.executable, "-m", "diptych", "prepare", "--quiet"),
                         *("--input", shards, "--output", output),
                     ],
                     "plain": [sys.executable, __file__, "--limit", "plain", shards, output],

@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from transforms.decode import BadImage, decode
-from transforms.resize import ResizeOptions, resize_image, resize_pixels
+from diptych.transforms.images.decode import BadImage, decode
+from diptych.transforms.images.resize import ResizeOptions, resize_image, resize_pixels
 
 _WORST_DB, _MEAN_DB = 30.0, 36.0
 _EQUAL_DB = 99.0

@@ -58,7 +58,7 @@ def main() -> None:
         }
         output = str(scratch / "out")
         common = ["--device", args.device, "--batch_size", args.batch_size]
-        diptych = [sys.executable, "-m", "pipelines.cli"]
+        diptych = [sys.executable, "-m", "diptych"]
         for _ in range(args.repeats):
             for size, (shards, prepared) in inputs.items():
                 raw = ["--quiet", "--input", str(shards), "--output", output]

@@ -76,7 +76,7 @@ def run(command: Sequence[str], output: Path, beside: Sequence[int]) -> Run:
 def job_command(job: str, source: Path | str) -> list[str]:
     """Returns a command, but for its output and the flags of its model."""
     flag = "--prompts" if job == "generate" else "--input"
-    return [sys.executable, "-m", "pipelines.cli", job, "--quiet", f"{flag}={source}"]
+    return [sys.executable, "-m", "diptych", job, "--quiet", f"{flag}={source}"]
 
 
 def job_flags(names: Sequence[str], scratch: Path) -> dict[str, list[str]]:

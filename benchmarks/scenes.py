@@ -23,13 +23,13 @@ import pyarrow.dataset
 import torch
 from torch import Tensor, nn
 
-from models.base import ImageOptions
-from models.image_scores import pairwise_distances
-from models.pixels import decode_pixels
-from models.spec import ModelSpec
-from pipelines.generate import generate
-from pipelines.options import GenerateOptions
-from pipelines.scenes import COLOURS, SHAPES, draw_scene
+from diptych.models.base import ImageOptions
+from diptych.models.metrics.image_scores import pairwise_distances
+from diptych.models.pixels import decode_pixels
+from diptych.models.spec import ModelSpec
+from diptych.pipelines.demo_data.scenes import COLOURS, SHAPES, draw_scene
+from diptych.pipelines.generate import generate
+from diptych.pipelines.options.base import GenerateOptions
 
 _SEED = 977  # of the classifier's scenes
 _COLOURS, _SHAPES = [*COLOURS], [*SHAPES]

@@ -40,9 +40,9 @@ def _stock_captioner(setting: Any, state: Path) -> Stock:
     import torch
     from apache_beam.ml.inference.pytorch_inference import PytorchModelHandlerTensor
 
-    from models.base import CaptionOptions
-    from models.captioner import CaptionNetwork
-    from models.pixels import decode_pixels
+    from diptych.models.base import CaptionOptions
+    from diptych.models.captioning.captioner import CaptionNetwork
+    from diptych.models.pixels import decode_pixels
 
     kind, _, location = setting.model.partition(":")
 
@@ -120,11 +120,11 @@ def _stock_generator(setting: Any, state: Path) -> Stock:
     import torch
     from apache_beam.ml.inference.pytorch_inference import PytorchModelHandlerTensor
 
-    from models.base import ImageOptions, TextOptions
-    from models.generator import to_pixels
-    from models.image_generator import draw_noise, encode_pixels, read_generator
-    from models.text_model import load_text_model
-    from transforms.generate import sample_seed
+    from diptych.models.base import ImageOptions, TextOptions
+    from diptych.models.generation.generator import to_pixels
+    from diptych.models.generation.image_generator import draw_noise, encode_pixels, read_generator
+    from diptych.models.text.text_model import load_text_model
+    from diptych.transforms.inference.generate import sample_seed
 
     kind, _, location = setting.model.partition(":")
     _, source = read_generator(Path(location), (kind,))

@@ -7,8 +7,8 @@ read and written through a proxy that refuses, resets or cuts off `--failing` of
 `--hanging` of them. All nine outputs, and those of the bad days, are compared with that from disk to disk, file by file
 and byte by byte. Printed are seconds, and what a bad day takes to a good one through the same proxy. The bound on that:
 an image that is late is asked for again after a second while others come, so all of those together may take half of the
-good day's time again; any other request (listings, plans, commits) is given up after `models.remote.SILENCE_S` seconds
-where it hung, and asked for again after two where it failed.
+good day's time again; any other request (listings, plans, commits) is given up after
+`SILENCE_S` seconds (`diptych.models.files.object_stores`) where it hung, and asked for again after two where it failed.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from pathlib import Path
 
 import fsspec
 
-from models.remote import SILENCE_S
-from pipelines.scene_folders import write_data_set
+from diptych.models.files.object_stores import SILENCE_S
+from diptych.pipelines.demo_data.layouts import write_data_set
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from emulators import environment, free_port, gcs_emulator, make_bucket, s3_emulator
@@ -72,7 +72,7 @@ def upload(folder: Path, url: str) -> None:
 
 def prepare(source: str, output: str, flags: Sequence[str]) -> float:
     """Runs the job in a process of its own; returns the seconds."""
-    command = [sys.executable, "-m", "pipelines.cli", "prepare", "--quiet", *flags]
+    command = [sys.executable, "-m", "diptych", "prepare", "--quiet", *flags]
     start = time.perf_counter()
     subprocess.run([*command, f"--input={source}", f"--output={output}"], check=True)
     return time.perf_counter() - start

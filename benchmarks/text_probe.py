@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.base import TextModel
-from models.image_scores import Features
-from models.pixels import decode_pixels
+from diptych.models.base import TextModel
+from diptych.models.metrics.image_scores import Features
+from diptych.models.pixels import decode_pixels
 
 BLUR_PX = 16
 _INPUT_PX = 112

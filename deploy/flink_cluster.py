@@ -33,7 +33,7 @@ from types import FrameType
 
 from flink_job_server import JobServerError, job_server_jar
 
-from pipelines.flink import num_buffers
+from diptych.pipelines.runners.flink import num_buffers
 
 START_TIMEOUT_S = 120.0
 _CHECK_S = 0.5

@@ -45,7 +45,7 @@ from apache_beam.utils import thread_pool_executor
 START_TIMEOUT_S = 50.0
 _TIDY_S = 5.0
 _FORKS = multiprocessing.get_context("forkserver")
-_IMPORTED = ["__main__", "pipelines.model_job", "pipelines.prepare"]
+_IMPORTED = ["__main__", "diptych.pipelines.lifecycle.model_job", "diptych.pipelines.prepare"]
 
 
 class WorkerPool(BeamFnExternalWorkerPoolServicer):
@@ -140,8 +140,8 @@ def _work(control: str, worker: str, ready: Connection, output: Connection) -> N
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)
-    import pipelines.model_job
-    import pipelines.prepare  # noqa: F401  # where that fails, the pool learns of it now
+    import diptych.pipelines.lifecycle.model_job
+    import diptych.pipelines.prepare  # noqa: F401  # where that fails, the pool learns of it now
 
     harness = SdkHarness(control, worker_id=worker, state_cache_size=0, data_buffer_time_limit_ms=0)
     ready.send_bytes(b"ready")

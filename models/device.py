@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from models.errors import ModelError
+from diptych.models.errors import ModelError
 
 _NAME = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 

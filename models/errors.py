@@ -2,7 +2,7 @@
 
 import re
 
-from models.location import redacted
+from diptych.models.files.location import redacted
 
 
 class ModelError(Exception):

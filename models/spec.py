@@ -5,12 +5,12 @@ import os
 import threading
 from typing import Any, cast
 
-from models.base import CaptionModel, CaptionOptions, ImageOptions, Model, TextModel, TextOptions
-from models.compute import compute
-from models.errors import ModelError
-from models.location import absolute_if_there, redacted
-from models.text_model import TEXT_KINDS as TEXT_KINDS
-from models.text_model import load_text_model
+from diptych.models.base import CaptionModel, CaptionOptions, ImageOptions, Model, TextModel, TextOptions
+from diptych.models.errors import ModelError
+from diptych.models.files.location import absolute_if_there, redacted
+from diptych.models.model_thread import compute
+from diptych.models.text.text_model import TEXT_KINDS as TEXT_KINDS
+from diptych.models.text.text_model import load_text_model
 
 CAPTION_KINDS = ("cnn-lstm", "cnn-rnn", "hf")
 IMAGE_KINDS = ("vae", "gan", "diffusers")
@@ -96,29 +96,29 @@ def _load(spec: ModelSpec) -> Model[Any, Any]:
         return load_text_model(spec.kind, spec.location, spec.options, spec.device)
     if isinstance(spec.options, CaptionOptions):
         if spec.kind in ("cnn-lstm", "cnn-rnn"):
-            from models.captioner import Captioner
+            from diptych.models.captioning.captioner import Captioner
 
             return Captioner.load(spec.location, spec.options, spec.device, kind=spec.kind)
         if spec.kind == "hf":
-            from models.huggingface import HuggingFaceCaptioner
+            from diptych.models.captioning.huggingface import HuggingFaceCaptioner
 
             return HuggingFaceCaptioner.load(spec.location, spec.options, spec.device)
     if isinstance(spec.options, MatchOptions):
-        from models.matching import Matcher
+        from diptych.models.metrics.matching import Matcher
 
         captioner, text = _load_once(spec.options.captioner), _load_once(spec.options.text)
         return Matcher(cast(CaptionModel, captioner), cast(TextModel, text))
     if isinstance(spec.options, ImageOptions):
         kinds = IMAGE_KINDS
         if spec.kind in ("vae", "gan"):
-            from models.image_generator import ImageGenerator
+            from diptych.models.generation.image_generator import ImageGenerator
 
             def load_text(kind: str, location: str, options: TextOptions) -> TextModel:
                 return cast(TextModel, _load_once(ModelSpec(kind, location, options, spec.device)))
 
             return ImageGenerator.load(spec.location, spec.options, spec.device, spec.kind, load_text)
         if spec.kind == "diffusers":
-            from models.diffusion import DiffusionPipeline
+            from diptych.models.generation.diffusion import DiffusionPipeline
 
             return DiffusionPipeline.load(spec.location, spec.options, spec.device)
     raise ModelError(

@@ -8,15 +8,22 @@ from typing import cast
 
 import apache_beam as beam
 
-from models.base import CaptionModel
-from pipelines.model_job import Branch, ChunkTransform, load_here, model_branch, open_input, run_model_job
-from pipelines.options import ModelJobOptions
-from pipelines.running import Result, new_pipeline
-from transforms.caption import caption_task
-from transforms.clean import CleanCaptions, CleanOptions
-from transforms.fingerprint import options_to_json
-from transforms.resize import ResizeImages, ResizeOptions
-from transforms.schemas import captions_schema
+from diptych.models.base import CaptionModel
+from diptych.pipelines.lifecycle.model_job import (
+    Branch,
+    ChunkTransform,
+    load_here,
+    model_branch,
+    open_input,
+    run_model_job,
+)
+from diptych.pipelines.options.base import ModelJobOptions
+from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
+from diptych.transforms.clean import CleanCaptions, CleanOptions
+from diptych.transforms.fingerprint import options_to_json
+from diptych.transforms.images.resize import ResizeImages, ResizeOptions
+from diptych.transforms.inference.caption import caption_task
+from diptych.transforms.schemas import captions_schema
 
 
 @dataclasses.dataclass(frozen=True)

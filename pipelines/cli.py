@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
-from pipelines.streams import safe_streams, use_utf8
-from transforms.errors import DiptychError, OptionError
-from transforms.progress import PROGRESS_THREAD
+from diptych.pipelines.streams import safe_streams, use_utf8
+from diptych.transforms.errors import DiptychError, OptionError
+from diptych.transforms.progress import PROGRESS_THREAD
 
 if TYPE_CHECKING:
-    from pipelines.running import Result
+    from diptych.pipelines.runners.run_pipeline import Result
 
 _START = time.monotonic()  # before the libraries load: that time is the user's as well
 _DESCRIPTION = (
@@ -121,7 +121,7 @@ def _main(argv: list[str], signals: list[int]) -> int:
     args, rest = parser.parse_known_args(argv)
     command = commands.choices[args.command]
     if args.command in _JOBS:
-        from pipelines.beam_flags import check_beam_args
+        from diptych.pipelines.runners.beam_flags import check_beam_args
 
         check_beam_args(rest, [flag for action in command._actions for flag in action.option_strings])
         return _run_job(args, rest, signals)
@@ -138,26 +138,26 @@ def _main(argv: list[str], signals: list[int]) -> int:
 
 def _add_flags(name: str, parser: argparse.ArgumentParser) -> None:
     if name in _JOBS:
-        from pipelines import flags, model_flags
+        from diptych.pipelines.options import models, prepare
 
         adders = {
-            "prepare": flags.add_prepare_flags,
-            "embed": model_flags.add_embed_flags,
-            "caption": model_flags.add_caption_flags,
-            "generate": model_flags.add_generate_flags,
-            "run": model_flags.add_run_flags,
+            "prepare": prepare.add_prepare_flags,
+            "embed": models.add_embed_flags,
+            "caption": models.add_caption_flags,
+            "generate": models.add_generate_flags,
+            "run": models.add_run_flags,
         }
         adders[name](parser)
     elif name == "train":
-        from pipelines.train import add_train_flags
+        from diptych.pipelines.train import add_train_flags
 
         add_train_flags(parser)
     elif name == "evaluate":
-        from pipelines.evaluate_flags import add_evaluate_flags
+        from diptych.pipelines.options.evaluate import add_evaluate_flags
 
         add_evaluate_flags(parser)
     elif name == "demo":
-        from pipelines.demo import add_demo_flags
+        from diptych.pipelines.demo import add_demo_flags
 
         add_demo_flags(parser)
     else:
@@ -165,7 +165,7 @@ def _add_flags(name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def _run_job(args: argparse.Namespace, beam_args: list[str], signals: list[int]) -> int:
-    from pipelines.summary import failure_json, summary, summary_json
+    from diptych.pipelines.lifecycle.summary import failure_json, summary, summary_json
 
     sys.stderr = cast(TextIO, _OwnWords(sys.stderr))
     for_machines = args.summary == "json"
@@ -183,43 +183,44 @@ def _run_job(args: argparse.Namespace, beam_args: list[str], signals: list[int])
 
 
 def _job_result(args: argparse.Namespace, beam_args: list[str]) -> "Result":
-    from pipelines import flags, model_flags
+    from diptych.pipelines.options import models
+    from diptych.pipelines.options.prepare import prepare_options
 
     if args.command == "prepare":
-        from pipelines.prepare import prepare
+        from diptych.pipelines.prepare import prepare
 
-        return prepare(flags.prepare_options(args, beam_args))
+        return prepare(prepare_options(args, beam_args))
     if args.command == "embed":
-        from pipelines.embed import embed
+        from diptych.pipelines.embed import embed
 
-        return embed(model_flags.embed_options(args, beam_args))
+        return embed(models.embed_options(args, beam_args))
     if args.command == "caption":
-        from pipelines.caption import caption
+        from diptych.pipelines.caption import caption
 
-        return caption(model_flags.caption_options(args, beam_args))
+        return caption(models.caption_options(args, beam_args))
     if args.command == "run":
-        from pipelines.run import run
+        from diptych.pipelines.run import run
 
-        return run(model_flags.run_options(args, beam_args))
-    from pipelines.generate import generate
+        return run(models.run_options(args, beam_args))
+    from diptych.pipelines.generate import generate
 
-    return generate(model_flags.generate_options(args, beam_args))
+    return generate(models.generate_options(args, beam_args))
 
 
 def _train(args: argparse.Namespace) -> int:
-    from pipelines.train import train
+    from diptych.pipelines.train import train
 
     return train(args)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from pipelines.evaluate import evaluate
+    from diptych.pipelines.evaluate_captions import evaluate
 
     return evaluate(args)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from pipelines.verify import verify
+    from diptych.pipelines.verify import verify
 
     if not args.output.strip():
         raise OptionError(f"OUT is {args.output!r}. It must be the --output of a job.")
@@ -229,11 +230,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from pipelines.demo import demo
+    from diptych.pipelines.demo import demo
 
     demo(args.output, args.seed, args.scenes)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

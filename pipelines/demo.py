@@ -15,27 +15,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from models.base import CaptionOptions, ImageOptions, TextOptions
-from models.captioner_data import CaptionerTraining
-from models.image_options import GanTraining, VaeTraining
-from models.spec import ModelSpec
-from models.word2vec_training import Word2VecTraining
-from pipelines.contact_sheet import contact_sheet
-from pipelines.evaluate import EvaluateOptions, evaluate_captions, read_candidates, table
-from pipelines.evaluate_images import EvaluateImagesOptions, evaluate_images
-from pipelines.evaluate_images import table as images_table
-from pipelines.lite0 import ENCODER, write_lite0_weights
-from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions, RunOptions
-from pipelines.prepare import prepare
-from pipelines.run import run
-from pipelines.scene_folders import SceneFolders, write_data_set
-from pipelines.scenes import draw_scene, named_groups
-from pipelines.summary import summary
-from pipelines.train import run_training
-from pipelines.training_options import RowSource, Training, TrainOptions
-from pipelines.verify import verify
-from transforms.errors import DiptychError, OptionError
-from transforms.storage import output_errors
+from diptych.models.base import CaptionOptions, ImageOptions, TextOptions
+from diptych.models.spec import ModelSpec
+from diptych.models.training.data import CaptionerTraining
+from diptych.models.training.options import GanTraining, VaeTraining
+from diptych.models.training.word2vec import Word2VecTraining
+from diptych.pipelines.demo_data.contact_sheet import contact_sheet
+from diptych.pipelines.demo_data.efficientnet_lite0 import ENCODER, write_lite0_weights
+from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set
+from diptych.pipelines.demo_data.scenes import draw_scene, named_groups
+from diptych.pipelines.evaluate_captions import EvaluateOptions, evaluate_captions, read_candidates, table
+from diptych.pipelines.evaluate_images import EvaluateImagesOptions, evaluate_images
+from diptych.pipelines.evaluate_images import table as images_table
+from diptych.pipelines.lifecycle.summary import summary
+from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, PrepareOptions, RunOptions
+from diptych.pipelines.options.train import RowSource, Training, TrainOptions
+from diptych.pipelines.prepare import prepare
+from diptych.pipelines.run import run
+from diptych.pipelines.train import run_training
+from diptych.pipelines.verify import verify
+from diptych.transforms.errors import DiptychError, OptionError
+from diptych.transforms.storage import output_errors
 
 # Enough for the scenes in a minute; photographs take more of everything
 CAPTIONER = CaptionerTraining(
@@ -202,7 +202,7 @@ def _train(step: _Steps, train: str, home: str) -> _Models:
 @contextmanager
 def _beside(arguments: list[str]) -> Iterator[None]:
     """Runs a command of diptych meanwhile, in a process of its own, and ends with it."""
-    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    command = [sys.executable, "-m", "diptych", *arguments]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         try:

@@ -8,14 +8,14 @@ from typing import cast
 
 import apache_beam as beam
 
-from models.base import TextModel
-from pipelines.model_job import Branch, load_here, model_branch, open_input, run_model_job
-from pipelines.options import ModelJobOptions
-from pipelines.running import Result, new_pipeline
-from transforms.clean import CleanCaptions, CleanOptions
-from transforms.embed import ExplodeCaptions, embed_task
-from transforms.fingerprint import options_to_json
-from transforms.schemas import embeddings_schema
+from diptych.models.base import TextModel
+from diptych.pipelines.lifecycle.model_job import Branch, load_here, model_branch, open_input, run_model_job
+from diptych.pipelines.options.base import ModelJobOptions
+from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
+from diptych.transforms.clean import CleanCaptions, CleanOptions
+from diptych.transforms.fingerprint import options_to_json
+from diptych.transforms.inference.embed import ExplodeCaptions, embed_task
+from diptych.transforms.schemas import embeddings_schema
 
 
 def embed(options: ModelJobOptions) -> Result:

@@ -14,23 +14,23 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from models.base import CaptionOptions, TextOptions, TextVector
-from models.errors import ModelError, one_line
-from models.image_scores import Distances, Features, pairwise_distances
-from models.location import redacted
-from models.matching import cosines
-from models.pixels import decode_pixels, resize_square
-from models.spec import CAPTION_KINDS, TEXT_KINDS, ModelSpec, load_model
-from pipelines.evaluate import write_json
-from pipelines.model_flags import parse_model
-from pipelines.options import check
-from transforms.errors import InputError, OutputError
-from transforms.finish import read_success
-from transforms.micro_batches import Failure, ModelRunner
-from transforms.output_layout import data_files
-from transforms.prepared import PreparedImages
-from transforms.sink import DAMAGE
-from transforms.storage import input_errors, join, locate
+from diptych.models.base import CaptionOptions, TextOptions, TextVector
+from diptych.models.errors import ModelError, one_line
+from diptych.models.files.location import redacted
+from diptych.models.metrics.image_scores import Distances, Features, pairwise_distances
+from diptych.models.metrics.matching import cosines
+from diptych.models.pixels import decode_pixels, resize_square
+from diptych.models.spec import CAPTION_KINDS, TEXT_KINDS, ModelSpec, load_model
+from diptych.pipelines.evaluate_captions import write_json
+from diptych.pipelines.options.base import check
+from diptych.pipelines.options.models import parse_model
+from diptych.transforms.errors import InputError, OutputError
+from diptych.transforms.finish import read_success
+from diptych.transforms.inference.micro_batches import Failure, ModelRunner
+from diptych.transforms.output_layout import data_files
+from diptych.transforms.prepared import PreparedImages
+from diptych.transforms.sink import DAMAGE
+from diptych.transforms.storage import input_errors, join, locate
 
 _BATCH_ROWS = 32
 # Images of one prompt whose pairs are compared

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import apache_beam as beam
 
-from models.base import ImageModel, ImageOptions, TextOptions
-from models.spec import MatchOptions, ModelSpec
-from pipelines.model_job import (
+from diptych.models.base import ImageModel, ImageOptions, TextOptions
+from diptych.models.spec import MatchOptions, ModelSpec
+from diptych.pipelines.lifecycle.model_job import (
     LIBRARIES,
     Branch,
     ChunkTransform,
@@ -19,15 +19,15 @@ from pipelines.model_job import (
     open_input,
     run_model_job,
 )
-from pipelines.options import GenerateOptions
-from pipelines.running import Result, new_pipeline
-from transforms.clean import CleanCaptions, CleanOptions
-from transforms.embed import ExplodeCaptions
-from transforms.errors import OptionError
-from transforms.fingerprint import options_to_json
-from transforms.generate import ExplodeSamples, generate_task, match_task
-from transforms.infer import RunModel
-from transforms.schemas import generated_schema
+from diptych.pipelines.options.base import GenerateOptions
+from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
+from diptych.transforms.clean import CleanCaptions, CleanOptions
+from diptych.transforms.errors import OptionError
+from diptych.transforms.fingerprint import options_to_json
+from diptych.transforms.inference.embed import ExplodeCaptions
+from diptych.transforms.inference.generate import ExplodeSamples, generate_task, match_task
+from diptych.transforms.inference.run_model import RunModel
+from diptych.transforms.schemas import generated_schema
 
 
 def generate(options: GenerateOptions) -> Result:

@@ -11,19 +11,19 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.pvalue import DoOutputsTuple, PCollection
 
-from pipelines.job import refuse_overlap
-from pipelines.launch import Job, Written, finish_job, launch, source_options
-from pipelines.options import PrepareOptions
-from pipelines.running import Result, new_pipeline
-from transforms.chunk import Chunk
-from transforms.clean import CleanCaptions
-from transforms.fingerprint import fingerprint, options_to_json
-from transforms.read import ReadShards
-from transforms.resize import ResizeImages
-from transforms.schemas import images_schema
-from transforms.sink import Sink, WriteChunks
-from transforms.sources import open_source
-from transforms.sources.base import Shard, Source
+from diptych.pipelines.lifecycle.launch import Job, Written, finish_job, launch, source_options
+from diptych.pipelines.lifecycle.output_folder import refuse_overlap
+from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
+from diptych.transforms.chunk import Chunk
+from diptych.transforms.clean import CleanCaptions
+from diptych.transforms.fingerprint import fingerprint, options_to_json
+from diptych.transforms.images.resize import ResizeImages
+from diptych.transforms.read import ReadShards
+from diptych.transforms.schemas import images_schema
+from diptych.transforms.sink import Sink, WriteChunks
+from diptych.transforms.sources.base import Shard, Source
+from diptych.transforms.sources.open import open_source
 
 
 def prepare(options: PrepareOptions) -> Result:

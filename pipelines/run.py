@@ -10,20 +10,20 @@ from collections.abc import Mapping
 
 import apache_beam as beam
 
-from pipelines.caption import caption_branch
-from pipelines.embed import embed_branch
-from pipelines.generate import generate_branch
-from pipelines.job import refuse_overlap
-from pipelines.launch import Job, Written, finish_job, launch
-from pipelines.model_job import Branch, MakeDataset
-from pipelines.options import RunOptions
-from pipelines.prepare import PrepareRows, images_schema_of, prepare_asked, read_shards
-from pipelines.running import Result, new_pipeline
-from transforms.chunk import Chunk
-from transforms.fingerprint import fingerprint
-from transforms.sink import Sink, WriteChunks
-from transforms.sources import open_source
-from transforms.sources.base import Shard
+from diptych.pipelines.caption import caption_branch
+from diptych.pipelines.embed import embed_branch
+from diptych.pipelines.generate import generate_branch
+from diptych.pipelines.lifecycle.launch import Job, Written, finish_job, launch
+from diptych.pipelines.lifecycle.model_job import Branch, MakeDataset
+from diptych.pipelines.lifecycle.output_folder import refuse_overlap
+from diptych.pipelines.options.base import RunOptions
+from diptych.pipelines.prepare import PrepareRows, images_schema_of, prepare_asked, read_shards
+from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
+from diptych.transforms.chunk import Chunk
+from diptych.transforms.fingerprint import fingerprint
+from diptych.transforms.sink import Sink, WriteChunks
+from diptych.transforms.sources.base import Shard
+from diptych.transforms.sources.open import open_source
 
 
 def run(options: RunOptions) -> Result:

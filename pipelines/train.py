@@ -15,25 +15,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from models.captioner_data import SCORES, CaptionData, CaptionerTraining, Progress
-from models.card import CURVES, README, draw_curves, write_card
-from models.device import choose_device
-from models.errors import ModelError
-from models.image_options import GanTraining, VaeTraining
-from models.location import redacted
-from models.store import digest as digest_of
-from models.store import localise
-from models.word2vec_training import Word2VecTraining
-from pipelines.job import State
-from pipelines.options import check
-from pipelines.training_flags import add_train_flags, train_options
-from pipelines.training_options import TrainOptions
-from pipelines.training_output import ModelFolder, refuse_own_input
-from pipelines.training_progress import Display, describe_entry
-from pipelines.training_rows import Rows, describe, open_rows
-from transforms.errors import DiptychError
-from transforms.fingerprint import digest, fingerprint, options_to_json
-from transforms.storage import join
+from diptych.models.device import choose_device
+from diptych.models.errors import ModelError
+from diptych.models.files.location import redacted
+from diptych.models.files.weights import digest as digest_of
+from diptych.models.files.weights import localise
+from diptych.models.training.data import SCORES, CaptionData, CaptionerTraining, Progress
+from diptych.models.training.model_card import CURVES, README, draw_curves, write_card
+from diptych.models.training.options import GanTraining, VaeTraining
+from diptych.models.training.word2vec import Word2VecTraining
+from diptych.pipelines.lifecycle.output_folder import State
+from diptych.pipelines.options.base import check
+from diptych.pipelines.options.train import TrainOptions
+from diptych.pipelines.options.train_flags import add_train_flags, train_options
+from diptych.pipelines.training.model_folder import ModelFolder, refuse_own_input
+from diptych.pipelines.training.progress import Display, describe_entry
+from diptych.pipelines.training.rows import Rows, describe, open_rows
+from diptych.transforms.errors import DiptychError
+from diptych.transforms.fingerprint import digest, fingerprint, options_to_json
+from diptych.transforms.storage import join
 
 __all__ = ["Trained", "add_train_flags", "run_training", "train"]
 
@@ -141,7 +141,7 @@ def _with_shape(options: TrainOptions) -> TrainOptions:
     training = options.training
     if not (isinstance(training, GanTraining) and training.generator):
         return options
-    from models.image_generator import read_generator
+    from diptych.models.generation.image_generator import read_generator
 
     kind, _, location = training.generator.partition(":")
     config = read_generator(localise(location), (kind,))[0].config
@@ -168,8 +168,8 @@ def _check_model(options: TrainOptions) -> None:
         ModelError: There is no such device, encoder, or file of weights.
     """
     if isinstance(options.training, CaptionerTraining):
-        from models.encoder import create_encoder, load_weights
-        from models.store import read_tensors
+        from diptych.models.captioning.encoder import create_encoder, load_weights
+        from diptych.models.files.weights import read_tensors
 
         choose_device(options.device)
         training = options.training
@@ -180,7 +180,7 @@ def _check_model(options: TrainOptions) -> None:
             path = localise(weights)
             load_weights(encoder, read_tensors(path), str(path))
     elif isinstance(options.training, VaeTraining | GanTraining):
-        from models.image_training import check_models
+        from diptych.models.training.images import check_models
 
         choose_device(options.device)
         check_models(options.training)
@@ -211,7 +211,7 @@ def _fingerprint(options: TrainOptions, data: Mapping[str, Any]) -> dict[str, An
 def _train_word2vec(
     options: TrainOptions, rows: tuple[Rows, Rows], data: str, folder: Path, display: Display
 ) -> Trained:
-    from models.word2vec_training import train_word2vec
+    from diptych.models.training.word2vec import train_word2vec
 
     assert isinstance(options.training, Word2VecTraining)
     train_rows, validation_rows = rows
@@ -227,7 +227,7 @@ def _train_word2vec(
 def _train_captioner(
     options: TrainOptions, rows: tuple[Rows, Rows], data: str, folder: Path, display: Display
 ) -> Trained:
-    from models.captioner_training import train_captioner
+    from diptych.models.training.captioner import train_captioner
 
     assert isinstance(options.training, CaptionerTraining)
     train_rows, validation_rows = rows
@@ -245,7 +245,7 @@ def _train_captioner(
 def _train_image_model(
     options: TrainOptions, rows: tuple[Rows, Rows], data: str, folder: Path, display: Display
 ) -> Trained:
-    from models.image_training import train_image_model
+    from diptych.models.training.images import train_image_model
 
     assert isinstance(options.training, VaeTraining | GanTraining)
     train_rows, validation_rows = rows

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.errors import one_line
-from transforms.chunk import ChunkKey, add_counts
-from transforms.errors import DiptychError, InputError
-from transforms.fingerprint import digest
-from transforms.finish import Totals, read_success
-from transforms.output_layout import (
+from diptych.models.errors import one_line
+from diptych.transforms.chunk import ChunkKey, add_counts
+from diptych.transforms.errors import DiptychError, InputError
+from diptych.transforms.fingerprint import digest
+from diptych.transforms.finish import Totals, read_success
+from diptych.transforms.output_layout import (
     DATASETS,
     JOB,
     RECORDS,
@@ -30,9 +30,9 @@ from transforms.output_layout import (
     read_view,
     shard_of,
 )
-from transforms.schemas import REJECTS
-from transforms.sink import DAMAGE, Commit, parse_commit
-from transforms.storage import input_errors, join, locate
+from diptych.transforms.schemas import REJECTS
+from diptych.transforms.sink import DAMAGE, Commit, parse_commit
+from diptych.transforms.storage import input_errors, join, locate
 
 
 @dataclasses.dataclass

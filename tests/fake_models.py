@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models import spec as spec_module
-from models.base import (
+from diptych.models import spec as spec_module
+from diptych.models.base import (
     CaptionModel,
     CaptionOptions,
     Captions,
@@ -19,8 +19,8 @@ from models.base import (
     TextModel,
     TextVector,
 )
-from models.image_generator import encode_pixels
-from models.spec import ModelSpec
+from diptych.models.generation.image_generator import encode_pixels
+from diptych.models.spec import ModelSpec
 
 TROUBLE = "a trouble"
 

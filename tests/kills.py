@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from transforms import storage
-from transforms.output_layout import JOB, PLAN, SCRATCH, SUCCESS
+from diptych.transforms import storage
+from diptych.transforms.output_layout import JOB, PLAN, SCRATCH, SUCCESS
 
 Step = Callable[[Path], object]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fake_models import TROUBLE, use_fakes
 
-from pipelines.cli import main
-from pipelines.scene_folders import write_data_set
+from diptych.pipelines.cli import main
+from diptych.pipelines.demo_data.layouts import write_data_set
 
 REPOSITORY = Path(__file__).parents[1]
 AIRFLOW = Path(sys.prefix) / "airflow" / "bin" / "python"  # its packages and ours do not go together

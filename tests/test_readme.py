@@ -21,10 +21,10 @@ import tfrecord  # type: ignore[import-untyped]  # has no stubs
 import torch
 import torchvision
 
-from pipelines.cli import main
-from pipelines.scene_folders import write_data_set
-from transforms.finish import read_success
-from transforms.schemas import REASONS
+from diptych.pipelines.cli import main
+from diptych.pipelines.demo_data.layouts import write_data_set
+from diptych.transforms.finish import read_success
+from diptych.transforms.schemas import REASONS
 
 if TYPE_CHECKING:
     from conftest import Bucket, Command
@@ -188,7 +188,7 @@ def test_commands_on_flink(
     build = "$(python deploy/flink_job_server.py)"
     assert build in command
     arguments = shlex.split(command.replace(build, flink_jar))
-    done = run_command([sys.executable, "-m", "pipelines.cli", *arguments[1:]], timeout_s=200)
+    done = run_command([sys.executable, "-m", "diptych", *arguments[1:]], timeout_s=200)
     assert done.returncode == 0, done.stderr
     totals = read_success(str(home / "out/flink"))
     assert totals is not None

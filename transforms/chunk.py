@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from apache_beam.coders.typecoders import registry
 
-from transforms.schemas import REJECTS
+from diptych.transforms.schemas import REJECTS
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -37,7 +37,7 @@ class Reject(NamedTuple):
     Attributes:
         key: Identity of the image, empty where unknown.
         row: Ordinal of the row in its input file.
-        reason: One of `transforms.schemas.REASONS`.
+        reason: One of `diptych.transforms.schemas.REASONS`.
         message: What was found, for people.
         data: The original bytes, or None.
     """

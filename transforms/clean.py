@@ -11,7 +11,7 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.pvalue import PCollection
 
-from transforms.chunk import Chunk, Reject, take_rows
+from diptych.transforms.chunk import Chunk, Reject, take_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from models.location import redacted
+from diptych.models.files.location import redacted
 
 
 class DiptychError(Exception):

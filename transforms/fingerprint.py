@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
-from transforms.sources.base import InputFile
+from diptych.transforms.sources.base import InputFile
 
 # Libraries that decide the bytes of an output
 _LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "pyarrow", "simplejpeg")

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 import apache_beam as beam
 from apache_beam.pvalue import PCollection
 
-from transforms.chunk import add_counts
-from transforms.errors import NothingWritten, OutputError, TooManyRejects
-from transforms.failures import FailureLimit
-from transforms.output_layout import (
+from diptych.transforms.chunk import add_counts
+from diptych.transforms.errors import NothingWritten, OutputError, TooManyRejects
+from diptych.transforms.inference.failures import FailureLimit
+from diptych.transforms.output_layout import (
     PLAN,
     SCRATCH,
     SUCCESS,
@@ -22,8 +22,8 @@ from transforms.output_layout import (
     write_success,
     write_view,
 )
-from transforms.sink import Claim, Commit, foreign_files
-from transforms.storage import delete, delete_empty, join
+from diptych.transforms.sink import Claim, Commit, foreign_files
+from diptych.transforms.storage import delete, delete_empty, join
 
 
 @dataclasses.dataclass(frozen=True)

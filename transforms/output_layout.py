@@ -12,16 +12,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from transforms.errors import InputError, OutputError
-from transforms.storage import (
-    create,
-    delete,
-    input_errors,
-    is_absence,
-    join,
-    locate,
-    write_whole,
-)
+from diptych.transforms.errors import InputError, OutputError
+from diptych.transforms.storage import create, delete, input_errors, is_absence, join, locate, write_whole
 
 JOB = "_job.json"
 SUCCESS = "_SUCCESS.json"

@@ -12,10 +12,10 @@ from collections.abc import Generator, Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.errors import one_line
-from transforms.errors import InputError, OutputError
-from transforms.fingerprint import digest
-from transforms.output_layout import (
+from diptych.models.errors import one_line
+from diptych.transforms.errors import InputError, OutputError
+from diptych.transforms.fingerprint import digest
+from diptych.transforms.output_layout import (
     JOB,
     SUCCESS,
     RecordKind,
@@ -24,7 +24,7 @@ from transforms.output_layout import (
     read_records,
     shard_of,
 )
-from transforms.storage import input_errors, is_file, join, locate
+from diptych.transforms.storage import input_errors, is_file, join, locate
 
 _DATASET = "images"
 # Of a row group, so much is made into Arrow at a time

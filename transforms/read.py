@@ -11,14 +11,14 @@ import pyarrow as pa
 from apache_beam.pvalue import DoOutputsTuple, PCollection, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from models.location import redacted
-from transforms.binary import BinaryBuilder
-from transforms.chunk import Chunk, ChunkKey, Reject, add_counts, concat, reject_batch
-from transforms.progress import progress
-from transforms.schemas import RAW_TEXT, raw_schema
-from transforms.sink import Commit, Sink, committed, read_commit
-from transforms.sources.base import Lost, Record, Row, Shard
-from transforms.sources.texts import TextShard
+from diptych.models.files.location import redacted
+from diptych.transforms.arrow_binary import BinaryBuilder
+from diptych.transforms.chunk import Chunk, ChunkKey, Reject, add_counts, concat, reject_batch
+from diptych.transforms.progress import progress
+from diptych.transforms.schemas import RAW_TEXT, raw_schema
+from diptych.transforms.sink import Commit, Sink, committed, read_commit
+from diptych.transforms.sources.base import Lost, Record, Row, Shard
+from diptych.transforms.sources.sharded.prepared_captions import TextShard
 
 # A chunk also ends here, so that photos of many megabytes do not add up
 _MAX_CHUNK_BYTES = 64 << 20

@@ -24,14 +24,14 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 from fsspec.implementations.local import LocalFileSystem
 
-from models.errors import one_line
-from transforms.chunk import Chunk, ChunkKey
-from transforms.errors import InputError, OutputError
-from transforms.fingerprint import digest
-from transforms.output_layout import SCRATCH, read_json
-from transforms.progress import progress
-from transforms.schemas import REASONS, REJECTS, huggingface_info
-from transforms.storage import delete, input_errors, is_absence, join, locate, write_whole
+from diptych.models.errors import one_line
+from diptych.transforms.chunk import Chunk, ChunkKey
+from diptych.transforms.errors import InputError, OutputError
+from diptych.transforms.fingerprint import digest
+from diptych.transforms.output_layout import SCRATCH, read_json
+from diptych.transforms.progress import progress
+from diptych.transforms.schemas import REASONS, REJECTS, huggingface_info
+from diptych.transforms.storage import delete, input_errors, is_absence, join, locate, write_whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
-from models.errors import one_line
-from models.location import redacted
-from models.remote import open_store
-from transforms.errors import InputError, MissingInputError, OutputError
+from diptych.models.errors import one_line
+from diptych.models.files.location import redacted
+from diptych.models.files.object_stores import open_store
+from diptych.transforms.errors import InputError, MissingInputError, OutputError
 
 # Stores where one upload appears whole or not at all. A rename there is a copy and a delete: worse, not better.
 _ATOMIC_UPLOAD = frozenset({"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "memory"})

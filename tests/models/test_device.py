@@ -3,8 +3,8 @@ import contextlib
 import pytest
 import torch
 
-from models.device import choose_device, half_precision
-from models.errors import ModelError
+from diptych.models.device import choose_device, half_precision
+from diptych.models.errors import ModelError
 
 
 def test_auto_is_the_cpu_without_a_gpu(monkeypatch):

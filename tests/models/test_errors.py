@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from models.errors import one_line
+from diptych.models.errors import one_line
 
 
 def test_an_error_of_many_lines_becomes_one() -> None:

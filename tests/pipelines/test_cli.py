@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 from kills import files_in
 
-from pipelines import cli, scene_folders
-from pipelines.cli import main
-from pipelines.scene_folders import write_data_set
+from diptych.pipelines import cli
+from diptych.pipelines.cli import main
+from diptych.pipelines.demo_data import layouts
+from diptych.pipelines.demo_data.layouts import write_data_set
 
 NUM_SCENES = 200
 CHUNK_ROWS = "--chunk_rows=5"
-COMMAND = [sys.executable, "-m", "pipelines.cli"]
+COMMAND = [sys.executable, "-m", "diptych"]
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -31,7 +32,7 @@ REPOSITORY = Path(__file__).parents[2]
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The drawn data set, as nine tar files of 20 scenes and one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scene_folders, "_SHARD_SCENES", 20)
+        patch.setattr(layouts, "_SHARD_SCENES", 20)
         return write_data_set(str(tmp_path_factory.mktemp("scenes") / "data"), NUM_SCENES, seed=1).webdataset
 
 
@@ -193,14 +194,14 @@ class TestHelp:
     @pytest.mark.parametrize("command", ["embed", "caption", "generate", "run", "evaluate"])
     def test_it_does_not_wait_for_the_models_libraries(self, command):
         code = (
-            f"import sys\nfrom pipelines.cli import main\ntry: main(['{command}', '--help'])\n"
+            f"import sys\nfrom diptych.pipelines.cli import main\ntry: main(['{command}', '--help'])\n"
             "except SystemExit: print({'torch', 'transformers', 'gensim'} & set(sys.modules))"
         )
         assert run_code(code).stdout.splitlines()[-1] == "set()"
 
     def test_it_does_not_wait_for_the_libraries(self):
         code = (
-            "import sys\nfrom pipelines.cli import main\n"
+            "import sys\nfrom diptych.pipelines.cli import main\n"
             "try: main(['--version'])\n"
             "except SystemExit: print({'apache_beam', 'cv2', 'pyarrow'} & set(sys.modules))"
         )
@@ -329,8 +330,9 @@ class TestProgress:
     def test_lines_where_it_is_no_terminal(self, data, tmp_path):
         argv = ["prepare", f"--input={data}", f"--output={tmp_path}/out", CHUNK_ROWS]
         code = (
-            "import logging; logging.disable(); from pipelines import cli, running\n"
-            f"running._LINE_S = 0.1; raise SystemExit(cli.main({argv}))"
+            "import logging; logging.disable(); from diptych.pipelines import cli\n"
+            "from diptych.pipelines.runners import run_pipeline\n"
+            f"run_pipeline._LINE_S = 0.1; raise SystemExit(cli.main({argv}))"
         )
         done = run_code(code)
         lines = done.stderr.splitlines()

@@ -14,14 +14,21 @@ import pyarrow as pa
 import pytest
 from kills import files_in
 
-from pipelines.job import DatasetClaim, State, check_output, read_jobs, start_writing, take_output
-from transforms import output_layout, storage
-from transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
-from transforms.errors import DiptychError, OutputError
-from transforms.finish import Expected, Totals, finish, read_success
-from transforms.output_layout import JOB, SUCCESS, read_json
-from transforms.schemas import captions_schema, images_schema
-from transforms.sink import Sink, WriteChunks, committed
+from diptych.pipelines.lifecycle.output_folder import (
+    DatasetClaim,
+    State,
+    check_output,
+    read_jobs,
+    start_writing,
+    take_output,
+)
+from diptych.transforms import output_layout, storage
+from diptych.transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
+from diptych.transforms.errors import DiptychError, OutputError
+from diptych.transforms.finish import Expected, Totals, finish, read_success
+from diptych.transforms.output_layout import JOB, SUCCESS, read_json
+from diptych.transforms.schemas import captions_schema, images_schema
+from diptych.transforms.sink import Sink, WriteChunks, committed
 
 SCHEMAS = {"images": images_schema(), "captions": captions_schema(), "embeddings": captions_schema()}
 SEEDS = range(200)
@@ -100,8 +107,8 @@ def steps_of(scheduler: Scheduler) -> Iterator[None]:
 
         for module in (storage, output_layout):
             patch.setattr(module, "locate", step_and_locate)
-        patch.setattr("transforms.sink.locate", step_and_locate)
-        patch.setattr("pipelines.job.locate", step_and_locate)
+        patch.setattr("diptych.transforms.sink.locate", step_and_locate)
+        patch.setattr("diptych.pipelines.lifecycle.output_folder.locate", step_and_locate)
         for name in ("_replace", "_link"):
             place = getattr(storage, name)
 
@@ -111,7 +118,7 @@ def steps_of(scheduler: Scheduler) -> Iterator[None]:
 
             patch.setattr(storage, name, step_and_place)
         patch.setattr(os, "fsync", lambda _: None)  # no power is cut here
-        patch.setattr("transforms.sink.concurrent.futures.ThreadPoolExecutor", SameThread)
+        patch.setattr("diptych.transforms.sink.concurrent.futures.ThreadPoolExecutor", SameThread)
         yield
 
 

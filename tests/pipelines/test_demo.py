@@ -8,14 +8,14 @@ import datasets
 import pytest
 from PIL import Image, ImageColor
 
-from pipelines import demo as demo_module
-from pipelines.cli import main
-from pipelines.contact_sheet import _GIVEN, _SAID
-from pipelines.demo import _beside, demo
-from pipelines.evaluate import read_candidates
-from pipelines.scene_folders import write_data_set
-from pipelines.verify import Findings, verify
-from transforms.errors import DiptychError, OptionError, OutputError
+from diptych.pipelines import demo as demo_module
+from diptych.pipelines.cli import main
+from diptych.pipelines.demo import _beside, demo
+from diptych.pipelines.demo_data.contact_sheet import _GIVEN, _SAID
+from diptych.pipelines.demo_data.layouts import write_data_set
+from diptych.pipelines.evaluate_captions import read_candidates
+from diptych.pipelines.verify import Findings, verify
+from diptych.transforms.errors import DiptychError, OptionError, OutputError
 
 REPOSITORY = Path(__file__).parents[2]
 

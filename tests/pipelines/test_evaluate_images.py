@@ -10,13 +10,12 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from models import spec as spec_module
-from models.base import CaptionModel, Captions
-from models.encoder import create_encoder
-from models.word2vec import Word2Vec
-from pipelines.cli import main
-from pipelines.evaluate_flags import add_evaluate_flags
-from pipelines.evaluate_images import (
+from diptych.models import spec as spec_module
+from diptych.models.base import CaptionModel, Captions
+from diptych.models.captioning.encoder import create_encoder
+from diptych.models.text.word2vec import Word2Vec
+from diptych.pipelines.cli import main
+from diptych.pipelines.evaluate_images import (
     EvaluateImagesOptions,
     _chosen,
     _Made,
@@ -25,7 +24,8 @@ from pipelines.evaluate_images import (
     images_options,
     table,
 )
-from transforms.errors import InputError, OptionError, OutputError
+from diptych.pipelines.options.evaluate import add_evaluate_flags
+from diptych.transforms.errors import InputError, OptionError, OutputError
 
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 

@@ -27,31 +27,26 @@ from fake_models import TROUBLE, FakeCaptions, FakeText, use_fakes
 from kills import check_kills, files_in
 from PIL import Image
 
-from models import spec as spec_module
-from models.base import (
-    CaptionOptions,
-    ImageOptions,
-    Prompt,
-    TextOptions,
-)
-from models.errors import ModelError
-from models.spec import ModelSpec
-from models.word2vec import Word2Vec
-from pipelines import scene_folders
-from pipelines.caption import caption
-from pipelines.cli import main
-from pipelines.embed import embed, embed_branch
-from pipelines.generate import generate
-from pipelines.job import State, read_jobs
-from pipelines.launch import Job
-from pipelines.model_job import model_graph
-from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions
-from pipelines.prepare import prepare
-from pipelines.running import new_pipeline
-from pipelines.scene_folders import SceneFolders, write_data_set
-from pipelines.verify import verify
-from transforms.clean import CleanCaptions, CleanOptions
-from transforms.errors import (
+from diptych.models import spec as spec_module
+from diptych.models.base import CaptionOptions, ImageOptions, Prompt, TextOptions
+from diptych.models.errors import ModelError
+from diptych.models.spec import ModelSpec
+from diptych.models.text.word2vec import Word2Vec
+from diptych.pipelines.caption import caption
+from diptych.pipelines.cli import main
+from diptych.pipelines.demo_data import layouts
+from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set
+from diptych.pipelines.embed import embed, embed_branch
+from diptych.pipelines.generate import generate
+from diptych.pipelines.lifecycle.launch import Job
+from diptych.pipelines.lifecycle.model_job import model_graph
+from diptych.pipelines.lifecycle.output_folder import State, read_jobs
+from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, PrepareOptions
+from diptych.pipelines.prepare import prepare
+from diptych.pipelines.runners.run_pipeline import new_pipeline
+from diptych.pipelines.verify import verify
+from diptych.transforms.clean import CleanCaptions, CleanOptions
+from diptych.transforms.errors import (
     DeviceError,
     DiptychError,
     InputError,
@@ -59,11 +54,11 @@ from transforms.errors import (
     OptionError,
     OutputError,
 )
-from transforms.finish import read_success
-from transforms.generate import sample_seed
-from transforms.schemas import captions_schema, embeddings_schema, generated_schema
-from transforms.sources import SourceOptions, open_source
-from transforms.sources.texts import TextShard
+from diptych.transforms.finish import read_success
+from diptych.transforms.inference.generate import sample_seed
+from diptych.transforms.schemas import captions_schema, embeddings_schema, generated_schema
+from diptych.transforms.sources.open import SourceOptions, open_source
+from diptych.transforms.sources.sharded.prepared_captions import TextShard
 
 REPOSITORY = Path(__file__).parents[2]
 CHUNK_ROWS = 7
@@ -78,7 +73,7 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> SceneFolders:
     """50 scenes; the tar files hold 20 each at most."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scene_folders, "_SHARD_SCENES", 20)
+        patch.setattr(layouts, "_SHARD_SCENES", 20)
         return write_data_set(str(tmp_path_factory.mktemp("scenes") / "data"), 50, seed=1)
 
 
@@ -551,7 +546,7 @@ def test_killed_by_the_system(prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(prepared, whole)
     options = {"model": ModelSpec("word2vec", str(folder), TextOptions()), "chunk_rows": 1}
     run("embed", whole, whole, **options)
-    command = [sys.executable, "-m", "pipelines.cli", "embed", f"--input={prepared}", f"--output={prepared}"]
+    command = [sys.executable, "-m", "diptych", "embed", f"--input={prepared}", f"--output={prepared}"]
     command += [f"--model=word2vec:{folder}", "--chunk_rows=1", "--quiet"]
     written = prepared / "embeddings"
     with subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True) as process:

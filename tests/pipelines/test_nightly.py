@@ -9,24 +9,25 @@ import pyarrow.dataset
 import pytest
 from fake_models import TROUBLE, use_fakes
 
-from models.base import CaptionOptions, ImageOptions, TextOptions
-from models.spec import ModelSpec
-from pipelines import done_before, scene_folders
-from pipelines.caption import caption
-from pipelines.cli import main
-from pipelines.embed import embed
-from pipelines.generate import generate
-from pipelines.job import State, read_jobs
-from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions
-from pipelines.prepare import prepare
-from pipelines.scene_folders import write_data_set
-from pipelines.verify import verify
-from transforms.errors import InputError, OutputError
-from transforms.fingerprint import digest
-from transforms.finish import read_success
-from transforms.sources import SourceOptions
-from transforms.sources.parquet import ParquetShard
-from transforms.sources.texts import TextShard
+from diptych.models.base import CaptionOptions, ImageOptions, TextOptions
+from diptych.models.spec import ModelSpec
+from diptych.pipelines.caption import caption
+from diptych.pipelines.cli import main
+from diptych.pipelines.demo_data import layouts
+from diptych.pipelines.demo_data.layouts import write_data_set
+from diptych.pipelines.embed import embed
+from diptych.pipelines.generate import generate
+from diptych.pipelines.lifecycle import skip_done
+from diptych.pipelines.lifecycle.output_folder import State, read_jobs
+from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, PrepareOptions
+from diptych.pipelines.prepare import prepare
+from diptych.pipelines.verify import verify
+from diptych.transforms.errors import InputError, OutputError
+from diptych.transforms.fingerprint import digest
+from diptych.transforms.finish import read_success
+from diptych.transforms.sources.open import SourceOptions
+from diptych.transforms.sources.sharded.parquet import ParquetShard
+from diptych.transforms.sources.sharded.prepared_captions import TextShard
 
 DATASETS = {"embed": "embeddings", "caption": "captions", "generate": "generated"}
 MODELS = {
@@ -45,7 +46,7 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     """Tar files of 20 scenes each, as one a night comes in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scene_folders, "_SHARD_SCENES", 20)
+        patch.setattr(layouts, "_SHARD_SCENES", 20)
         folder = write_data_set(str(tmp_path_factory.mktemp("scenes") / "data"), 60, seed=1).webdataset
     return [path.read_bytes() for path in sorted(folder.glob("train-*.tar"))[:2]]
 
@@ -154,13 +155,13 @@ def test_a_night_that_died_goes_on_with_what_it_left_out_at_first(data, shards, 
     # as the run's first start left it
     plan = second / "_plan" / digest(read_jobs(str(second))["embeddings"])
     keys = plan / "done-embeddings.keys"
-    done_before.find_done(ModelJobOptions(**options_of(second, earlier)), "embeddings", str(plan))
+    skip_done.find_done(ModelJobOptions(**options_of(second, earlier)), "embeddings", str(plan))
     assert keys.exists()
 
     def refuse(*args: object) -> None:
         raise AssertionError("the keys are brought together once")
 
-    monkeypatch.setattr(done_before, "write_done_keys", refuse)
+    monkeypatch.setattr(skip_done, "write_done_keys", refuse)
     assert run("embed", data, second, earlier) is State.RESUMED
     assert {path.name: path.read_bytes() for path in (second / "embeddings").iterdir()} == wanted
 

@@ -15,14 +15,14 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from kills import files_in
 
-from models.base import CaptionOptions, ImageOptions, TextOptions
-from models.spec import ModelSpec
-from models.word2vec import Word2Vec
-from pipelines.cli import main
-from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions, RunOptions
-from pipelines.reach import check_reach
-from pipelines.scene_folders import write_data_set
-from transforms.errors import OptionError
+from diptych.models.base import CaptionOptions, ImageOptions, TextOptions
+from diptych.models.spec import ModelSpec
+from diptych.models.text.word2vec import Word2Vec
+from diptych.pipelines.cli import main
+from diptych.pipelines.demo_data.layouts import write_data_set
+from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, PrepareOptions, RunOptions
+from diptych.pipelines.runners.reach import check_reach
+from diptych.transforms.errors import OptionError
 
 
 @pytest.fixture(scope="module")

@@ -26,22 +26,22 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from kills import check_kills, files_in
 
-from pipelines import scene_folders
-from pipelines.cli import main
-from pipelines.job import State
-from pipelines.launch import Job, Written
-from pipelines.options import PrepareOptions
-from pipelines.prepare import prepare, prepare_graph
-from pipelines.running import new_pipeline
-from pipelines.scene_folders import SceneFolders, write_data_set
-from pipelines.verify import verify
-from transforms import sink as sink_module
-from transforms.chunk import ChunkCoder
-from transforms.errors import InputError, NothingWritten, OutputError, TooManyRejects
-from transforms.schemas import images_schema
-from transforms.sources import SourceOptions, open_source
-from transforms.sources.base import Shard
-from transforms.sources.webdataset import WebdatasetShard
+from diptych.pipelines.cli import main
+from diptych.pipelines.demo_data import layouts
+from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set
+from diptych.pipelines.lifecycle.launch import Job, Written
+from diptych.pipelines.lifecycle.output_folder import State
+from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.prepare import prepare, prepare_graph
+from diptych.pipelines.runners.run_pipeline import new_pipeline
+from diptych.pipelines.verify import verify
+from diptych.transforms import sink as sink_module
+from diptych.transforms.chunk import ChunkCoder
+from diptych.transforms.errors import InputError, NothingWritten, OutputError, TooManyRejects
+from diptych.transforms.schemas import images_schema
+from diptych.transforms.sources.base import Shard
+from diptych.transforms.sources.open import SourceOptions, open_source
+from diptych.transforms.sources.sharded.webdataset import WebdatasetShard
 
 REPOSITORY = Path(__file__).parents[2]
 CHUNK_ROWS = 5
@@ -51,7 +51,7 @@ CHUNK_ROWS = 5
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> SceneFolders:
     """300 scenes; the tar files hold 30 each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scene_folders, "_SHARD_SCENES", 30)
+        patch.setattr(layouts, "_SHARD_SCENES", 30)
         return write_data_set(str(tmp_path_factory.mktemp("scenes") / "data"), 300, seed=1)
 
 
@@ -100,7 +100,7 @@ class TestTheSameCommandElsewhere:
             raise OutputError("the files of the other are in the way")
 
         patch = pytest.MonkeyPatch()
-        patch.setattr("pipelines.launch.run_pipeline", fail)
+        patch.setattr("diptych.pipelines.lifecycle.launch.run_pipeline", fail)
         try:
             run(data, out, **options)
         finally:
@@ -155,7 +155,7 @@ class TestKilled:
 
     @pytest.mark.parametrize("num_files", [1, 7, 25, 55])
     def test_by_the_system(self, scenes, tmp_path, undisturbed, num_files):
-        command = [sys.executable, "-m", "pipelines.cli", "prepare", f"--input={scenes.webdataset}"]
+        command = [sys.executable, "-m", "diptych", "prepare", f"--input={scenes.webdataset}"]
         command += [f"--output={tmp_path}", f"--chunk_rows={CHUNK_ROWS}", "--quiet"]
         images = tmp_path / "images"
         with subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True) as process:
@@ -314,7 +314,7 @@ class TestFaults:
     def test_a_limit_on_files(self, scenes, tmp_path, undisturbed):
         sizes = sorted(len(data) for name, data in undisturbed.items() if name.startswith("images/"))
         limit = sizes[-3]
-        command = [sys.executable, "-m", "pipelines.cli", "prepare", f"--input={scenes.webdataset}"]
+        command = [sys.executable, "-m", "diptych", "prepare", f"--input={scenes.webdataset}"]
         command += [f"--output={tmp_path}/out", f"--chunk_rows={CHUNK_ROWS}"]
         done = subprocess.run(
             command,

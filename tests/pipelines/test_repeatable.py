@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transforms.schemas import REASONS
+from diptych.transforms.schemas import REASONS
 
 REPOSITORY = Path(__file__).parents[2]
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "PCX")
@@ -62,7 +62,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def prepare(data: Path, out: Path, hash_seed: int) -> dict[str, bytes]:
-    command = [sys.executable, "-m", "pipelines.cli", "prepare", f"--input={data}", f"--output={out}"]
+    command = [sys.executable, "-m", "diptych", "prepare", f"--input={data}", f"--output={out}"]
     command += ["--quiet", "--chunk_rows=7", "--keep_rejected_bytes"]
     # An address that a message quotes differs with what was allocated before
     env = os.environ | {"PYTHONHASHSEED": str(hash_seed), "DIPTYCH_TEST_PADDING": "x" * 4096 * hash_seed}

@@ -10,17 +10,17 @@ from fake_models import FakeText, use_fakes
 from kills import files_in, kills
 from PIL import Image
 
-from models.base import TextOptions
-from models.spec import ModelSpec
-from pipelines.embed import embed
-from pipelines.job import State
-from pipelines.options import ModelJobOptions, PrepareOptions, RunOptions
-from pipelines.prepare import prepare
-from pipelines.run import run as run_job
-from pipelines.scene_folders import write_data_set
-from pipelines.verify import verify
-from transforms import read as read_module
-from transforms.errors import OptionError
+from diptych.models.base import TextOptions
+from diptych.models.spec import ModelSpec
+from diptych.pipelines.demo_data.layouts import write_data_set
+from diptych.pipelines.embed import embed
+from diptych.pipelines.lifecycle.output_folder import State
+from diptych.pipelines.options.base import ModelJobOptions, PrepareOptions, RunOptions
+from diptych.pipelines.prepare import prepare
+from diptych.pipelines.run import run as run_job
+from diptych.pipelines.verify import verify
+from diptych.transforms import read as read_module
+from diptych.transforms.errors import OptionError
 
 CHUNK_ROWS = 4
 

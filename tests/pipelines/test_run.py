@@ -17,33 +17,33 @@ import torch
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from kills import check_kills, files_in
 
-from models import spec as spec_module
-from models.base import CaptionOptions, ImageOptions, TextOptions
-from models.captioner import CaptionNetwork
-from models.decoder import Decoder, DecoderConfig
-from models.encoder import create_encoder
-from models.generator import Generator, GeneratorConfig
-from models.image_generator import save_generator
-from models.spec import ModelSpec
-from models.text_model import TextSource
-from models.vocabulary import Vocabulary
-from models.word2vec import Word2Vec
-from pipelines import scene_folders
-from pipelines.caption import caption
-from pipelines.cli import main
-from pipelines.embed import embed
-from pipelines.generate import generate
-from pipelines.job import State
-from pipelines.options import GenerateOptions, ModelJobOptions, PrepareOptions, RunOptions
-from pipelines.prepare import prepare
-from pipelines.run import run
-from pipelines.scene_folders import SceneFolders, write_data_set
-from pipelines.scenes import COLOURS, SHAPES
-from pipelines.verify import verify
-from transforms import resize
-from transforms.errors import InputError, OptionError, OutputError
-from transforms.finish import read_success
-from transforms.resize import ResizeOptions
+from diptych.models import spec as spec_module
+from diptych.models.base import CaptionOptions, ImageOptions, TextOptions
+from diptych.models.captioning.captioner import CaptionNetwork
+from diptych.models.captioning.decoder import Decoder, DecoderConfig
+from diptych.models.captioning.encoder import create_encoder
+from diptych.models.captioning.vocabulary import Vocabulary
+from diptych.models.generation.generator import Generator, GeneratorConfig
+from diptych.models.generation.image_generator import save_generator
+from diptych.models.spec import ModelSpec
+from diptych.models.text.text_model import TextSource
+from diptych.models.text.word2vec import Word2Vec
+from diptych.pipelines.caption import caption
+from diptych.pipelines.cli import main
+from diptych.pipelines.demo_data import layouts
+from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set
+from diptych.pipelines.demo_data.scenes import COLOURS, SHAPES
+from diptych.pipelines.embed import embed
+from diptych.pipelines.generate import generate
+from diptych.pipelines.lifecycle.output_folder import State
+from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, PrepareOptions, RunOptions
+from diptych.pipelines.prepare import prepare
+from diptych.pipelines.run import run
+from diptych.pipelines.verify import verify
+from diptych.transforms.errors import InputError, OptionError, OutputError
+from diptych.transforms.finish import read_success
+from diptych.transforms.images import resize
+from diptych.transforms.images.resize import ResizeOptions
 
 DATASETS = ("images", "embeddings", "captions", "generated")
 CHUNK_ROWS = 7
@@ -54,7 +54,7 @@ SIZE = ResizeOptions(size_px=48)
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> SceneFolders:
     """30 scenes; the tar files hold 12 each at most."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scene_folders, "_SHARD_SCENES", 12)
+        patch.setattr(layouts, "_SHARD_SCENES", 12)
         return write_data_set(str(tmp_path_factory.mktemp("scenes") / "data"), 30, seed=1)
 
 
@@ -156,7 +156,9 @@ class TestRun:
 
     def test_reading_to_writing_is_one_fused_stage(self, scenes, models, tmp_path, monkeypatch):
         pipelines = []
-        monkeypatch.setattr("pipelines.launch.run_pipeline", lambda pipeline, *_: pipelines.append(pipeline))
+        monkeypatch.setattr(
+            "diptych.pipelines.lifecycle.launch.run_pipeline", lambda pipeline, *_: pipelines.append(pipeline)
+        )
         with pytest.raises(OutputError, match="record of its images"):  # nothing ran
             run(options_of(scenes.webdataset, tmp_path, models))
         _, stages = FnApiRunner().create_stages(pipelines[0].to_runner_api())
@@ -297,7 +299,7 @@ class TestRunners:
     def test_flink(self, scenes, models, undisturbed, tmp_path, run_command, flink_jar):
         flink = ["--runner=FlinkRunner", "--flink_master=[local]", f"--flink_job_server_jar={flink_jar}"]
         flink += ["--environment_type=LOOPBACK", "--parallelism=2", "--job_server_jvm_properties=-Xmx512m"]
-        command = [sys.executable, "-m", "pipelines.cli", "run", *FLAGS, *flink]
+        command = [sys.executable, "-m", "diptych", "run", *FLAGS, *flink]
         command += [f"--input={scenes.webdataset}", f"--output={tmp_path / 'out'}"]
         command += [f"--{job}={spec}" for job, spec in models.items()]
         done = run_command(command, timeout_s=200)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli import main
-from pipelines.scene_folders import write_data_set
+from diptych.pipelines.cli import main
+from diptych.pipelines.demo_data.layouts import write_data_set
 
 REPOSITORY = Path(__file__).parents[2]
-DIPTYCH = f"{shlex.quote(sys.executable)} -m pipelines.cli"
+DIPTYCH = f"{shlex.quote(sys.executable)} -m diptych"
 SUMMARY = "written   9 to"
 
 
@@ -91,9 +91,7 @@ def test_names_in_any_script_go_with_any_encoding(environment, data, tmp_path):
 def test_a_data_file_does_not_get_what_is_printed(data, tmp_path):
     """With descriptor 1 closed, the next file that is opened would have its number."""
     out = tmp_path / "out"
-    code = (
-        "import os, sys; from pipelines.cli import main; code = main(sys.argv[1:]); os.write(1, b'printed')"
-    )
+    code = "import os, sys; from diptych.pipelines.cli import main; code = main(sys.argv[1:]); os.write(1, b'printed')"
     python = f"{shlex.quote(sys.executable)} -c {shlex.quote(code + '; sys.exit(code)')}"
     command = f"{python} prepare --input '{data}' --output {out} >&- 2>&-"
     assert shell(command).returncode == 0

@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models import captioner_training
-from models.base import CaptionOptions, TextOptions
-from models.captioner import Captioner
-from models.captioner_data import CaptionData, CaptionerTraining, History, Progress
-from models.errors import ModelError
-from models.word2vec import Word2Vec
-from pipelines import train as train_module
-from pipelines.cli import main
-from pipelines.job import DatasetClaim, check_output
-from pipelines.options import PrepareOptions
-from pipelines.prepare import prepare
-from pipelines.scene_folders import SceneFolders, write_data_set
-from transforms.errors import OutputError
-from transforms.finish import read_success
-from transforms.resize import ResizeOptions
+from diptych.models.base import CaptionOptions, TextOptions
+from diptych.models.captioning.captioner import Captioner
+from diptych.models.errors import ModelError
+from diptych.models.text.word2vec import Word2Vec
+from diptych.models.training import captioner
+from diptych.models.training.data import CaptionData, CaptionerTraining, History, Progress
+from diptych.pipelines import train as train_module
+from diptych.pipelines.cli import main
+from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set
+from diptych.pipelines.lifecycle.output_folder import DatasetClaim, check_output
+from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.prepare import prepare
+from diptych.transforms.errors import OutputError
+from diptych.transforms.finish import read_success
+from diptych.transforms.images.resize import ResizeOptions
 
 SMALL = ("--encoder=squeezenet1_1", "--encoder_weights=none", "--fine_tune", "--encoder_size=64")
 NUM_TRAIN, NUM_VAL = 54, 6
@@ -96,7 +96,7 @@ class FakeTrainer:
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> FakeTrainer:
     fake = FakeTrainer()
-    monkeypatch.setattr(captioner_training, "train_captioner", fake)
+    monkeypatch.setattr(captioner, "train_captioner", fake)
     return fake
 
 
@@ -363,7 +363,7 @@ class TestForReal:
         ]
         assert run(*flags, "--output", tmp_path / "whole") == 0
         killed = tmp_path / "killed"
-        command = [sys.executable, "-m", "pipelines.cli", "train", *flags, "--output", str(killed)]
+        command = [sys.executable, "-m", "diptych", "train", *flags, "--output", str(killed)]
         checkpoint = killed / "_training" / "model" / "checkpoint" / "_checkpoint.safetensors"
         with subprocess.Popen(command) as process:
             while process.poll() is None and not checkpoint.exists():
@@ -378,7 +378,7 @@ class TestForReal:
 
 
 def test_gensim_and_torch_are_loaded_for_a_training_alone() -> None:
-    code = "import sys; import pipelines.cli; print([m for m in ('torch', 'gensim') if m in sys.modules])"
+    code = "import sys; import diptych.pipelines.cli; print([m for m in ('torch', 'gensim') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
 

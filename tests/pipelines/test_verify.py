@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import scene_folders
-from pipelines.options import PrepareOptions
-from pipelines.prepare import prepare
-from pipelines.scene_folders import write_data_set
-from pipelines.verify import verify
-from transforms.errors import InputError, OutputError
+from diptych.pipelines.demo_data import layouts
+from diptych.pipelines.demo_data.layouts import write_data_set
+from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.prepare import prepare
+from diptych.pipelines.verify import verify
+from diptych.transforms.errors import InputError, OutputError
 
 
 def run(data: Path, out: Path, chunk_rows: int = 5) -> None:
@@ -30,7 +30,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two outputs of the same three shards, of which the last has rejects: `five` and `six` rows a chunk."""
     folder = tmp_path_factory.mktemp("outputs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scene_folders, "_SHARD_SCENES", 18)
+        patch.setattr(layouts, "_SHARD_SCENES", 18)
         data = write_data_set(str(folder / "data"), 40, seed=1).webdataset
     members = {"1.jpg": b"junk", "2.txt": b"alone", "3.jpg": b"", "4.jpg": b"junk"}
     with tarfile.open(data / "val-00000.tar", "w") as tar:

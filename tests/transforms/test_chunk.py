@@ -13,8 +13,17 @@ from apache_beam.testing.util import assert_that, equal_to
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.chunk import Chunk, ChunkCoder, ChunkKey, Reject, add_counts, concat, reject_batch, take_rows
-from transforms.schemas import REJECTS, images_schema, raw_schema
+from diptych.transforms.chunk import (
+    Chunk,
+    ChunkCoder,
+    ChunkKey,
+    Reject,
+    add_counts,
+    concat,
+    reject_batch,
+    take_rows,
+)
+from diptych.transforms.schemas import REJECTS, images_schema, raw_schema
 
 # What Arrow and JSON can hold: everything but lone surrogates
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))

@@ -10,9 +10,9 @@ from apache_beam.testing.util import assert_that, equal_to
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from transforms.chunk import Chunk, ChunkKey, reject_batch
-from transforms.clean import CleanCaptions, CleanOptions, clean_caption, clean_captions, clean_chunk
-from transforms.schemas import raw_schema
+from diptych.transforms.chunk import Chunk, ChunkKey, reject_batch
+from diptych.transforms.clean import CleanCaptions, CleanOptions, clean_caption, clean_captions, clean_chunk
+from diptych.transforms.schemas import raw_schema
 
 # Any text at all, lone surrogates too, and text dense with what is cleaned
 WILD = st.text(st.characters(codec=None, exclude_categories=[]))

@@ -10,14 +10,22 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms import finish as finish_module
-from transforms.errors import DiptychError, OutputError, TooManyRejects
-from transforms.failures import FailureLimit
-from transforms.fingerprint import digest
-from transforms.finish import Expected, FinishJob, Totals, check_rejects, finish, read_success, sum_by_dataset
-from transforms.output_layout import RECORDS, SUCCESS
-from transforms.sink import Claim, Commit
-from transforms.storage import write_whole
+from diptych.transforms import finish as finish_module
+from diptych.transforms.errors import DiptychError, OutputError, TooManyRejects
+from diptych.transforms.fingerprint import digest
+from diptych.transforms.finish import (
+    Expected,
+    FinishJob,
+    Totals,
+    check_rejects,
+    finish,
+    read_success,
+    sum_by_dataset,
+)
+from diptych.transforms.inference.failures import FailureLimit
+from diptych.transforms.output_layout import RECORDS, SUCCESS
+from diptych.transforms.sink import Claim, Commit
+from diptych.transforms.storage import write_whole
 
 
 def commit_of(index: int, last: bool = False, shard: str = "a", dataset: str = "images") -> Commit:

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from transforms.errors import InputError
-from transforms.prepared import PreparedImages, is_output
-from transforms.schemas import images_schema
+from diptych.transforms.errors import InputError
+from diptych.transforms.prepared import PreparedImages, is_output
+from diptych.transforms.schemas import images_schema
 
 JOB = {"job": "prepare", "inputs": {"files": 1}}
 FILES = {"a-00000": 3, "a-00001": 0, "a-99999": 70, "a-100000": 2, "a.b-00000": 1, "b-00000": 4}

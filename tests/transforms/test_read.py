@@ -13,15 +13,15 @@ from apache_beam.testing.util import assert_that, equal_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms import read as read_module
-from transforms.chunk import Chunk, ChunkKey
-from transforms.errors import InputError, OutputError
-from transforms.progress import progress
-from transforms.read import ReadShards, read_ahead, read_chunks, read_text_chunks
-from transforms.schemas import RAW_TEXT, REJECTS, images_schema, raw_schema
-from transforms.sink import Commit, Sink, commit_chunk
-from transforms.sources.base import Lost, Record, Row, Shard
-from transforms.sources.texts import TextShard
+from diptych.transforms import read as read_module
+from diptych.transforms.chunk import Chunk, ChunkKey
+from diptych.transforms.errors import InputError, OutputError
+from diptych.transforms.progress import progress
+from diptych.transforms.read import ReadShards, read_ahead, read_chunks, read_text_chunks
+from diptych.transforms.schemas import RAW_TEXT, REJECTS, images_schema, raw_schema
+from diptych.transforms.sink import Commit, Sink, commit_chunk
+from diptych.transforms.sources.base import Lost, Record, Row, Shard
+from diptych.transforms.sources.sharded.prepared_captions import TextShard
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from transforms.schemas import (
+from diptych.transforms.schemas import (
     IMAGE,
     RAW_COLUMNS,
     REASONS,

@@ -18,12 +18,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kills import files_in
 
-from transforms import sink as sink_module
-from transforms import storage
-from transforms.chunk import Chunk, ChunkCoder, ChunkKey, Reject, reject_batch
-from transforms.errors import InputError, OutputError
-from transforms.schemas import REJECTS, images_schema
-from transforms.sink import Commit, Sink, WriteChunks, commit_chunk, committed, has_commit, read_commit
+from diptych.transforms import sink as sink_module
+from diptych.transforms import storage
+from diptych.transforms.chunk import Chunk, ChunkCoder, ChunkKey, Reject, reject_batch
+from diptych.transforms.errors import InputError, OutputError
+from diptych.transforms.schemas import REJECTS, images_schema
+from diptych.transforms.sink import (
+    Commit,
+    Sink,
+    WriteChunks,
+    commit_chunk,
+    committed,
+    has_commit,
+    read_commit,
+)
 
 FINGERPRINT = "0123456789abcdef"
 

@@ -16,9 +16,9 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from kills import files_in
 
-from transforms import storage
-from transforms.errors import InputError, MissingInputError, OutputError
-from transforms.storage import (
+from diptych.transforms import storage
+from diptych.transforms.errors import InputError, MissingInputError, OutputError
+from diptych.transforms.storage import (
     delete,
     entry_type,
     exists,

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
-from transforms.errors import InputError
+from diptych.transforms.errors import InputError
 
 # The largest file that is read as an image, and as a text that goes with one. A larger one costs its row, not the
 # memory of the job: a text may take twenty times its size while its JSON is parsed.
@@ -50,7 +50,7 @@ class Lost(NamedTuple):
     Attributes:
         key: Identity of the image where known, else empty.
         row: Ordinal of the row in its input file.
-        reason: One of `transforms.schemas.REASONS`.
+        reason: One of `diptych.transforms.schemas.REASONS`.
         message: What was found, for people.
         data: The original bytes where there are any.
         counters: What the reader had to mend or leave out beside this row, by name.

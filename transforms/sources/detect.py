@@ -18,19 +18,19 @@ import braceexpand
 import fsspec
 from fsspec.core import has_magic
 
-from models.location import without_query
-from transforms.errors import InputError, OptionError
-from transforms.output_layout import JOB, is_of_output
-from transforms.sources import folder
-from transforms.sources.base import passed_over_note
-from transforms.sources.encoding import find_encoding, lines
-from transforms.sources.flickr30k import is_of_images
-from transforms.sources.image_metadata import IMAGE_METADATA
-from transforms.sources.json_stream import read_ends, read_head
-from transforms.sources.parts import IMAGE_EXTENSIONS, is_image, is_leftover, may_be_image
-from transforms.sources.prompts import EXTENSIONS as PROMPT_EXTENSIONS
-from transforms.sources.tables import CAPTION_NAMES
-from transforms.storage import exists, glob, input_errors, is_folder, join, locate
+from diptych.models.files.location import without_query
+from diptych.transforms.errors import InputError, OptionError
+from diptych.transforms.output_layout import JOB, is_of_output
+from diptych.transforms.sources.base import passed_over_note
+from diptych.transforms.sources.planned import image_folder
+from diptych.transforms.sources.planned.entries import IMAGE_EXTENSIONS, is_image, is_leftover, may_be_image
+from diptych.transforms.sources.planned.flickr30k import is_of_images
+from diptych.transforms.sources.planned.image_metadata import IMAGE_METADATA
+from diptych.transforms.sources.sharded.prompts import EXTENSIONS as PROMPT_EXTENSIONS
+from diptych.transforms.sources.text.encoding import find_encoding, lines
+from diptych.transforms.sources.text.json_stream import read_ends, read_head
+from diptych.transforms.sources.text.tables import CAPTION_NAMES
+from diptych.transforms.storage import exists, glob, input_errors, is_folder, join, locate
 
 FORMATS = ("coco", "flickr30k", "karpathy", "webdataset", "parquet", "tfrecord", "files", "prompts")
 _KINDS = {
@@ -271,7 +271,7 @@ def _walk(root: str) -> _Tree:
     outputs: set[str] = set()
     image_folders = Counter[str]()
     num_images = 0
-    for member in folder.members(root):
+    for member in image_folder.members(root):
         name = posixpath.basename(member.path)
         if name == JOB:
             outputs.add(posixpath.dirname(member.path))

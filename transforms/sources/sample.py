@@ -4,14 +4,14 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from transforms.sources.base import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, ColumnNames
-from transforms.sources.encoding import decode
-from transforms.sources.json_stream import parse_json
-from transforms.sources.links import Link, LinkError
-from transforms.sources.parts import IMAGE_EXTENSIONS
-from transforms.sources.shardfile import encodable
-from transforms.sources.tar import TarReader
-from transforms.sources.tar_index import SampleParts, TarIndex
+from diptych.transforms.sources.archives.links import Link, LinkError
+from diptych.transforms.sources.archives.shard_file import encodable
+from diptych.transforms.sources.archives.tar import TarReader
+from diptych.transforms.sources.archives.tar_index import SampleParts, TarIndex
+from diptych.transforms.sources.base import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, ColumnNames
+from diptych.transforms.sources.planned.entries import IMAGE_EXTENSIONS
+from diptych.transforms.sources.text.encoding import decode
+from diptych.transforms.sources.text.json_stream import parse_json
 
 _IMAGES = frozenset(extension[1:] for extension in IMAGE_EXTENSIONS)
 _CAPTIONS = ("txt", "text", "caption")

@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from transforms.errors import InputError
-from transforms.sources.base import shard_names
+from diptych.transforms.errors import InputError
+from diptych.transforms.sources.base import shard_names
 
 
 def is_safe(name: str) -> bool:

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from transforms.chunk import add_counts
-from transforms.errors import InputError, OptionError
-from transforms.sources import SourceOptions, detect, open_source
-from transforms.sources.base import Lost, Record, Row
-from transforms.sources.detect import expand_braces
-from transforms.sources.planned import plan_counters, plan_notes
+from diptych.transforms.chunk import add_counts
+from diptych.transforms.errors import InputError, OptionError
+from diptych.transforms.sources import detect
+from diptych.transforms.sources.base import Lost, Record, Row
+from diptych.transforms.sources.detect import expand_braces
+from diptych.transforms.sources.open import SourceOptions, open_source
+from diptych.transforms.sources.planned.plan import plan_counters, plan_notes
 
 
 def picture(format: str = "JPEG") -> bytes:

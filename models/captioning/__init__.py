@@ -1,0 +1,1 @@
+"""Captions from images: a CNN with an RNN, and captioners of Hugging Face."""

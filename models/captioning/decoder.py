@@ -1,0 +1,211 @@
+"""The language half of a captioner: a recurrent network over words that looks at the picture.
+
+With attention it is the soft model of "Show, Attend and Tell" (Xu et al. 2015, 3.1.2 and 4.2.1: additive attention, the
+gate beta, the deep output layer); without, "Show and Tell" (Vinyals et al. 2015, 3.1: the pooled picture is the first
+input). Other than there, the annotation vectors are projected once a picture, each with a learnt place (as in ViT,
+Dosovitskiy et al. 2021); the attention also knows the word that was just read; and the output layer shares its weights
+with the word embedding (Press and Wolf 2017).
+
+B captions, N pictures, T words, M words of all captions, L regions, D encoder channels, E embedding, H hidden,
+A attention, V vocabulary.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diptych.models.captioning.vocabulary import PAD
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a decoder.
+
+    Attributes:
+        cell: `lstm` (Hochreiter and Schmidhuber 1997), `gru` (Cho et al. 2014) or `rnn` (Elman 1990, tanh).
+        attention: Attend to the regions at each word; else the pooled picture is the first input.
+        vocab_size: V, with the special words.
+        feature_dim: D.
+        num_regions: L.
+        embedding_dim: E.
+        hidden_dim: H.
+        attention_dim: A.
+        dropout: Share of units dropped in training, of words, pictures and outputs.
+    """
+
+    cell: Literal["lstm", "gru", "rnn"]
+    attention: bool
+    vocab_size: int
+    feature_dim: int
+    num_regions: int
+    embedding_dim: int = 512
+    hidden_dim: int = 512
+    attention_dim: int = 256
+    dropout: float = 0.5
+
+
+class Picture(NamedTuple):
+    """What the decoder keeps of each picture.
+
+    Attributes:
+        values: (N, L, E) projected regions; (N, 1, E), their mean, without attention.
+        keys: (N, L, A) for the attention; empty without.
+    """
+
+    values: Tensor
+    keys: Tensor
+
+    def select(self, index: Tensor) -> "Picture":
+        """Returns the pictures at (B,) ordinals."""
+        return Picture(self.values.index_select(0, index), self.keys.index_select(0, index))
+
+    def first(self, count: int) -> "Picture":
+        """Returns the first so many pictures."""
+        return Picture(self.values[:count], self.keys[:count])
+
+
+class Predictions(NamedTuple):
+    """What a decoder makes of captions that it is given.
+
+    Attributes:
+        logits: (M, V) of every next word.
+        targets: (M,) which word it is.
+        captions: (M,) ordinal of the caption.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    captions: Tensor
+
+
+class State(NamedTuple):
+    """The recurrent state: (B, H) each; `cell` is that of an LSTM, else it is not used."""
+
+    hidden: Tensor
+    cell: Tensor
+
+    def select(self, index: Tensor) -> "State":
+        """Returns the states at (B,) ordinals."""
+        return State(self.hidden.index_select(0, index), self.cell.index_select(0, index))
+
+    def first(self, count: int) -> "State":
+        """Returns the first so many states."""
+        return State(self.hidden[:count], self.cell[:count])
+
+
+class Decoder(nn.Module):
+    """Words from pictures."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        embedding, hidden, attention = config.embedding_dim, config.hidden_dim, config.attention_dim
+        self.words = nn.Embedding(config.vocab_size, embedding, padding_idx=PAD)
+        self.picture = nn.Linear(config.feature_dim, embedding)
+        self.start = nn.Linear(embedding, 2 * hidden)
+        inputs = embedding
+        if config.attention:
+            self.places = nn.Parameter(torch.zeros(config.num_regions, embedding))
+            self.keys = nn.Linear(embedding, attention)
+            self.query = nn.Linear(embedding + hidden, attention, bias=False)
+            self.score = nn.Linear(attention, 1, bias=False)
+            self.gate = nn.Linear(hidden, embedding)
+            inputs += embedding
+        cells = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
+        self.cell = cells[config.cell](inputs, hidden)
+        self.from_hidden = nn.Linear(hidden, embedding)
+        # not the embedding itself: the output layer shares its weights, and a word would call for itself again
+        self.from_word = nn.Linear(embedding, embedding, bias=False)
+        if config.attention:
+            self.from_context = nn.Linear(embedding, embedding, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.normal_(self.words.weight, std=embedding**-0.5)
+
+    def look(self, regions: Tensor) -> Picture:
+        """Returns what is kept of (N, L, D) regions."""
+        if self.config.attention:
+            values = torch.relu(self.picture(self.dropout(regions)) + self.places)  # (N, L, E)
+            return Picture(values, self.keys(values))
+        values = torch.relu(self.picture(self.dropout(regions.mean(dim=1, keepdim=True))))  # (N, 1, E)
+        return Picture(values, values.new_empty(len(values), 0, 0))
+
+    def begin(self, picture: Picture) -> State:
+        """Returns the state before the first word."""
+        pooled = picture.values.mean(dim=1)  # (B, E)
+        hidden, cell = torch.tanh(self.start(pooled)).chunk(2, dim=1)
+        if self.config.attention:
+            return State(hidden, cell)
+        nothing = torch.zeros_like(hidden)
+        return self._advance(pooled, State(nothing, nothing))
+
+    def step(self, words: Tensor, state: State, picture: Picture) -> tuple[Tensor, State]:
+        """Reads a word.
+
+        Args:
+            words: (B,) numbers.
+            state: Before the word.
+            picture: Of each caption.
+
+        Returns:
+            (B, E) outputs, for `logits`, and the state after the word.
+        """
+        embedded = self.words(words)
+        state, context = self._read(embedded, state, picture)
+        return self._output(embedded, state.hidden, context), state
+
+    def _read(self, embedded: Tensor, state: State, picture: Picture) -> tuple[State, Tensor]:
+        """Returns the state after a word, and the (B, E) context that it was read in: none without attention."""
+        if not self.config.attention:
+            return self._advance(embedded, state), embedded.new_empty(len(embedded), 0)
+        query = self.query(torch.cat([embedded, state.hidden], dim=1))[:, None]  # (B, 1, A)
+        weights = torch.softmax(self.score(torch.tanh(picture.keys + query)), dim=1)  # (B, L, 1)
+        context = torch.bmm(weights.transpose(1, 2), picture.values)[:, 0]  # (B, E)
+        context = torch.sigmoid(self.gate(state.hidden)) * context
+        return self._advance(torch.cat([embedded, context], dim=1), state), context
+
+    def _output(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
+        output = self.from_word(embedded) + self.from_hidden(self.dropout(hidden))
+        return output + self.from_context(context) if self.config.attention else output
+
+    def _advance(self, inputs: Tensor, state: State) -> State:
+        if self.config.cell == "lstm":
+            return State(*self.cell(inputs, (state.hidden, state.cell)))
+        return State(self.cell(inputs, state.hidden), state.cell)
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Returns (…, V) logits of the next word for (…, E) outputs."""
+        return nn.functional.linear(self.dropout(torch.tanh(outputs)), self.words.weight, self.bias)
+
+    def forward(self, regions: Tensor, owners: Tensor, words: Tensor) -> Predictions:
+        """Predicts every next word, the words before it given.
+
+        Captions that have ended are left out of the steps that others still take: M is the number of words and ends.
+
+        Args:
+            regions: (N, L, D).
+            owners: (B,) ordinal of each caption's picture.
+            words: (B, T + 1) numbers, from `START` to `END`, then `PAD`.
+        """
+        lengths = (words[:, 1:] != PAD).sum(dim=1)
+        order = lengths.argsort(descending=True, stable=True)
+        words = words[order]
+        alive = (
+            (words[:, 1:] != PAD).sum(dim=0).tolist()
+        )  # captions that have a word there: the first so many
+        picture = self.look(regions).select(owners[order])
+        state = self.begin(picture)
+        embedded = self.dropout(self.words(words[:, :-1]))  # (B, T, E)
+        read, targets, captions = [], [], []
+        for at, count in enumerate(alive):
+            if not count:
+                break
+            picture, state = picture.first(count), state.first(count)
+            state, context = self._read(embedded[:count, at], state, picture)
+            read.append((embedded[:count, at], state.hidden, context))
+            targets.append(words[:count, at + 1])
+            captions.append(order[:count])
+        outputs = self._output(*(torch.cat(parts) for parts in zip(*read, strict=True)))
+        return Predictions(self.logits(outputs), torch.cat(targets), torch.cat(captions))

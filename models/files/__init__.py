@@ -1,0 +1,1 @@
+"""Where models lie: locations, weights, the cache, object stores."""

@@ -1,0 +1,212 @@
+"""Models on an object store, as a local copy: fetched once, whole or not at all, and again when they change."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import os
+import posixpath
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fsspec
+
+from diptych.models.errors import ModelError, ModelOutageError, one_line
+from diptych.models.files.object_stores import open_store
+
+# What models are made of. Pickles are not in it, nor what other frameworks read (ONNX, OpenVINO, TensorFlow).
+MODEL_SUFFIXES = (".json", ".txt", ".safetensors", ".model", ".jinja", ".npy", ".kv", ".vec", ".gz")
+OTHER_FOLDERS = ("onnx", "openvino", "coreml", "checkpoint", "checkpoints")
+PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+_VERSION_KEYS = (
+    "etag", "ETag", "md5Hash", "content_md5", "crc32c", "generation", "VersionId",
+    "mtime", "created", "updated", "LastModified", "last_modified",
+)  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_STALE_S = 86_400
+
+
+@dataclasses.dataclass(frozen=True)
+class _RemoteFile:
+    path: str
+    name: str  # below the model's folder
+    size_bytes: int | None  # a web server may not say
+    version: str
+
+
+def cache_folder() -> Path:
+    """Returns where fetched models lie: `DIPTYCH_CACHE`, else `~/.cache/diptych/models`."""
+    return Path(os.environ.get("DIPTYCH_CACHE") or "~/.cache/diptych/models").expanduser()
+
+
+def fetch(url: str) -> Path:
+    """Returns a local copy of a file or folder on any fsspec file system.
+
+    Of a folder, the files that models are made of are fetched, and no others; with a file, the `.npy` files that
+    gensim keeps beside it. The copy is named by the URL and by what the store says of its files (checksums, sizes,
+    times), so that one that was replaced is fetched anew.
+
+    Args:
+        url: An fsspec URL.
+
+    Raises:
+        ModelError: It is not there or may not be read, or the cache has no room for it or may not be written.
+    """
+    try:
+        fs, path = open_store(url)
+        fs.invalidate_cache()
+        is_folder = fs.info(path)["type"] == "directory"
+        files = _list_folder(fs, path) if is_folder else _list_file(fs, path)
+    except ModelError:
+        raise
+    except FileNotFoundError as error:
+        raise ModelError(f"{url} is not there. Expected a model's file or folder: check the URL.") from error
+    except Exception as error:  # each store has its own
+        raise ModelOutageError(
+            f"{url} cannot be read: {one_line(error)}. Check its name and your rights to it."
+        ) from error
+    if not files:
+        raise ModelError(
+            f"{url} holds no file of a model (none of {', '.join(MODEL_SUFFIXES)}). Check the URL; weights that are "
+            "pickles (.bin, .pt) must be converted to safetensors first."
+        )
+    name = posixpath.basename(path.rstrip("/"))
+    listing = repr([(file.name, file.size_bytes, file.version) for file in files])
+    key = hashlib.sha256(f"{url}\n{listing}".encode()).hexdigest()[:16]
+    folder = cache_folder() / key
+    with _locked(folder):
+        if not folder.is_dir():
+            _fetch_files(fs, url, files, folder)
+    return folder if is_folder else folder / name
+
+
+def _list_file(fs: fsspec.AbstractFileSystem, path: str) -> list[_RemoteFile]:
+    if path.lower().endswith(PICKLE_SUFFIXES):
+        raise ModelError(
+            f"{path} is named as a pickle, which is not loaded: it could run anything. Use safetensors."
+        )
+    infos = [fs.info(path)]
+    folder, name = posixpath.split(path)
+    with contextlib.suppress(FileNotFoundError, NotImplementedError, PermissionError):
+        for info in fs.ls(folder, detail=True):
+            sibling = posixpath.basename(info["name"])
+            if sibling.startswith(f"{name}.") and sibling.endswith(".npy"):
+                infos.append(info)
+    return sorted(
+        (_remote_file(info, posixpath.basename(info["name"])) for info in infos), key=lambda file: file.name
+    )
+
+
+def _list_folder(fs: fsspec.AbstractFileSystem, path: str) -> list[_RemoteFile]:
+    root = path.rstrip("/") + "/"
+    files = []
+    for found, info in sorted(fs.find(path, detail=True, on_error="raise").items()):
+        name = found[found.index(root.lstrip("/")) + len(root.lstrip("/")) :]
+        if is_model_file(name):
+            files.append(_remote_file(info, name))
+    return files
+
+
+def is_model_file(name: str) -> bool:
+    """Tells by its name below the model's folder whether a file is part of a model, not hidden, a pickle or a state."""
+    *folders, last = name.split("/")
+    hidden = any(part.startswith((".", "_")) for part in (*folders, last))
+    aside = not {*folders}.isdisjoint(OTHER_FOLDERS) or last.startswith("checkpoint.")
+    return last.lower().endswith(MODEL_SUFFIXES) and not hidden and not aside
+
+
+def _remote_file(info: dict[str, Any], name: str) -> _RemoteFile:
+    version = "|".join(f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key) is not None)
+    return _RemoteFile(info["name"], name, _size(info), version)
+
+
+def _size(info: dict[str, Any]) -> int | None:
+    return None if info.get("size") is None else int(info["size"])
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lets one process of this machine fetch at a time; the lock goes with its process, however that ends."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        _refuse(folder.parent, 0, error)
+    with file:
+        with contextlib.suppress(OSError):  # a file system without locks: then both fetch, and one wins
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_files(fs: fsspec.AbstractFileSystem, url: str, files: list[_RemoteFile], folder: Path) -> None:
+    needed_bytes = sum(file.size_bytes or 0 for file in files)
+    _remove_stale(folder.parent)
+    if shutil.disk_usage(folder.parent).free < needed_bytes:
+        _refuse(folder.parent, needed_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    partial = folder.parent / f".{folder.name}-{uuid.uuid4().hex}.part"
+    try:
+        for file in files:
+            local = partial / file.name
+            try:
+                local.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                _refuse(folder.parent, needed_bytes, error)
+            _fetch_file(fs, url, file, local, needed_bytes)
+        with contextlib.suppress(FileExistsError, NotADirectoryError):
+            _rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fetch_file(
+    fs: fsspec.AbstractFileSystem, url: str, file: _RemoteFile, local: Path, needed_bytes: int
+) -> None:
+    try:
+        fs.get_file(file.path, str(local))
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            _refuse(cache_folder(), needed_bytes, error)
+        raise ModelOutageError(
+            f"{url} cannot be read at {file.name}: {one_line(error)}. Run again once the storage answers."
+        ) from error
+    size_bytes = local.stat().st_size
+    if file.size_bytes is not None and size_bytes != file.size_bytes:
+        raise ModelError(
+            f"{url} changed while it was fetched: {file.name} has {size_bytes} bytes, {file.size_bytes} were "
+            "announced. Run again once it is complete."
+        )
+
+
+def _rename(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process was first, with the same files
+            _refuse(folder.parent, 0, error)
+
+
+def _remove_stale(root: Path) -> None:
+    """Removes what processes that were killed have left behind."""
+    for partial in root.glob(".*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > _STALE_S:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse(root: Path, needed_bytes: int, error: OSError) -> NoReturn:
+    there = root
+    while not there.exists():
+        there = there.parent
+    free_mb = shutil.disk_usage(there).free / 1e6
+    needs = f"{needed_bytes / 1e6:,.1f} MB are needed, " if needed_bytes else ""
+    raise ModelError(
+        f"The model cache {root} cannot be written: {error.strerror or error} ({needs}{free_mb:,.1f} MB are free). "
+        "Make room or give the right to write there, or name another folder with the environment variable "
+        "DIPTYCH_CACHE."
+    ) from error

@@ -1,0 +1,274 @@
+"""Where models come from, and what they are kept as: `config.json`, safetensors, never a pickle."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from diptych.models.errors import ModelError, one_line
+from diptych.models.files.cache import MODEL_SUFFIXES, OTHER_FOLDERS, PICKLE_SUFFIXES, fetch, is_model_file
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_CARD = re.compile(r"(^|[/_-])card\.json$|(^|/)license", re.I)
+_NUM_NAMED = 3
+_READ_BYTES = 1 << 20
+
+
+def localise(location: str, hub: bool = False, download: Callable[[str], Any] | None = None) -> Path:
+    """Returns the local path of a model; what lies elsewhere is fetched first.
+
+    Args:
+        location: A local file or folder, an fsspec URL (`gs://`, `s3://`, …: fetched to the cache, see
+            `diptych.models.files.cache`), or, with `hub`, a name on the Hugging Face hub.
+        hub: The model may be on the Hugging Face hub.
+        download: Fetches it from there by its name, and returns its local folder; None fetches all that models are
+            made of.
+
+    Raises:
+        ModelError: There is no such model, it is out of reach, or there is no room for it.
+    """
+    if location.startswith(("file://", "local://")):
+        location = location.partition("://")[2]
+    if "://" in location:
+        return fetch(location)
+    path = Path(location).expanduser()
+    if location and os.path.exists(path):  # what is too long for a path is none
+        return path
+    if hub and _HUB_NAME.fullmatch(location):
+        return _fetch_from_hub(location, download or _download)
+    expected = "a local file or folder, or a URL such as gs://BUCKET/FOLDER"
+    expected += ", or a name on the Hugging Face hub" if hub else ""
+    raise ModelError(f"There is no model at {location!r}. Expected {expected}: check the spelling.")
+
+
+def _download(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(
+        name,
+        allow_patterns=[f"*{suffix}" for suffix in MODEL_SUFFIXES],
+        ignore_patterns=[f"{folder}/*" for folder in OTHER_FOLDERS],
+    )
+
+
+def _fetch_from_hub(name: str, download: Callable[[str], Any]) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        folder = download(name)
+    except GatedRepoError as error:
+        why, remedy = (
+            "the hub gives it only to those who agreed to its terms",
+            "Agree there, and set HF_TOKEN",
+        )
+        raise _no_hub_model(name, why, remedy) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        why = "the hub knows no such model, or only for those with a token"
+        raise _no_hub_model(name, why, "Check the spelling, or set HF_TOKEN") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        why = "the hub cannot be reached, and there is no copy in the local cache"
+        remedy = "Run again with a network (or without HF_HUB_OFFLINE), or give the folder of a model"
+        raise _no_hub_model(name, why, remedy) from error
+    except OSError as error:
+        why = f"its cache {HF_HUB_CACHE} cannot be written ({error.strerror or error})"
+        remedy = "Make room or give the right to write there, or name another folder with HF_HUB_CACHE"
+        raise _no_hub_model(name, why, remedy) from error
+    except Exception as error:  # of its HTTP client, of which there have been two
+        why = f"the hub cannot be reached ({one_line(error, with_type=True)})"
+        raise _no_hub_model(name, why, "Run again with a network, or give the folder of a model") from error
+    return Path(folder)
+
+
+def _no_hub_model(name: str, why: str, remedy: str) -> ModelError:
+    return ModelError(
+        f"There is no local model {name!r}, nor one from the Hugging Face hub: {why}. {remedy}."
+    )
+
+
+def digest(path: Path, names: Sequence[str] | None = None) -> str:
+    """Returns 16 hex digits that stand for the content of a model.
+
+    Args:
+        path: A file, or a folder.
+        names: Files below the folder that decide the results. None takes those that a model is made
+            of (`diptych.models.files.cache.is_model_file`): no cards, pictures, hidden files or checkpoints.
+
+    Raises:
+        ModelError: A file is missing or may not be read.
+    """
+    if path.is_file():
+        path, names = path.parent, [path.name]
+    elif names is None:
+        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        names = [name for name in names if is_model_file(name) and not _CARD.search(name)]
+    total = hashlib.sha256()
+    for name in sorted(names):
+        try:
+            with open(path / name, "rb") as file:
+                content = hashlib.sha256()
+                while piece := file.read(_READ_BYTES):
+                    content.update(piece)
+        except OSError as error:
+            raise ModelError(
+                f"{path / name} cannot be read: {error.strerror}. It is part of the model."
+            ) from error
+        total.update(f"{name}\0{content.hexdigest()}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def read_config(folder: Path, kinds: Sequence[str]) -> dict[str, Any]:
+    """Returns a model's own `config.json`.
+
+    Args:
+        folder: The model's folder.
+        kinds: Values of its `kind` that will do.
+
+    Raises:
+        ModelError: There is none, it is damaged, or the model is of another kind.
+    """
+    expected = f"a folder with a model of kind {' or '.join(kinds)}, as `diptych train` writes it"
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ModelError(f"{folder} holds no config.json. Expected {expected}.") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}. Expected {expected}.") from error
+    except ValueError as error:
+        raise ModelError(
+            f"{path} is damaged: {one_line(error)}. Expected {expected}: fetch or train it again."
+        ) from error
+    kind = config.get("kind") if isinstance(config, dict) else None
+    if kind not in kinds:
+        what = f"of kind {kind!r}" if kind else "not one of Diptych's"
+        if isinstance(config, dict) and "model_type" in config:
+            what = f"a Hugging Face model of type {config['model_type']!r}"
+        raise ModelError(f"The model in {folder} is {what}. Expected {expected}, or name its own kind.")
+    return dict(config)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ModelError: It is missing or damaged, or there is a pickle in its place, which is never loaded.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except FileNotFoundError as error:
+        folder = path.parent
+        pickles = sorted(file for file in folder.glob("*") if file.suffix in (*PICKLE_SUFFIXES, ".bin"))
+        if pickles:
+            raise _is_pickle(pickles[0], path) from error
+        raise ModelError(f"{path} is not there. Expected the model's weights (safetensors) in it.") from error
+    except OSError as error:
+        raise ModelError(
+            f"{path} cannot be read: {error.strerror}. Expected the model's weights in it."
+        ) from error
+    is_safetensors = head[8:] == b"{"  # after the length of its header, which may begin as a pickle does
+    if not is_safetensors and head.startswith((b"PK\x03\x04", b"\x80")):
+        raise _is_pickle(path, path.with_suffix(".safetensors"))
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path} is no whole safetensors file: {one_line(error)}. Fetch, convert or train it again."
+        ) from error
+    return tensors
+
+
+def _is_pickle(pickle: Path, path: Path) -> ModelError:
+    return ModelError(
+        f"{pickle} is a pickle, which is not loaded: it could run anything. Expected {path.name}. Where you trust it, "
+        'convert it: python -c "import torch, safetensors.torch as s; '
+        f"t = torch.load('{pickle}', map_location='cpu', weights_only=True); "
+        f"s.save_file({{k: v.clone() for k, v in t.items()}}, '{path}')\""
+    )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file so that it appears whole or not at all, over whatever is there.
+
+    Raises:
+        ModelError: The disk is full, or the folder may not be written.
+    """
+    # copies: tensors of a file may not share memory, as tied weights do
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_file(path, safetensors.torch.save(whole))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a model's file so that it appears whole or not at all, over whatever is there.
+
+    Raises:
+        ModelError: The disk is full, or the folder may not be written.
+    """
+    partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    except OSError as error:
+        raise ModelError(
+            f"{path} cannot be written: {error.strerror or error}. Make room, or give the right to write there."
+        ) from error
+
+
+def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Puts tensors into a module; every one has its place there, and every place its tensor.
+
+    Args:
+        module: Takes the values.
+        tensors: By name, as `state_dict` has them.
+        what: Names the tensors' origin in errors, e.g. the file.
+
+    Raises:
+        ModelError: Names or shapes do not agree.
+    """
+    own = module.state_dict()
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    faults = {
+        "foreign": sorted(tensors.keys() - own.keys()),
+        "missing": sorted(own.keys() - tensors.keys()),
+        "of another shape": shapes,
+    }
+    found = [f"{len(names)} {fault} ({_first(names)})" for fault, names in faults.items() if names]
+    if found:
+        raise ModelError(
+            f"The weights in {what} do not fit this model: tensors {', '.join(found)}. "
+            "Expected those of a model with the same configuration."
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NUM_NAMED]) + (", …" if len(names) > _NUM_NAMED else "")

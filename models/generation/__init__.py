@@ -1,0 +1,1 @@
+"""Images from text: VAE, GAN, diffusion."""

@@ -1,0 +1,117 @@
+"""The variational autoencoder (Kingma and Welling 2013), all of it told of the text (Sohn et al. 2015).
+
+N images, S side in pixels, T text vector, Z latent, L levels of detail.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diptych.models.generation.generator import Condition, Generator, GeneratorConfig, Trunk
+
+_MAX_LOG_VARIANCE = 10.0
+# Of values from -1 to 1: an image is not known more exactly
+_GREY_LEVEL = 1 / 127.5
+_MAX_LEVELS = 4
+
+
+class Encoder(nn.Module):
+    """Images and their texts to the latent's distribution."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.trunk = Trunk(config, spectral=False)
+        self.condition = Condition(config)
+        width = self.trunk.num_channels * config.grids[0] ** 2 + config.condition_dim
+        self.last = nn.Linear(width, 2 * config.latent_dim)
+        nn.init.normal_(self.last.weight, std=0.01)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and logarithm of the variance, (N, Z) each, of (N, 3, S, S) and (N, T)."""
+        grid = self.trunk(images).flatten(1)
+        mean, log_variance = self.last(torch.cat([grid, self.condition(texts)], 1)).float().chunk(2, 1)
+        return mean, log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
+
+
+class Bound(NamedTuple):
+    """What a bound is made of, over a batch.
+
+    Attributes:
+        errors: (L + 1,) mean squared errors of a sample by bands of detail, the finest first, of values from -1 to 1.
+        divergence: Kullback-Leibler divergence of the latent from the prior, in nats an image.
+    """
+
+    errors: Tensor
+    divergence: Tensor
+
+
+class Vae(nn.Module):
+    """Generator and encoder. A generator without a prior of its own has the standard normal one."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.generator, self.encoder = Generator(config), Encoder(config)
+        self._levels = min(_MAX_LEVELS, len(config.grids))
+
+    def forward(self, images: Tensor, texts: Tensor, noise: Tensor, by_text: bool = False) -> Bound:
+        """Encodes images, and decodes a sample of what comes of it.
+
+        Args:
+            images: (N, 3, S, S), from -1 to 1.
+            texts: (N, T).
+            noise: (N, Z), standard normal: the sample's.
+            by_text: Leaves out encoder and prior: the latent is the noise, and only the text tells of the image.
+        """
+        if by_text:
+            latent, divergence = noise, noise.new_zeros(())
+        else:
+            mean, log_variance = self.encoder(images, texts)
+            latent = mean + noise * torch.exp(log_variance / 2)  # (N, Z)
+            divergence = self._divergence(mean, log_variance, texts)
+        errors = squared_bands(self.generator.decode(texts, latent).float() - images, self._levels)
+        return Bound(errors, divergence)
+
+    def _divergence(self, mean: Tensor, log_variance: Tensor, texts: Tensor) -> Tensor:
+        """Returns the mean divergence of normal distributions (N, Z) from the prior, in nats."""
+        wanted = wanted_log_variance = torch.zeros_like(mean)
+        if self.generator.prior is not None:
+            wanted, wanted_log_variance = self.generator.prior(texts)
+        off = ((mean - wanted).square() + log_variance.exp()) / wanted_log_variance.exp()  # (N, Z)
+        return (off - 1 + wanted_log_variance - log_variance).sum(1).mean() / 2
+
+
+def squared_bands(images: Tensor, levels: int) -> Tensor:
+    """Returns the mean squares (L + 1,) of the bands of images (N, C, S, S), by Haar's wavelets (Mallat 1989).
+
+    The finest band is what pairs of pixels differ by; the last is the mean of 2**L pixels square. They add up to the
+    mean square of the images.
+    """
+    squares = []
+    for _ in range(levels):
+        coarse = functional.avg_pool2d(images, 2)
+        squares.append((images - functional.interpolate(coarse, scale_factor=2.0)).square().mean())
+        images = coarse
+    return torch.stack([*squares, images.square().mean()])
+
+
+def vae_loss(bound: Bound, num_values: int, divergence_weight: float = 1.0) -> Tensor:
+    """Returns minus the evidence lower bound, in nats a value, but for a constant and the weights.
+
+    In each band the values are normal around the image that is decoded. Their scale is the one under which the batch
+    is likeliest (Rybkin et al. 2021, 4.2): so an edge counts much, though a noisy background hides it in the mean
+    square of all pixels. In the bound a band weighs as its share of the values; here as the square root of that,
+    because the few coarse values, which say what is where, would weigh next to nothing.
+
+    Args:
+        bound: Of a batch.
+        num_values: Of an image: 3 * S * S.
+        divergence_weight: More makes the latent simpler, so that a draw from the prior is more like a latent.
+    """
+    levels = len(bound.errors) - 1
+    shares = [3 / 4 ** (level + 1) for level in range(levels)] + [1 / 4**levels]
+    weights = torch.tensor(shares, device=bound.errors.device).sqrt()
+    error = (weights * torch.log(bound.errors + _GREY_LEVEL**2) / 2).sum() / weights.sum()
+    return error + divergence_weight * bound.divergence / num_values

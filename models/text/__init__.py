@@ -1,0 +1,1 @@
+"""Vectors of text: Word2Vec, BERT."""

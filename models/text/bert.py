@@ -1,0 +1,229 @@
+"""Captions to vectors by a BERT-family encoder: its token vectors, pooled to one."""
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from diptych.models.base import TextModel, TextOptions, TextVector
+from diptych.models.device import choose_device, half_precision
+from diptych.models.errors import FlagError, ModelError, one_line
+from diptych.models.files.pretrained import quiet_transformers
+from diptych.models.files.weights import digest, localise
+from diptych.models.text.pooling import SentenceConfig, pool, read_sentence_config
+
+_BATCH_SIZE = {"cpu": 64, "cuda": 512}
+_EXPECTED = "a BERT-family encoder with its tokenizer, as transformers or sentence-transformers save it"
+# Not to be asked, in the middle of a night, whether to run the code that a model brings
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_POOLING_OPTIONS = (None, "mean", "cls")
+
+
+class _Prepared(NamedTuple):
+    """Tokens, (B, T) each: `input_ids`, `attention_mask` and what else the model wants."""
+
+    tokens: dict[str, Tensor]
+
+
+class Bert(TextModel):
+    """A transformer encoder and the pooling that belongs to it.
+
+    Attributes:
+        device: Where it runs.
+        pooling: Ways of pooling, whose vectors are joined.
+        max_tokens: Longest input, special tokens included; what is longer is cut.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: SentenceConfig,
+        options: TextOptions,
+        device: torch.device,
+        digest: str,
+    ) -> None:
+        """Makes the model of its loaded parts.
+
+        Args:
+            model: The encoder, of transformers.
+            tokenizer: Its tokenizer.
+            config: What the model says of pooling.
+            options: What the user says.
+            device: Where to run.
+            digest: Stands for the files and the options.
+        """
+        self.device = device
+        self.digest = digest
+        self.batch_size = _BATCH_SIZE[device.type]
+        self.pooling = config.pooling or (options.pooling or "mean",)
+        self.max_tokens = _max_tokens(model, tokenizer, config.max_tokens)
+        self._model = model.to(device).eval()
+        self._steps = config.steps.to(device).eval()
+        self._normalize = options.normalize
+        self._prompt, self._lowercase = config.prompt, config.lowercase
+        self._tokenizer = tokenizer
+        # a fast tokenizer keeps its cutting and padding in itself, so that two threads would borrow it at a time
+        self._tokenizer_lock = threading.Lock()
+        try:
+            self.dim = self.predict(self.prepare([""]))[0].values.shape[0]
+        except Exception as error:  # torch and transformers raise what their many parts raise
+            raise ModelError(
+                f"The model in {model.name_or_path} makes no vector of a text: {one_line(error)}. Expected "
+                f"{_EXPECTED}, whose files belong together: fetch it again."
+            ) from error
+
+    @classmethod
+    def load(cls, location: str, options: TextOptions, device: str = "auto") -> "Bert":
+        """Loads a model directory from anywhere, or a model of the Hugging Face hub.
+
+        Pooling is what the model's own sentence-transformers files say, else the user's choice, else the mean.
+
+        Args:
+            location: Path, fsspec URL, or name on the hub.
+            options: What is asked of the model.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+        Raises:
+            ModelError: There is no such model or device, or it is damaged, of another kind, or kept as a pickle; or its
+                own pooling is not the one that is asked for.
+        """
+        if options.pooling not in _POOLING_OPTIONS:
+            raise FlagError(f"--pooling {options.pooling!r} is not known. Expected mean or cls.")
+        where = choose_device(device)
+        folder = localise(location, hub=True)
+        try:
+            config = read_sentence_config(folder)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"The files of sentence-transformers in {folder} are damaged: {one_line(error, with_type=True)}. Fetch "
+                "the model again."
+            ) from error
+        if options.pooling and config.pooling and config.pooling != (options.pooling,):
+            raise FlagError(
+                f"--pooling {options.pooling} is not what {location} was trained with: its own files say "
+                f"{' and '.join(config.pooling)}. Leave the flag out; it is for models that say nothing of pooling."
+            )
+        _check_kind(config.transformer, of_sentences=config.pooling is not None)
+        with quiet_transformers():
+            tokenizer = _load_tokenizer(config.transformer)
+            model = _load_encoder(config.transformer)
+        num_rows = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > num_rows:
+            raise ModelError(
+                f"The vocabulary in {config.transformer} does not fit: the tokenizer has {len(tokenizer)} tokens, the "
+                f"model vectors for {num_rows}. Both must be of one training: fetch them again."
+            )
+        content = f"{digest(folder)} {options.pooling if not config.pooling else None} {options.normalize}"
+        name = hashlib.sha256(content.encode()).hexdigest()[:16]
+        return cls(model, tokenizer, config, options, where, name)
+
+    def cost(self, item: str) -> int:
+        """Returns the length in characters: tokens are padded to the longest of a micro-batch."""
+        return len(item)
+
+    def prepare(self, inputs: Sequence[str]) -> _Prepared:
+        """Turns texts into tokens."""
+        texts = [self._prompt + (text.lower() if self._lowercase else text) for text in inputs]
+        with self._tokenizer_lock:
+            found = self._tokenizer(
+                texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            )
+        return _Prepared(dict(found))
+
+    def predict(self, prepared: _Prepared) -> list[TextVector]:
+        """Runs the encoder and pools."""
+        tokens = {name: tensor.to(self.device) for name, tensor in prepared.tokens.items()}
+        with torch.inference_mode():
+            with half_precision(self.device):
+                hidden = self._model(**tokens)[0]  # (B, T, D)
+            vectors = pool(self.pooling, hidden.float(), tokens["attention_mask"])  # (B, dim)
+            vectors = self._steps(vectors)
+            if self._normalize:
+                vectors = torch.nn.functional.normalize(vectors, dim=-1)
+            values = vectors.cpu().numpy()
+        if not torch.isfinite(vectors).all():
+            raise ValueError("the model's vector is not finite")
+        return [TextVector(row) for row in values]
+
+
+def _check_kind(folder: Path, of_sentences: bool) -> None:
+    """Raises `ModelError` unless a folder holds an encoder of text with safetensors."""
+    try:
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+    except Exception as error:  # transformers raises what its many parts raise
+        raise ModelError(
+            f"{folder} holds no model that can be loaded: {one_line(error)}. Expected {_EXPECTED}."
+        ) from error
+    kind = config.model_type
+    is_text_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or of_sentences
+    if getattr(config, "is_encoder_decoder", False) or not is_text_encoder:
+        raise ModelError(f"The model in {folder} is of type {kind!r}. Expected {_EXPECTED}: name another.")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        what = (
+            f"only {pickles[0]}, a pickle, which is not loaded: it could run anything"
+            if pickles
+            else "no weights"
+        )
+        raise ModelError(
+            f"{folder} holds {what}. Expected safetensors. Where you trust the model, convert it: python -c "
+            f"\"from transformers import AutoModel; AutoModel.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    except Exception as error:
+        raise ModelError(
+            f"The tokenizer in {folder} cannot be loaded: {one_line(error)}. Expected {_EXPECTED}."
+        ) from error
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((folder / name).exists() for name in files):
+        # without a vocabulary transformers makes a tokenizer that knows no word
+        raise ModelError(f"{folder} holds no tokenizer ({' or '.join(sorted(files))}). Expected {_EXPECTED}.")
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _load_encoder(folder: Path) -> Any:
+    try:
+        model, found = transformers.AutoModel.from_pretrained(
+            folder, **_LOCAL, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:
+        raise ModelError(
+            f"The weights in {folder} cannot be loaded: {one_line(error)}. Expected {_EXPECTED}."
+        ) from error
+    # Of a model trained with a head, the head is over; of one without, the pooler is lacking. Neither is used here.
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    parts = {name.partition(".")[0] for name in model.state_dict()}
+    foreign = sorted(name for name in found["unexpected_keys"] if name.partition(".")[0] in parts)
+    if missing or foreign:
+        what = f"{len(missing)} tensors are missing ({', '.join(missing[:3])})" if missing else ""
+        what += " and " if missing and foreign else ""
+        what += f"{len(foreign)} are foreign ({', '.join(foreign[:3])})" if foreign else ""
+        raise ModelError(
+            f"The weights in {folder} do not fit its config.json: {what}. Fetch or convert it again."
+        )
+    return model
+
+
+def _max_tokens(model: Any, tokenizer: Any, asked: int | None) -> int:
+    """Returns the longest input that the model has positions for, or less where it is told to take less."""
+    limits = [asked or tokenizer.model_max_length]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and positions > 0:
+        table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+        # RoBERTa counts its positions from behind the padding's
+        padding = getattr(table, "padding_idx", None)
+        limits.append(positions if padding is None else positions - padding - 1)
+    return int(min(limits))

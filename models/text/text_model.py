@@ -1,0 +1,105 @@
+"""A text model by its kind, for the jobs and for the models that are told of the text by one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diptych.models.base import TextModel, TextOptions
+from diptych.models.errors import FlagError, ModelError
+from diptych.models.files.location import absolute_if_there, redacted
+
+TEXT_KINDS = ("word2vec", "bert")
+
+
+def load_text_model(kind: str, location: str, options: TextOptions, device: str = "auto") -> TextModel:
+    """Returns a text model.
+
+    Args:
+        kind: One of `TEXT_KINDS`.
+        location: Path, fsspec URL, or name on the Hugging Face hub.
+        options: What is asked of it.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; word vectors are on the CPU.
+
+    Raises:
+        ModelError: It cannot be loaded, or is of another kind.
+    """
+    # imported here: a job pays only for the libraries of its own model
+    if kind == "word2vec":
+        from diptych.models.text.word2vec import Word2Vec
+
+        return Word2Vec.load(location, options)
+    if kind == "bert":
+        from diptych.models.text.bert import Bert
+
+        return Bert.load(location, options, device)
+    raise ModelError(
+        f"{kind}:{location} is of kind {kind!r}. Expected KIND:LOCATION with one of {', '.join(TEXT_KINDS)}."
+    )
+
+
+LoadText = Callable[[str, str, TextOptions], TextModel]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource:
+    """The text model that another model was trained with, a part of its configuration.
+
+    Attributes:
+        model: `KIND:LOCATION`; a local location is absolute.
+        digest: Of the text model with its options.
+        options: What was asked of it.
+    """
+
+    model: str
+    digest: str
+    options: TextOptions
+
+    @classmethod
+    def of(cls, model: str, options: TextOptions, digest: str) -> "TextSource":
+        """Returns the source of a text model that is loaded."""
+        kind, _, location = model.partition(":")
+        return cls(redacted(f"{kind}:{absolute_if_there(location)}"), digest, options)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TextSource":
+        """Returns what `dataclasses.asdict` made values of.
+
+        Raises:
+            TypeError: Values are missing, or foreign.
+        """
+        return cls(**{**values, "options": TextOptions(**values["options"])})
+
+    def load(self, elsewhere: str | None, load_text: LoadText = load_text_model) -> TextModel:
+        """Returns the text model.
+
+        Args:
+            elsewhere: `KIND:LOCATION` where it lies now, or None where it lies as in training.
+            load_text: Gives the text model of a kind and a location.
+
+        Raises:
+            ModelError: It cannot be loaded, or has changed since.
+            FlagError: What lies elsewhere is another.
+        """
+        kind, _, location = (elsewhere or self.model).partition(":")
+        remedy = "Where it is elsewhere now, say so with --text_model KIND:LOCATION, or train again."
+        try:
+            text = load_text(kind, location, self.options)
+        except FlagError:
+            raise
+        except ModelError as error:
+            if elsewhere:
+                raise
+            raise ModelError(
+                f"The text model that this one was trained with, {self.model}, cannot be loaded: {error} {remedy}"
+            ) from error
+        if text.digest == self.digest:
+            return text
+        if elsewhere:
+            raise FlagError(
+                f"--text_model {elsewhere} is another text model (digest {text.digest}) than the one that this model "
+                f"was trained with, {self.model} (digest {self.digest}). Images need the very same: name that."
+            )
+        raise ModelError(
+            f"The text model that this one was trained with, {self.model}, has changed since: its digest is "
+            f"{text.digest}, and was {self.digest}. Images need the very same. {remedy}"
+        )

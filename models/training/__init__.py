@@ -1,0 +1,1 @@
+"""Training loops, with their data, checkpoints and model cards."""

@@ -1,0 +1,1 @@
+"""Data that `diptych demo` draws for itself."""

@@ -1,0 +1,1 @@
+"""What each command takes: a dataclass beside its flags."""

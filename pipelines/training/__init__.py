@@ -1,0 +1,1 @@
+"""What `diptych train` reads, writes and shows."""

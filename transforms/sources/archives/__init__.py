@@ -1,0 +1,1 @@
+"""Bytes of shard files: archives, compression, links in them."""

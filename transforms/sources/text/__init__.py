@@ -1,0 +1,1 @@
+"""Text files: encodings, tables, JSON, spellings of file names."""
