@@ -22,6 +22,9 @@ from flaky_proxy import FlakyProxy
 
 # Read when torch is imported: its threads would wait for each other at full speed, and this machine may be busy
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There is a process for each core already
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No deadline, because the machine may be busy; the same examples each time, so that a red run is red again
 hypothesis.settings.register_profile("diptych", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("diptych")
@@ -48,12 +51,20 @@ class Bucket:
 
 # Fixtures that start servers
 SERVICES = {"flink_jar", "gcs_endpoint", "s3_endpoint", "bucket", "flaky_bucket"}
+_jar_build: subprocess.Popen[str] | None = None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the files that take longest first, and gives tests what their services need of pytest."""
-    # else one process would wait for them at the end
-    items.sort(key=lambda item: SERVICES.isdisjoint(getattr(item, "fixturenames", ())))
+    wants_flink = {item.path for item in items if "flink_jar" in getattr(item, "fixturenames", ())}
+
+    def order(item: pytest.Item) -> int:
+        if item.path in wants_flink:
+            return 1
+        # Else one process would wait for them at the end
+        return 2 * SERVICES.isdisjoint(getattr(item, "fixturenames", ()))
+
+    items.sort(key=order)
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if "flink_jar" in fixtures:
@@ -64,17 +75,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begins to build the Flink job server where a test wants it: it is fetched while others run."""
+    global _jar_build
+    wants_flink = any("flink_jar" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wants_flink and not session.config.option.collectonly and shutil.which("java") is not None:
+        pipe = subprocess.PIPE
+        command = [sys.executable, str(JOB_SERVER)]
+        _jar_build = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def pytest_sessionfinish() -> None:
+    """Ends a build that no test waited for."""
+    if _jar_build is not None and _jar_build.poll() is None:
+        os.killpg(_jar_build.pid, signal.SIGKILL)
+        _jar_build.communicate()
+
+
 @pytest.fixture(scope="session")
 def flink_jar() -> str:
     """The path of the Flink job server's jar, for `--flink_job_server_jar`."""
-    if shutil.which("java") is None:
+    if _jar_build is None:
         _unavailable("Flink needs `java` on PATH.")
-    command = [sys.executable, str(JOB_SERVER)]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
-    if built.returncode and shutil.which("mvn") is None:
-        _unavailable(built.stderr)
-    assert built.returncode == 0, built.stderr
-    return built.stdout.strip()
+    stdout, stderr = _jar_build.communicate(timeout=BUILD_TIMEOUT_S)
+    if _jar_build.returncode and shutil.which("mvn") is None:
+        _unavailable(stderr)
+    assert _jar_build.returncode == 0, stderr
+    return stdout.strip()
 
 
 @pytest.fixture

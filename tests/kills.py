@@ -17,6 +17,9 @@ from diptych.transforms.output_layout import JOB, PLAN, SCRATCH, SUCCESS
 
 Step = Callable[[Path], object]
 
+EVERY_THIRD_KILL = pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
+"""Kills at every third change of the file system, and in a long test at each."""
+
 
 class Killed(BaseException):
     """Stands for the end of the process."""

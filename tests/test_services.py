@@ -49,17 +49,6 @@ def _run_job(output: str, num_elements: str, *arguments: str) -> None:
         )
 
 
-def test_flink_runs_a_job(flink_jar: str, run_command: Command, tmp_path: pathlib.Path) -> None:
-    flags = ["--runner=FlinkRunner", "--flink_master=[local]", "--environment_type=LOOPBACK"]
-    flags += [f"--flink_job_server_jar={flink_jar}", "--parallelism=2"]
-    flags += ["--job_server_jvm_properties=-Xmx512m"]
-    done = run_command([sys.executable, __file__, str(tmp_path), "300", *flags])
-    assert done.returncode == 0, done.stderr
-    files = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
-    # LOOPBACK: the worker is a thread of the launcher.
-    assert files == [{"pid": int(done.stdout), "bytes": ELEMENT_BYTES}] * 300
-
-
 def test_gcs_serves_plain_urls_in_this_process(gcs: Bucket) -> None:
     data = os.urandom(20 << 20)
     files = fsspec.filesystem("gs")

@@ -24,7 +24,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
-from kills import check_kills, files_in
+from kills import EVERY_THIRD_KILL, check_kills, files_in
 
 from diptych.pipelines.cli import main
 from diptych.pipelines.demo_data import layouts
@@ -127,14 +127,14 @@ class TestTheSameCommandElsewhere:
 class TestKilled:
     """Killed anywhere and run again, the output is an undisturbed run's: every name, every byte."""
 
-    def check(self, tmp_path: Path, **options: Any) -> int:
+    def check(self, tmp_path: Path, step: int, **options: Any) -> int:
         run(out=tmp_path / "undisturbed", **options)
         (tmp_path / "kills").mkdir()
-        return check_kills(
-            tmp_path / "kills", lambda out: run(out=out, **options), files_in(tmp_path / "undisturbed")
-        )
+        expected = files_in(tmp_path / "undisturbed")
+        return check_kills(tmp_path / "kills", lambda out: run(out=out, **options), expected, step=step)
 
-    def test_at_every_change_of_the_file_system(self, scenes, tmp_path):
+    @EVERY_THIRD_KILL
+    def test_at_changes_of_the_file_system(self, scenes, tmp_path, step):
         good = [path.read_bytes() for path in jpegs_of(scenes)[:4]]
         data = tmp_path / "data"
         data.mkdir()
@@ -144,14 +144,15 @@ class TestKilled:
         )
         write_tar(data / "b.tar", {"0.jpg": good[3]})
         # Three data files, two files of rejects, two records and what shows them, before and in their places; folders
-        assert self.check(tmp_path, data=data, chunk_rows=3) > 2 * 9
+        assert self.check(tmp_path, step, data=data, chunk_rows=3) > 2 * 9 / step
 
-    def test_at_every_change_of_the_file_system_with_a_plan(self, tmp_path, monkeypatch):
+    @EVERY_THIRD_KILL
+    def test_at_changes_of_the_file_system_with_a_plan(self, tmp_path, monkeypatch, step):
         data = write_data_set(str(tmp_path / "data"), 10, seed=1).coco
         (tmp_path / "temporary").mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
         annotation = data / "annotations" / "captions_val2017.json"
-        assert self.check(tmp_path, data=annotation) > 2 * 6
+        assert self.check(tmp_path, step, data=annotation) > 2 * 6 / step
 
     @pytest.mark.parametrize("num_files", [1, 7, 25, 55])
     def test_by_the_system(self, scenes, tmp_path, undisturbed, num_files):

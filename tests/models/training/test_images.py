@@ -79,7 +79,7 @@ def weights(folder):
 
 
 def test_a_vae_draws_what_it_is_told(tmp_path, words):
-    options = VaeTraining(text_model=words, **{**SMALL, "epochs": 120}, learning_rate=5e-3)
+    options = VaeTraining(text_model=words, **{**SMALL, "epochs": 80}, learning_rate=8e-3)
     options = dataclasses.replace(options, divergence_weight=100.0)
     noisy = dataclasses.replace(data(), train=lambda: batches(40, seed=0)(), validation=batches(12, seed=1))
     history = train(tmp_path, options, noisy)
