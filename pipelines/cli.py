@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -214,9 +215,17 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from diptych.pipelines.evaluate_captions import evaluate
+    if args.what == "images":
+        from diptych.pipelines import evaluate_images
 
-    return evaluate(args)
+        scored = evaluate_images.evaluate_images(evaluate_images.images_options(args))
+        print(json.dumps(scored) if args.json else evaluate_images.table(scored))
+        return 0
+    from diptych.pipelines import evaluate_captions
+
+    report = evaluate_captions.evaluate_captions(evaluate_captions.evaluate_options(args))
+    print(json.dumps(report) if args.json else evaluate_captions.table(report))
+    return 0
 
 
 def _verify(args: argparse.Namespace) -> int:

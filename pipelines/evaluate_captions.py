@@ -6,7 +6,6 @@ whatever file they are from. In memory are the texts and their words; a row's im
 
 import argparse
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from diptych.transforms.output_layout import JOB, SUCCESS, data_files, read_json
 from diptych.transforms.sink import DAMAGE
 from diptych.transforms.sources.planned.entries import Ref
 from diptych.transforms.sources.references import References, read_references
-from diptych.transforms.storage import input_errors, join, locate, make_folder_of, output_errors, upload
+from diptych.transforms.storage import input_errors, join, locate, make_folder_of, write_json
 
 _NAMES = {
     "bleu_1": "BLEU-1",
@@ -91,20 +90,6 @@ def evaluate_options(args: argparse.Namespace) -> EvaluateOptions:
     """
     fields = (field.name for field in dataclasses.fields(EvaluateOptions))
     return EvaluateOptions(**{name: getattr(args, name) for name in fields})
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    """Runs `diptych evaluate`; returns the exit code."""
-    if args.what == "images":
-        from diptych.pipelines import evaluate_images
-
-        found = evaluate_images.evaluate_images(evaluate_images.images_options(args))
-        print(json.dumps(found) if args.json else evaluate_images.table(found))
-        return 0
-    options = evaluate_options(args)
-    report = evaluate_captions(options)
-    print(json.dumps(report) if options.json else table(report))
-    return 0
 
 
 def evaluate_captions(options: EvaluateOptions) -> dict[str, Any]:
@@ -225,17 +210,6 @@ def _results(candidates: Sequence[Candidate], image_ids: Mapping[str, Ref]) -> l
 def _image_id(key: str) -> int | str:
     match = _COCO_KEY.fullmatch(key)
     return int(match[1]) if match else key
-
-
-def write_json(url: str, value: Any) -> None:
-    """Writes JSON for people and programs.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    with output_errors(url):
-        fs, path = locate(url)
-        upload(fs, path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -21,7 +21,6 @@ from diptych.models.metrics.image_scores import Distances, Features, pairwise_di
 from diptych.models.metrics.matching import cosines
 from diptych.models.pixels import decode_pixels, resize_square
 from diptych.models.spec import CAPTION_KINDS, TEXT_KINDS, ModelSpec, load_model
-from diptych.pipelines.evaluate_captions import write_json
 from diptych.pipelines.options.base import check
 from diptych.pipelines.options.models import parse_model
 from diptych.transforms.errors import InputError, OutputError
@@ -30,7 +29,7 @@ from diptych.transforms.inference.micro_batches import Failure, ModelRunner
 from diptych.transforms.output_layout import data_files
 from diptych.transforms.prepared import PreparedImages
 from diptych.transforms.sink import DAMAGE
-from diptych.transforms.storage import input_errors, join, locate
+from diptych.transforms.storage import input_errors, join, locate, write_json
 
 _BATCH_ROWS = 32
 # Images of one prompt whose pairs are compared

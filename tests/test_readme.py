@@ -144,7 +144,7 @@ def _hub_models(home: Path) -> dict[str, str]:
     """Returns folders in place of names on the hub."""
     blip = home / "tiny-blip"
     if not blip.exists():
-        runpy.run_path(str(REPOSITORY / "tests/models/test_huggingface.py"))["save_blip"](blip)
+        runpy.run_path(str(REPOSITORY / "tests/models/captioning/test_huggingface.py"))["save_blip"](blip)
     turbo = home / "tiny-turbo"
     if not turbo.exists():
         made = runpy.run_path(str(REPOSITORY / "tests/models/test_diffusion.py"))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import posixpath
@@ -423,3 +424,14 @@ def _sync_folder(path: str) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_json(url: str, value: Any) -> None:
+    """Writes JSON for people and programs.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with output_errors(url):
+        fs, path = locate(url)
+        upload(fs, path, (json.dumps(value, indent=1) + "\n").encode())

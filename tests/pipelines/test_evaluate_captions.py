@@ -1,4 +1,3 @@
-import argparse
 import contextlib
 import io
 import json
@@ -12,9 +11,8 @@ from diptych.models.metrics.caption_scores import SCORES, score_captions
 from diptych.models.metrics.ptb_tokenizer import tokenize
 from diptych.pipelines.cli import main
 from diptych.pipelines.demo_data.layouts import write_data_set
-from diptych.pipelines.evaluate_captions import EvaluateOptions, evaluate, evaluate_captions, read_candidates
+from diptych.pipelines.evaluate_captions import EvaluateOptions, evaluate_captions, read_candidates
 from diptych.pipelines.options.base import PrepareOptions
-from diptych.pipelines.options.evaluate import add_evaluate_flags
 from diptych.pipelines.prepare import prepare
 from diptych.transforms.errors import InputError, OptionError, OutputError
 
@@ -161,9 +159,7 @@ class TestResults:
 
 class TestCommand:
     def run(self, *argv):
-        parser = argparse.ArgumentParser()
-        add_evaluate_flags(parser)
-        return evaluate(parser.parse_args(["captions", *argv]))
+        return main(["evaluate", "captions", *argv])
 
     def test_prints_a_table(self, out, coco, capsys):
         assert self.run("--input", out, "--references", coco) == 0

@@ -1240,7 +1240,7 @@ for name, data in {**JPEGS, **FILES}.items():
 print(num_rejects, digest.hexdigest())
 """
     folder = Path(__file__).parent
-    command = [sys.executable, "-c", code, str(folder), str(folder.parent)]
+    command = [sys.executable, "-c", code, str(folder), str(folder.parents[1])]
     outputs = [
         subprocess.run(
             command, capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}

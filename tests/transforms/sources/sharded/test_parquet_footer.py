@@ -109,7 +109,7 @@ class TestBombs:
         pq.write_table(table, tmp_path / "a.parquet", compression="zstd", store_schema=False)
         assert (tmp_path / "a.parquet").stat().st_size < 20_000
         code = (
-            "from tests.transforms.sources.test_parquet_footer import shard_of\n"
+            "from tests.transforms.sources.sharded.test_parquet_footer import shard_of\n"
             f"print(sum(len(row.image) for row in shard_of({str(tmp_path / 'a.parquet')!r}).rows()))\n"
             "status = open('/proc/self/status').read()\n"
             "print(status[status.index('VmHWM:') + 6 :].split()[0])\n"
