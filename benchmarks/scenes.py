@@ -29,7 +29,7 @@ from diptych.models.pixels import decode_pixels
 from diptych.models.spec import ModelSpec
 from diptych.pipelines.demo_data.scenes import COLOURS, SHAPES, draw_scene
 from diptych.pipelines.generate import generate
-from diptych.pipelines.options.base import GenerateOptions
+from diptych.pipelines.options.generate import GenerateOptions
 
 _SEED = 977  # of the classifier's scenes
 _COLOURS, _SHAPES = [*COLOURS], [*SHAPES]

@@ -1,14 +1,12 @@
 """The device that a model runs on, chosen where it is loaded: a launcher may have another than its workers."""
 
 import contextlib
-import re
 from contextlib import AbstractContextManager
 
 import torch
 
 from diptych.models.errors import ModelError
-
-_NAME = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+from diptych.models.names import is_device
 
 
 def choose_device(name: str) -> torch.device:
@@ -20,7 +18,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ModelError: The name says nothing, or this machine has no such device.
     """
-    if not _NAME.fullmatch(name):
+    if not is_device(name):
         raise ModelError(f"--device {name!r} is no device. Expected auto, cpu, cuda or cuda:N.")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""`KIND:LOCATION`, and the one place that knows which class is behind a kind."""
+"""Models that jobs name, and the one place that knows which class is behind a kind."""
 
 import dataclasses
 import os
@@ -9,11 +9,8 @@ from diptych.models.base import CaptionModel, CaptionOptions, ImageOptions, Mode
 from diptych.models.errors import ModelError
 from diptych.models.files.location import absolute_if_there, redacted
 from diptych.models.model_thread import compute
-from diptych.models.text.text_model import TEXT_KINDS as TEXT_KINDS
+from diptych.models.names import CAPTION_KINDS, IMAGE_KINDS, ModelName
 from diptych.models.text.text_model import load_text_model
-
-CAPTION_KINDS = ("cnn-lstm", "cnn-rnn", "hf")
-IMAGE_KINDS = ("vae", "gan", "diffusers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +57,9 @@ class ModelSpec:
         if isinstance(options, MatchOptions):
             options = MatchOptions(options.captioner.absolute(), options.text.absolute())
         elif isinstance(options, ImageOptions) and options.text_model:
-            kind, colon, location = options.text_model.partition(":")
-            options = dataclasses.replace(options, text_model=f"{kind}{colon}{absolute_if_there(location)}")
+            text = ModelName.parse(options.text_model)
+            text = text._replace(location=absolute_if_there(text.location))
+            options = dataclasses.replace(options, text_model=str(text))
         return dataclasses.replace(self, location=absolute_if_there(self.location), options=options)
 
 

@@ -17,7 +17,7 @@ from diptych.pipelines.lifecycle.model_job import (
     open_input,
     run_model_job,
 )
-from diptych.pipelines.options.base import ModelJobOptions
+from diptych.pipelines.options.models import ModelJobOptions
 from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
 from diptych.transforms.clean import CleanCaptions, CleanOptions
 from diptych.transforms.fingerprint import options_to_json

@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-import json
+import importlib
 import logging
 import os
 import signal
@@ -11,11 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from diptych.pipelines.streams import safe_streams, use_utf8
+from diptych.pipelines.terminal.console import console
+from diptych.pipelines.terminal.streams import safe_streams, use_utf8
 from diptych.transforms.errors import DiptychError, OptionError
-from diptych.transforms.progress import PROGRESS_THREAD
 
 if TYPE_CHECKING:
     from diptych.pipelines.runners.run_pipeline import Result
@@ -77,101 +77,102 @@ class _Parser(argparse.ArgumentParser):
         raise OptionError(f"{message}. `{self.prog} --help` lists what there is.")
 
 
-class _OwnWords:
-    """Standard error for this program's own threads.
+class _Command(NamedTuple):
+    """A command, whose parts are found by its name: only those of the command that runs are imported.
 
-    Of a worker that fails in a thread of this process, Beam prints the traceback, as well as handing it on.
+    Of a command `NAME`, `diptych.pipelines.NAME` has the function `NAME(options)`, and the module of its options has
+    `add_NAME_flags(parser)` and `NAME_options(args)`. Two words are a command of a group, `GROUP_NAME` there.
+
+    Attributes:
+        help: What it does, in a line.
+        options: The module of its options, in `diptych.pipelines.options`.
+        is_job: Whether it runs on Apache Beam: flags that it does not know are Beam's.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        if threading.current_thread().name in (threading.main_thread().name, PROGRESS_THREAD):
-            self._stream.write(text)
-        return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    help: str
+    options: str
+    is_job: bool = False
 
 
-# The jobs run on Beam: flags that they do not know are its own
-_JOBS = {
-    "prepare": "read, clean, resize, write OUT/images",
-    "embed": "text vectors of captions, write OUT/embeddings",
-    "caption": "captions of images, write OUT/captions",
-    "generate": "images from text, write OUT/generated",
-    "run": "all of it in one graph, from raw data to every data set",
+_COMMANDS = {
+    "prepare": _Command("read, clean, resize, write OUT/images", "prepare", is_job=True),
+    "embed": _Command("text vectors of captions, write OUT/embeddings", "models", is_job=True),
+    "caption": _Command("captions of images, write OUT/captions", "models", is_job=True),
+    "generate": _Command("images from text, write OUT/generated", "generate", is_job=True),
+    "run": _Command("all of it in one graph, from raw data to every data set", "run", is_job=True),
+    "train": _Command("fit a model on prepared or raw data", "train"),
+    "evaluate captions": _Command("score what `diptych caption` wrote", "evaluate"),
+    "evaluate images": _Command("score what `diptych generate` wrote", "evaluate"),
+    "verify": _Command("check that an output is complete and sound", "verify"),
+    "demo": _Command("the whole thing on data that it draws itself", "demo"),
 }
-_OTHERS = {
-    "train": "fit a model on prepared or raw data",
-    "evaluate": "score the captions of an output against references",
-    "verify": "check that an output is complete and sound",
-    "demo": "the whole thing on data that it draws itself",
-}
+_GROUPS = {"evaluate": "score the captions or the images of an output"}
 
 
 def _main(argv: list[str], signals: list[int]) -> int:
-    parser = _Parser(prog="diptych", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"diptych {metadata.version('diptych')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in {**_JOBS, **_OTHERS}.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if argv[:1] == [name]:  # a command pays only for its own libraries
-            _add_flags(name, command)
+    name, parser, commands = _parser(argv)
     args, rest = parser.parse_known_args(argv)
-    command = commands.choices[args.command]
-    if args.command in _JOBS:
-        from diptych.pipelines.runners.beam_flags import check_beam_args
+    command, parser = _COMMANDS[name], commands[name]
+    make_options = _part(f"options.{command.options}", f"{_identifier(name)}_options")
+    if not command.is_job:
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        result = _part(_identifier(name), _identifier(name))(make_options(args))
+        report = getattr(importlib.import_module(f"diptych.pipelines.{_identifier(name)}"), "report", None)
+        if report and not getattr(args, "quiet", False):
+            print(report(result, args, time.monotonic() - _START))
+        return getattr(result, "exit_code", 0)
+    from diptych.pipelines.runners.beam_flags import check_beam_args
 
-        check_beam_args(rest, [flag for action in command._actions for flag in action.option_strings])
-        return _run_job(args, rest, signals)
-    if rest:
-        command.error(f"unrecognized arguments: {' '.join(rest)}")
-    run: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": _train,
-        "evaluate": _evaluate,
-        "verify": _verify,
-        "demo": _demo,
-    }
-    return run[args.command](args)
-
-
-def _add_flags(name: str, parser: argparse.ArgumentParser) -> None:
-    if name in _JOBS:
-        from diptych.pipelines.options import models, prepare
-
-        adders = {
-            "prepare": prepare.add_prepare_flags,
-            "embed": models.add_embed_flags,
-            "caption": models.add_caption_flags,
-            "generate": models.add_generate_flags,
-            "run": models.add_run_flags,
-        }
-        adders[name](parser)
-    elif name == "train":
-        from diptych.pipelines.train import add_train_flags
-
-        add_train_flags(parser)
-    elif name == "evaluate":
-        from diptych.pipelines.options.evaluate import add_evaluate_flags
-
-        add_evaluate_flags(parser)
-    elif name == "demo":
-        from diptych.pipelines.demo import add_demo_flags
-
-        add_demo_flags(parser)
-    else:
-        parser.add_argument("output", metavar="OUT")
+    check_beam_args(rest, [flag for action in parser._actions for flag in action.option_strings])
+    with console.without_workers():
+        return _run_job(
+            _part(_identifier(name), _identifier(name)), lambda: make_options(args, rest), args, signals
+        )
 
 
-def _run_job(args: argparse.Namespace, beam_args: list[str], signals: list[int]) -> int:
+def _parser(argv: list[str]) -> tuple[str, argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Returns the command that a command line names, the parser of all, and those of the commands."""
+    top = _Parser(prog="diptych", description=_DESCRIPTION, allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"diptych {metadata.version('diptych')}")
+    groups = {"": top.add_subparsers(dest="command", required=True, metavar="COMMAND")}
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    named = ""
+    for name, command in _COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            text = _GROUPS[group]
+            parser = groups[""].add_parser(group, help=text, description=text, allow_abbrev=False)
+            groups[group] = parser.add_subparsers(dest="subcommand", required=True, metavar="WHAT")
+        text = command.help
+        parsers[name] = groups[group].add_parser(last, help=text, description=text, allow_abbrev=False)
+        if argv[: 1 + bool(group)] == name.split():
+            named = name
+            _part(f"options.{command.options}", f"add_{_identifier(name)}_flags")(parsers[name])
+    return named, top, parsers
+
+
+def _identifier(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def _part(module: str, name: str) -> Callable[..., Any]:
+    """Returns a part of a command."""
+    part: Callable[..., Any] = getattr(importlib.import_module(f"diptych.pipelines.{module}"), name)
+    return part
+
+
+def _run_job(
+    run: Callable[[Any], "Result"],
+    make_options: Callable[[], Any],
+    args: argparse.Namespace,
+    signals: list[int],
+) -> int:
     from diptych.pipelines.lifecycle.summary import failure_json, summary, summary_json
 
-    sys.stderr = cast(TextIO, _OwnWords(sys.stderr))
     for_machines = args.summary == "json"
     try:
-        result = _job_result(args, beam_args)
+        result = run(make_options())
     except BaseException as error:
         if for_machines:
             print(failure_json(args.output, time.monotonic() - _START, error, bool(signals)), flush=True)
@@ -180,66 +181,4 @@ def _run_job(args: argparse.Namespace, beam_args: list[str], signals: list[int])
         print(summary_json(result, time.monotonic() - _START))
     elif not args.quiet:
         print(summary(result, time.monotonic() - _START))
-    return 0
-
-
-def _job_result(args: argparse.Namespace, beam_args: list[str]) -> "Result":
-    from diptych.pipelines.options import models
-    from diptych.pipelines.options.prepare import prepare_options
-
-    if args.command == "prepare":
-        from diptych.pipelines.prepare import prepare
-
-        return prepare(prepare_options(args, beam_args))
-    if args.command == "embed":
-        from diptych.pipelines.embed import embed
-
-        return embed(models.embed_options(args, beam_args))
-    if args.command == "caption":
-        from diptych.pipelines.caption import caption
-
-        return caption(models.caption_options(args, beam_args))
-    if args.command == "run":
-        from diptych.pipelines.run import run
-
-        return run(models.run_options(args, beam_args))
-    from diptych.pipelines.generate import generate
-
-    return generate(models.generate_options(args, beam_args))
-
-
-def _train(args: argparse.Namespace) -> int:
-    from diptych.pipelines.train import train
-
-    return train(args)
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    if args.what == "images":
-        from diptych.pipelines import evaluate_images
-
-        scored = evaluate_images.evaluate_images(evaluate_images.images_options(args))
-        print(json.dumps(scored) if args.json else evaluate_images.table(scored))
-        return 0
-    from diptych.pipelines import evaluate_captions
-
-    report = evaluate_captions.evaluate_captions(evaluate_captions.evaluate_options(args))
-    print(json.dumps(report) if args.json else evaluate_captions.table(report))
-    return 0
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from diptych.pipelines.verify import verify
-
-    if not args.output.strip():
-        raise OptionError(f"OUT is {args.output!r}. It must be the --output of a job.")
-    findings = verify(args.output)
-    print("\n".join(findings.lines()))
-    return 1 if findings.problems else 0
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from diptych.pipelines.demo import demo
-
-    demo(args.output, args.seed, args.scenes)
     return 0

@@ -3,7 +3,6 @@
 diptych demo --output demo
 """
 
-import argparse
 import dataclasses
 import os
 import subprocess
@@ -24,15 +23,20 @@ from diptych.pipelines.demo_data.contact_sheet import contact_sheet
 from diptych.pipelines.demo_data.efficientnet_lite0 import ENCODER, write_lite0_weights
 from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set
 from diptych.pipelines.demo_data.scenes import draw_scene, named_groups
-from diptych.pipelines.evaluate_captions import EvaluateOptions, evaluate_captions, read_candidates, table
-from diptych.pipelines.evaluate_images import EvaluateImagesOptions, evaluate_images
+from diptych.pipelines.evaluate_captions import evaluate_captions, read_candidates, table
+from diptych.pipelines.evaluate_images import evaluate_images
 from diptych.pipelines.evaluate_images import table as images_table
 from diptych.pipelines.lifecycle.summary import summary
-from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, PrepareOptions, RunOptions
+from diptych.pipelines.options.demo import DemoOptions
+from diptych.pipelines.options.evaluate import EvaluateCaptionsOptions, EvaluateImagesOptions
+from diptych.pipelines.options.generate import GenerateOptions
+from diptych.pipelines.options.models import ModelJobOptions
+from diptych.pipelines.options.prepare import PrepareOptions
+from diptych.pipelines.options.run import RunOptions
 from diptych.pipelines.options.train import RowSource, Training, TrainOptions
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.run import run
-from diptych.pipelines.train import run_training
+from diptych.pipelines.train import train
 from diptych.pipelines.verify import verify
 from diptych.transforms.errors import DiptychError, OptionError
 from diptych.transforms.storage import output_errors
@@ -57,7 +61,6 @@ CAPTIONER = CaptionerTraining(
     max_scored=100,
     threads=1,
 )
-NUM_SCENES = 5400
 # Small batches: the networks need steps, more than images
 VAE = VaeTraining(
     size_px=64,
@@ -72,14 +75,6 @@ VAE = VaeTraining(
 )
 GAN = GanTraining(epochs=2, batch_size=16, ema=0.99)
 WORD2VEC = Word2VecTraining(vector_size=64, epochs=5, patience=5)
-
-
-def add_demo_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `diptych demo`."""
-    parser.add_argument("--output", default="demo", metavar="DIR", help="local folder (default demo)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings (default 0)")
-    text = f"how many to draw (default {NUM_SCENES})"
-    parser.add_argument("--scenes", type=int, default=NUM_SCENES, metavar="N", help=text)
 
 
 class _Steps:
@@ -102,39 +97,37 @@ class _Steps:
         yield f"{'in all':20} {total:6.1f} s"
 
 
-def demo(output: str, seed: int = 0, num_scenes: int = NUM_SCENES) -> None:
+def demo(options: DemoOptions) -> None:
     """Draws a data set, prepares it, trains on a part of it, and runs all models on the rest, which they never saw.
 
-    Args:
-        output: A local folder: the data go to `data`, the rows to train on to `train`, the models to `models`, and
-            what the models make of the other rows to `out` in it.
-        seed: Of the drawings.
-        num_scenes: How many.
+    The data go to `data` in the output folder, the rows to train on to `train`, the models to `models`, and what the
+    models make of the other rows to `out`.
 
     Raises:
-        OptionError: A number is out of bounds, or `output` holds another demo.
+        OptionError: The output holds another demo.
         OutputError: The folder cannot be written.
     """
+    output, seed, num_scenes = options.output, options.seed, options.num_scenes
     step = _Steps()
-    data, train, out = (os.path.join(output, name) for name in ("data", "train", "out"))
+    data, prepared, out = (os.path.join(output, name) for name in ("data", "train", "out"))
     with step(
         "draw", f"drawing {num_scenes:,} captioned scenes to {data}, as COCO, Flickr30k and WebDataset"
     ):
         folders = _draw(Path(data), num_scenes, seed)
     annotations = folders.coco / "annotations"
     annotation = str(annotations / "captions_train2017.json")
-    with step("prepare", f"diptych prepare --input {annotation} --output {train}"):
+    with step("prepare", f"diptych prepare --input {annotation} --output {prepared}"):
         start = time.monotonic()
-        result = prepare(PrepareOptions(inputs=(annotation,), output=train, quiet=True))
+        result = prepare(PrepareOptions(inputs=(annotation,), output=prepared, quiet=True))
         _say(summary(result, time.monotonic() - start))
-    models = _train(step, train, os.path.join(output, "models"))
+    models = _train(step, prepared, os.path.join(output, "models"))
     _run(step, str(annotations / "captions_val2017.json"), out, models)
     with step("evaluate captions", f"diptych evaluate captions --input {out}"):
-        _say(table(evaluate_captions(EvaluateOptions(out))))
-        _say(_rightness(out, seed))
-    options = _images_options(out, models)
-    with step("evaluate images", f"diptych evaluate images --input {out} {' '.join(_flags(options))}"):
-        _say(images_table(evaluate_images(options)))
+        _say(table(evaluate_captions(EvaluateCaptionsOptions(out))))
+        _say(_caption_accuracy(out, seed))
+    images = _images_options(out, models)
+    with step("evaluate images", f"diptych evaluate images --input {out} {' '.join(_flags(images))}"):
+        _say(images_table(evaluate_images(images)))
     with step("verify", f"diptych verify {out}"):
         findings = verify(out)
         _say("\n".join(findings.lines()))
@@ -163,11 +156,11 @@ class _Models:
     weights: str
 
 
-def _train(step: _Steps, train: str, home: str) -> _Models:
+def _train(step: _Steps, prepared: str, home: str) -> _Models:
     """Trains the four models."""
     names = ("word2vec", "captioner", "vae", "gan", "efficientnet_lite0.safetensors")
     models = _Models(*(os.path.join(home, name) for name in names))
-    rows, text = RowSource((train,)), f"word2vec:{models.words}"
+    rows, text = RowSource((prepared,)), f"word2vec:{models.words}"
     words, captioner, vae, gan = (
         TrainOptions(rows, folder, training, device="cpu")
         for folder, training in (
@@ -179,23 +172,23 @@ def _train(step: _Steps, train: str, home: str) -> _Models:
     )
 
     def command(options: TrainOptions) -> list[str]:
-        folders = ["--input", train, "--output", options.output]
+        folders = ["--input", prepared, "--output", options.output]
         return ["train", options.model, *folders, *_flags(options.training)]
 
     def said(options: TrainOptions) -> str:
         return " ".join(["diptych", *command(options)])
 
     with step("train word2vec", said(words)):
-        run_training(words)
+        train(words)
     write_lite0_weights(Path(models.weights))
     # A core each: with a second one neither is much faster
     with (
         step("train vae, captioner", f"{said(vae)}\n   and beside it: {said(captioner)}"),
         _beside([*command(captioner), "--device", "cpu", "--quiet"]),
     ):
-        run_training(vae)
+        train(vae)
     with step("train gan", said(gan)):
-        run_training(gan)
+        train(gan)
     return models
 
 
@@ -251,18 +244,11 @@ _NUM_SCORED = 300
 
 
 def _draw(data: Path, num_scenes: int, seed: int) -> SceneFolders:
-    if num_scenes < _MIN_SCENES:
-        raise OptionError(
-            f"--scenes is {num_scenes}. It must be at least {_MIN_SCENES}: fewer leave too few to train and choose by."
-        )
     try:
         with output_errors(str(data)):
             return write_data_set(str(data), num_scenes, seed)
     except ValueError as error:
         raise OptionError(f"The demo cannot be drawn: {error}.") from error
-
-
-_MIN_SCENES = 100
 
 
 def _flags(options: Training | EvaluateImagesOptions) -> list[str]:
@@ -277,7 +263,7 @@ def _flags(options: Training | EvaluateImagesOptions) -> list[str]:
     ]
 
 
-def _rightness(out: str, seed: int) -> str:
+def _caption_accuracy(out: str, seed: int) -> str:
     """Says how many captions name colour and shape as they are."""
     candidates = list(read_candidates(out))
     groups = [draw_scene(seed, int(candidate.key)).group for candidate in candidates]

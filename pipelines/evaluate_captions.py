@@ -5,7 +5,7 @@ whatever file they are from. In memory are the texts and their words; a row's im
 """
 
 import argparse
-import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ from diptych.models.errors import one_line
 from diptych.models.files.location import redacted
 from diptych.models.metrics.caption_scores import score_captions
 from diptych.models.metrics.ptb_tokenizer import tokenize
-from diptych.transforms.errors import InputError, OptionError, OutputError
+from diptych.pipelines.options.evaluate import EvaluateCaptionsOptions
+from diptych.transforms.errors import InputError, OutputError
 from diptych.transforms.finish import read_success
 from diptych.transforms.output_layout import JOB, SUCCESS, data_files, read_json
 from diptych.transforms.sink import DAMAGE
@@ -36,38 +37,6 @@ _NAMES = {
 _COCO_KEY = re.compile(r"(?:COCO_\w+20\d\d_)?(\d{12})")
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluateOptions:
-    """Options of `diptych evaluate captions`.
-
-    Attributes:
-        input: The output folder of a job that wrote captions.
-        references: The annotation to score against; None takes the references that the output has itself.
-        format: Of the annotation: one of `diptych.transforms.sources.references.FORMATS`, or `auto`.
-        split: Splits of a Karpathy file, separated by commas.
-        results: Where to write the captions as COCO results; None writes none.
-        scores: Where to write the scores as JSON; None writes none.
-        json: Print JSON, not a table.
-    """
-
-    input: str
-    references: str | None = None
-    format: str = "auto"
-    split: str | None = None
-    results: str | None = None
-    scores: str | None = None
-    json: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("input", "references", "results", "scores"):
-            value = getattr(self, name)
-            if value is not None and not value.strip():
-                raise OptionError(f"--{name} is {value!r}. It must be a path or URL.")
-        for name, value in (("format", self.format != "auto" and self.format), ("split", self.split)):
-            if value and self.references is None:
-                raise OptionError(f"--{name} {value} says how to read --references, and there are none.")
-
-
 class Candidate(NamedTuple):
     """What a captioner said of an image.
 
@@ -82,17 +51,7 @@ class Candidate(NamedTuple):
     references: Sequence[str] | None
 
 
-def evaluate_options(args: argparse.Namespace) -> EvaluateOptions:
-    """Returns the options of `diptych evaluate captions` from its parsed flags.
-
-    Raises:
-        OptionError: Flags do not go together.
-    """
-    fields = (field.name for field in dataclasses.fields(EvaluateOptions))
-    return EvaluateOptions(**{name: getattr(args, name) for name in fields})
-
-
-def evaluate_captions(options: EvaluateOptions) -> dict[str, Any]:
+def evaluate_captions(options: EvaluateCaptionsOptions) -> dict[str, Any]:
     """Scores the captions of an output, and writes the files that are asked for.
 
     Returns:
@@ -180,7 +139,7 @@ def _score(pairs: Sequence[tuple[Candidate, Sequence[str]]]) -> dict[str, float]
 
 
 def _no_pair(
-    options: EvaluateOptions, candidates: Sequence[Candidate], file: References | None
+    options: EvaluateCaptionsOptions, candidates: Sequence[Candidate], file: References | None
 ) -> InputError:
     where = join(options.input, "captions")
     if file is None:
@@ -210,6 +169,11 @@ def _results(candidates: Sequence[Candidate], image_ids: Mapping[str, Ref]) -> l
 def _image_id(key: str) -> int | str:
     match = _COCO_KEY.fullmatch(key)
     return int(match[1]) if match else key
+
+
+def report(scores: Mapping[str, Any], args: argparse.Namespace, _: float) -> str:
+    """Returns what the command prints."""
+    return json.dumps(scores) if args.json else table(scores)
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -5,8 +5,8 @@ micro-batch of images, the features of some thousands, and a few numbers of each
 """
 
 import argparse
-import dataclasses
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,15 +14,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from diptych.models.base import CaptionOptions, TextOptions, TextVector
+from diptych.models.base import TextVector
 from diptych.models.errors import ModelError, one_line
 from diptych.models.files.location import redacted
 from diptych.models.metrics.image_scores import Distances, Features, pairwise_distances
 from diptych.models.metrics.matching import cosines
 from diptych.models.pixels import decode_pixels, resize_square
-from diptych.models.spec import CAPTION_KINDS, TEXT_KINDS, ModelSpec, load_model
-from diptych.pipelines.options.base import check
-from diptych.pipelines.options.models import parse_model
+from diptych.models.spec import load_model
+from diptych.pipelines.options.evaluate import EvaluateImagesOptions
 from diptych.transforms.errors import InputError, OutputError
 from diptych.transforms.finish import read_success
 from diptych.transforms.inference.micro_batches import Failure, ModelRunner
@@ -35,70 +34,6 @@ _BATCH_ROWS = 32
 # Images of one prompt whose pairs are compared
 _MAX_SAMPLES = 16
 _BOOTSTRAPS = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateImagesOptions:
-    """Options of `diptych evaluate images`.
-
-    Attributes:
-        input: The output folder of a job that made images.
-        dataset: What of it is scored: `generated`, or `images` (a yardstick: real ones against others).
-        references: An output with real images; None takes the images that `input` has itself.
-        max_images: Most images of each side; None takes all.
-        size_px: Both sides are brought to this size first; None takes that of the first image that is scored.
-        features: `inception`, a network of torchvision, or `timm:NAME`.
-        feature_weights: Of the last two: `imagenet`, or a safetensors file.
-        match_with: A captioner that describes the images, to compare that with their prompts; None compares nothing.
-        match_by: The text model that compares.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        scores: Where to write the scores as JSON; None writes none.
-        json: Print JSON, not a table.
-    """
-
-    input: str
-    dataset: str = "generated"
-    references: str | None = None
-    max_images: int | None = None
-    size_px: int | None = None
-    features: str = "inception"
-    feature_weights: str = "imagenet"
-    match_with: ModelSpec | None = None
-    match_by: ModelSpec | None = None
-    device: str = "auto"
-    scores: str | None = None
-    json: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("input", "references", "features", "feature_weights", "scores"):
-            value = getattr(self, name)
-            check(value is None or bool(value.strip()), f"--{name}", repr(value), "a path, URL or name")
-        size_px = self.size_px
-        check(size_px is None or 8 <= size_px <= 4096, "--size", size_px, "between 8 and 4096 pixels")
-        most = self.max_images
-        check(most is None or most >= 2, "--max_images", most, "at least 2")
-        pair = (self.match_with is None) == (self.match_by is None)
-        given = self.match_with or self.match_by
-        check(pair, "--match_with", given, "a captioner beside a text model, --match_by")
-        is_matched = self.match_with is None or self.dataset == "generated"
-        check(is_matched, "--match_with", given, "left out: these images have no prompt")
-        is_apart = self.dataset == "generated" or self.references is not None
-        check(is_apart, "--dataset", self.dataset, "beside others to score it against, --references")
-
-
-def images_options(args: argparse.Namespace) -> EvaluateImagesOptions:
-    """Returns the options of `diptych evaluate images` from its parsed flags.
-
-    Raises:
-        OptionError: Flags do not go together.
-    """
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluateImagesOptions)}
-    with_, by = args.match_with, args.match_by
-    values["match_with"] = with_ and parse_model(
-        with_, CAPTION_KINDS, CaptionOptions(), args.device, "--match_with"
-    )
-    values["match_by"] = by and parse_model(by, TEXT_KINDS, TextOptions(), args.device, "--match_by")
-    return EvaluateImagesOptions(**values)
 
 
 class _Made(NamedTuple):
@@ -346,6 +281,11 @@ _NAMES = {
     "match_gain_low": "at least (95 %)",
     "match_gain_high": "at most (95 %)",
 }
+
+
+def report(scores: dict[str, Any], args: argparse.Namespace, _: float) -> str:
+    """Returns what the command prints."""
+    return json.dumps(scores) if args.json else table(scores)
 
 
 def table(report: dict[str, Any]) -> str:

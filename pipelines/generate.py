@@ -9,6 +9,7 @@ from typing import Any, cast
 import apache_beam as beam
 
 from diptych.models.base import ImageModel, ImageOptions, TextOptions
+from diptych.models.names import ModelName
 from diptych.models.spec import MatchOptions, ModelSpec
 from diptych.pipelines.lifecycle.model_job import (
     LIBRARIES,
@@ -19,7 +20,7 @@ from diptych.pipelines.lifecycle.model_job import (
     open_input,
     run_model_job,
 )
-from diptych.pipelines.options.base import GenerateOptions
+from diptych.pipelines.options.generate import GenerateOptions
 from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
 from diptych.transforms.clean import CleanCaptions, CleanOptions
 from diptych.transforms.errors import OptionError
@@ -68,7 +69,7 @@ def generate_branch(options: GenerateOptions, pipeline: beam.Pipeline) -> Branch
         "seed": options.seed,
     }
     others = [spec for spec in (options.match_with, options.match_by) if spec]
-    kinds = [*(spec.kind for spec in others), *filter(None, [(model.text_model or "").partition(":")[0]])]
+    kinds = [*(spec.kind for spec in others), *filter(None, [ModelName.parse(model.text_model or "").kind])]
     libraries = tuple(
         dict.fromkeys([*branch.libraries, *(name for kind in kinds for name in LIBRARIES[kind])])
     )
@@ -95,8 +96,7 @@ def _match(options: GenerateOptions, model: ImageModel, pipeline: beam.Pipeline)
             "for that. Name one with --match_by, as bert:sentence-transformers/all-MiniLM-L6-v2."
         )
     if by is None:
-        kind, _, location = str(model.text_model).partition(":")
-        by = ModelSpec(kind, location, TextOptions(), options.model.device)
+        by = ModelSpec(*ModelName.parse(str(model.text_model)), TextOptions(), options.model.device)
     captioner = options.match_with
     spec = ModelSpec("match", f"{captioner} {by}", MatchOptions(captioner, by), options.model.device)
     digest = load_here(spec, pipeline).digest

@@ -13,7 +13,7 @@ from apache_beam.pvalue import DoOutputsTuple, PCollection
 
 from diptych.pipelines.lifecycle.launch import Job, Written, finish_job, launch, source_options
 from diptych.pipelines.lifecycle.output_folder import refuse_overlap
-from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
 from diptych.transforms.chunk import Chunk
 from diptych.transforms.clean import CleanCaptions

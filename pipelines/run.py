@@ -16,7 +16,7 @@ from diptych.pipelines.generate import generate_branch
 from diptych.pipelines.lifecycle.launch import Job, Written, finish_job, launch
 from diptych.pipelines.lifecycle.model_job import Branch, MakeDataset
 from diptych.pipelines.lifecycle.output_folder import refuse_overlap
-from diptych.pipelines.options.base import RunOptions
+from diptych.pipelines.options.run import RunOptions
 from diptych.pipelines.prepare import PrepareRows, images_schema_of, prepare_asked, read_shards
 from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
 from diptych.transforms.chunk import Chunk

@@ -9,7 +9,6 @@ folder of the local cache (`DIPTYCH_CACHE`) and uploaded when it is done; to go 
 
 import argparse
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +19,7 @@ from diptych.models.errors import ModelError
 from diptych.models.files.location import redacted
 from diptych.models.files.weights import digest as digest_of
 from diptych.models.files.weights import localise
+from diptych.models.names import ModelName
 from diptych.models.training.data import SCORES, CaptionData, CaptionerTraining, Progress
 from diptych.models.training.model_card import CURVES, README, draw_curves, write_card
 from diptych.models.training.options import GanTraining, VaeTraining
@@ -27,15 +27,12 @@ from diptych.models.training.word2vec import Word2VecTraining
 from diptych.pipelines.lifecycle.output_folder import State
 from diptych.pipelines.options.base import check
 from diptych.pipelines.options.train import TrainOptions
-from diptych.pipelines.options.train_flags import add_train_flags, train_options
 from diptych.pipelines.training.model_folder import ModelFolder, refuse_own_input
 from diptych.pipelines.training.progress import Display, describe_entry
 from diptych.pipelines.training.rows import Rows, describe, open_rows
 from diptych.transforms.errors import DiptychError
 from diptych.transforms.fingerprint import digest, fingerprint, options_to_json
 from diptych.transforms.storage import join
-
-__all__ = ["Trained", "add_train_flags", "run_training", "train"]
 
 # Of an epoch, what the card says
 IMAGE_FIGURES = (
@@ -75,31 +72,29 @@ class Trained:
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def train(args: argparse.Namespace) -> int:
-    """Runs `diptych train` from its parsed flags; returns the exit code.
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a training left.
 
-    Raises:
-        DiptychError: The training failed; the same command goes on from where it stopped.
+    Attributes:
+        output: The folder of the model.
+        model: `word2vec`, `captioner`, `vae` or `gan`.
+        state: What the folder held before.
     """
-    start = time.monotonic()
-    options = train_options(args)
-    state = run_training(options)
-    if not options.quiet:
-        print("\n".join(_summary(options, state, time.monotonic() - start)))
-    return 0
+
+    output: str
+    model: str
+    state: State
 
 
-def run_training(options: TrainOptions) -> State:
+def train(options: TrainOptions) -> TrainResult:
     """Trains a model to its end, or goes on where an earlier call stopped.
-
-    Returns:
-        What the output held before.
 
     Raises:
         DiptychError: It failed; what was done stays, and the same call goes on from there.
     """
     try:
-        return _run(options)
+        return TrainResult(options.output, options.model, _run(options))
     except ModelError as error:
         raise DiptychError(str(error)) from error
 
@@ -143,7 +138,7 @@ def _with_shape(options: TrainOptions) -> TrainOptions:
         return options
     from diptych.models.generation.image_generator import read_generator
 
-    kind, _, location = training.generator.partition(":")
+    kind, location = ModelName.parse(training.generator)
     config = read_generator(localise(location), (kind,))[0].config
     shape = {name: getattr(config, name) for name in _SHAPE}
     for name, value in shape.items():
@@ -199,7 +194,7 @@ def _fingerprint(options: TrainOptions, data: Mapping[str, Any]) -> dict[str, An
     if weights not in ("imagenet", "none"):  # the same file elsewhere is the same
         values["encoder_weights"] = digest_of(localise(weights))
     for name in ("text_model", "generator"):
-        if location := values.get(name, "").partition(":")[2]:
+        if location := ModelName.parse(values.get(name, "")).location:
             values[name] = digest_of(localise(location, hub=name == "text_model"))
     library = "gensim" if isinstance(options.training, Word2VecTraining) else "torch"
     found = fingerprint(f"train {options.model}", [], values)
@@ -315,24 +310,25 @@ def _describe_model(folder: Path, options: TrainOptions, rows: tuple[Rows, Rows]
     draw_curves(trained.history, folder / CURVES, f"{trained.kind}, {train_rows.num_rows:,} rows")
 
 
-def _summary(options: TrainOptions, state: State, seconds: float) -> list[str]:
-    """Returns what a training came to, in a few lines."""
-    found, output = ModelFolder(options.output).summary(), redacted(options.output)
-    kind, job = found["kind"], _JOBS[options.model]
+def report(result: TrainResult, _: argparse.Namespace, seconds: float) -> str:
+    """Returns what the command prints: what the training came to, in a few lines."""
+    summary, output = ModelFolder(result.output).summary(), redacted(result.output)
+    kind, job = summary["kind"], _JOBS[result.model]
     lines = [
-        f"trained   {kind}; kept epoch {found['best_epoch']}: {describe_entry(found['scores'])}",
+        f"trained   {kind}; kept epoch {summary['best_epoch']}: {describe_entry(summary['scores'])}",
         f"model     {output}",
         f"curve     {join(output, CURVES)}",
         f"card      {join(output, README)}",
     ]
-    if state is State.DONE:
+    if result.state is State.DONE:
         lines.append("nothing to do: an earlier run has finished this")
     else:
         took = f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
         lines.append(f"took      {took}")
     model = f"{kind}:{output}"
     source = "--prompts" if job == "generate" else "--input"
-    return [*lines, f"next      diptych {job} --model {model} {source} SRC --output OUT"]
+    lines.append(f"next      diptych {job} --model {model} {source} SRC --output OUT")
+    return "\n".join(lines)
 
 
 _JOBS = {"word2vec": "embed", "captioner": "caption", "vae": "generate", "gan": "generate"}

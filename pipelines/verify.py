@@ -1,5 +1,6 @@
 """Proves from its files that an output is complete and sound: `diptych verify OUT`."""
 
+import argparse
 import collections
 import dataclasses
 import functools
@@ -48,6 +49,11 @@ class Findings:
     problems: list[str]
     totals: dict[str, Totals]
     shared_keys: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """1 where something is wrong, else 0."""
+        return 1 if self.problems else 0
 
     def lines(self) -> Iterator[str]:
         """Yields what to print."""
@@ -291,3 +297,8 @@ def _check_success(root: str, findings: Findings) -> None:
             there, said = getattr(found, field), getattr(totals, field)
             if there != said:
                 findings.problems.append(f"{dataset} has {field} {there}, but {SUCCESS} says {said}")
+
+
+def report(findings: Findings, _args: argparse.Namespace, _seconds: float) -> str:
+    """Returns what the command prints."""
+    return "\n".join(findings.lines())

@@ -34,12 +34,13 @@ ROOMS = {
         "sources.text": {"", "sources"},
     },
     "pipelines": {
-        "": {"demo_data", "lifecycle", "options", "runners", "training"},
+        "": {"demo_data", "lifecycle", "options", "runners", "terminal", "training"},
         "demo_data": {""},
-        "lifecycle": {"options", "runners"},
+        "lifecycle": {"options", "runners", "terminal"},
         "options": {"lifecycle", "runners"},
-        "runners": {"lifecycle", "options"},
-        "training": {"", "lifecycle", "options"},
+        "runners": {"lifecycle", "options", "terminal"},
+        "terminal": set[str](),
+        "training": {"", "lifecycle", "options", "terminal"},
     },
 }
 PATHS = {

@@ -57,5 +57,3 @@ class Progress:
 
 
 progress = Progress()
-PROGRESS_THREAD = "progress"
-"""Name of the thread that shows it."""

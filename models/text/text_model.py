@@ -7,8 +7,7 @@ from typing import Any
 from diptych.models.base import TextModel, TextOptions
 from diptych.models.errors import FlagError, ModelError
 from diptych.models.files.location import absolute_if_there, redacted
-
-TEXT_KINDS = ("word2vec", "bert")
+from diptych.models.names import TEXT_KINDS, ModelName
 
 
 def load_text_model(kind: str, location: str, options: TextOptions, device: str = "auto") -> TextModel:
@@ -57,8 +56,8 @@ class TextSource:
     @classmethod
     def of(cls, model: str, options: TextOptions, digest: str) -> "TextSource":
         """Returns the source of a text model that is loaded."""
-        kind, _, location = model.partition(":")
-        return cls(redacted(f"{kind}:{absolute_if_there(location)}"), digest, options)
+        name = ModelName.parse(model)
+        return cls(redacted(f"{name.kind}:{absolute_if_there(name.location)}"), digest, options)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TextSource":
@@ -80,7 +79,7 @@ class TextSource:
             ModelError: It cannot be loaded, or has changed since.
             FlagError: What lies elsewhere is another.
         """
-        kind, _, location = (elsewhere or self.model).partition(":")
+        kind, location = ModelName.parse(elsewhere or self.model)
         remedy = "Where it is elsewhere now, say so with --text_model KIND:LOCATION, or train again."
         try:
             text = load_text(kind, location, self.options)

@@ -25,6 +25,7 @@ from diptych.models.errors import ModelError
 from diptych.models.files.weights import localise, write_tensors
 from diptych.models.generation.generator import Generator, GeneratorConfig, from_pixels, to_pixels
 from diptych.models.generation.image_generator import draw_noise, read_generator, save_generator
+from diptych.models.names import ModelName
 from diptych.models.text.text_model import TextSource, load_text_model
 from diptych.models.training.checkpoint import Checkpoint, Checkpoints, flatten_optimizer, restore_optimizer
 from diptych.models.training.data import CaptionData, History, Progress
@@ -75,7 +76,7 @@ def train_image_model(
         ModelError: The data or the options cannot be trained with, the training diverged, or a file cannot be written.
     """
     chosen = choose_device(device)
-    kind, _, location = options.text_model.partition(":")
+    kind, location = ModelName.parse(options.text_model)
     text = load_text_model(kind, location, TextOptions(), device)
     source = TextSource.of(options.text_model, TextOptions(), text.digest)
     torch.manual_seed(options.seed)
@@ -118,7 +119,7 @@ def check_models(options: VaeTraining | GanTraining) -> None:
     Raises:
         ModelError: The text model or the generator cannot be loaded, or they do not go together.
     """
-    kind, _, location = options.text_model.partition(":")
+    kind, location = ModelName.parse(options.text_model)
     text = load_text_model(kind, location, TextOptions(), "cpu")
     make_generator(options, TextSource.of(options.text_model, TextOptions(), text.digest), text.dim)
 
@@ -130,7 +131,7 @@ def make_generator(options: VaeTraining | GanTraining, source: TextSource, text_
         ModelError: It is to be that of another model, which cannot be loaded, or knows another text model.
     """
     if isinstance(options, GanTraining) and options.generator:
-        kind, _, location = options.generator.partition(":")
+        kind, location = ModelName.parse(options.generator)
         generator, own = read_generator(localise(location), (kind,))
         if own.digest != source.digest:
             raise ModelError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from diptych.models.errors import ModelError
 from diptych.models.files.location import redacted
-from diptych.models.spec import IMAGE_KINDS, TEXT_KINDS
+from diptych.models.names import IMAGE_KINDS, TEXT_KINDS
 
 CARD = "model_card.json"
 README = "README.md"

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import posixpath
-import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from diptych.pipelines.lifecycle.output_folder import (
 from diptych.pipelines.options.base import JobOptions
 from diptych.pipelines.runners.reach import check_reach
 from diptych.pipelines.runners.run_pipeline import Result, run_pipeline
+from diptych.pipelines.terminal.console import console
 from diptych.transforms.chunk import add_counts
 from diptych.transforms.errors import DiptychError, OutputError
 from diptych.transforms.fingerprint import digest, options_to_json
@@ -173,7 +173,7 @@ def launch(
 def _print_notes(job: Job, notes: Iterable[str]) -> None:
     if not job.options.quiet:
         for note in notes:
-            print(f"diptych: {redacted(note)}", file=sys.stderr)
+            console.line(redacted(note))
 
 
 def _state(job: Job) -> State:
@@ -218,10 +218,9 @@ def _claimed_sinks(job: Job, shards: Sequence[Shard]) -> dict[str, Sink]:
     if job.options.retry_rejects and "images" in wanted and not job.reads_own_images:
         stale = [dataset for dataset in forget_derived(output) if dataset not in wanted]
         if stale and not job.options.quiet:
-            print(
-                f"diptych: {', '.join(stale)} of {output} are made from its images before this retry, and no longer "
-                "count as complete: run their commands again with --overwrite.",
-                file=sys.stderr,
+            console.line(
+                f"{', '.join(stale)} of {output} are made from its images before this retry, and no longer "
+                "count as complete: run their commands again with --overwrite."
             )
     names = [shard.name for shard in shards]
     sinks = job.sinks(claims)

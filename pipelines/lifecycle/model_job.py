@@ -16,7 +16,7 @@ from diptych.models.spec import MatchOptions, ModelSpec, load_model
 from diptych.pipelines.lifecycle.launch import Job, Written, finish_job, launch, source_options
 from diptych.pipelines.lifecycle.output_folder import is_same_place, refuse_overlap
 from diptych.pipelines.lifecycle.skip_done import check_earlier, find_done
-from diptych.pipelines.options.base import ModelJobOptions
+from diptych.pipelines.options.models import ModelJobOptions
 from diptych.pipelines.runners.run_pipeline import Result
 from diptych.transforms.chunk import Chunk
 from diptych.transforms.errors import InputError, OptionError
@@ -28,7 +28,7 @@ from diptych.transforms.output_layout import data_files
 from diptych.transforms.read import ReadShards
 from diptych.transforms.sink import Commit, Sink, WriteChunks
 from diptych.transforms.skip_done import DropDone, open_done_keys, without_done_shards
-from diptych.transforms.sources.base import Shard, Source
+from diptych.transforms.sources.base import ColumnNames, Shard, Source
 from diptych.transforms.sources.open import open_source, output_of
 from diptych.transforms.sources.sharded.parquet import ParquetSource
 from diptych.transforms.sources.sharded.prepared_captions import TextSource
@@ -88,8 +88,12 @@ def open_input(options: ModelJobOptions, with_images: bool) -> Input:
             )
     source = open_source(options.inputs, options.format, options.source, texts_only=not with_images)
     is_prepared = all(outputs)
-    asked = options.source.image_column, options.source.caption_column, options.source.key_column
-    if isinstance(source, ParquetSource) and is_prepared and not with_images and not any(asked):
+    if (
+        isinstance(source, ParquetSource)
+        and is_prepared
+        and not with_images
+        and options.source.columns == ColumnNames()
+    ):
         source = TextSource(source.urls, source.root, passed_over=source.passed_over, notes=source.notes)
     elif isinstance(source, ParquetSource):
         source = dataclasses.replace(source, with_images=with_images, strict=is_prepared)

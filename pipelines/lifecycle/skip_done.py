@@ -1,13 +1,13 @@
 """What a nightly job leaves out: rows that the outputs of earlier nights have."""
 
-import sys
 from collections.abc import Iterator
 
 from fsspec.core import has_magic
 
 from diptych.models.files.location import redacted
 from diptych.pipelines.lifecycle.output_folder import is_same_place
-from diptych.pipelines.options.base import ModelJobOptions
+from diptych.pipelines.options.models import ModelJobOptions
+from diptych.pipelines.terminal.console import console
 from diptych.transforms.errors import InputError
 from diptych.transforms.finish import read_success
 from diptych.transforms.output_layout import MODEL_STAGES, data_files
@@ -84,10 +84,7 @@ def _earlier_outputs(options: ModelJobOptions) -> list[str]:
                 ]
                 found.update(dict.fromkeys(named))
                 if not named:
-                    print(
-                        f"diptych: --skip_done_in {redacted(url)} names no earlier output yet.",
-                        file=sys.stderr,
-                    )
+                    console.line(f"--skip_done_in {redacted(url)} names no earlier output yet.")
             else:
                 found[url] = None
     return [root for root in found if not is_same_place(root, options.output)]

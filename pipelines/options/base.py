@@ -1,22 +1,18 @@
-"""The flags of each job as one frozen dataclass, checked before anything is read."""
+"""What all jobs take: the options they share, and helpers that make flags of options."""
 
+import argparse
 import dataclasses
-import math
+from collections.abc import Sequence
+from typing import Any
 
-from diptych.models.base import CaptionOptions, ImageOptions
 from diptych.models.files.location import absolute
-from diptych.models.spec import TEXT_KINDS, ModelSpec
-from diptych.transforms.clean import CleanOptions
 from diptych.transforms.errors import OptionError
-from diptych.transforms.images.resize import ResizeOptions
-from diptych.transforms.schemas import RAW_COLUMNS, REASONS, images_schema
-from diptych.transforms.sources.base import MAX_IMAGE_BYTES
-from diptych.transforms.sources.open import SourceOptions
+from diptych.transforms.schemas import REASONS
+from diptych.transforms.sources.base import ColumnNames
+from diptych.transforms.sources.open import FORMATS, SourceOptions
 
-# Samples of pictures and tensors that a chunk may hold; writing a tensor takes some ten times its memory
-_IMAGE_SAMPLES, _TENSOR_SAMPLES = 400_000_000, 40_000_000
-# Captions that a row of an earlier output may have
-_PROMPTS_A_ROW = 8
+MAX_CHUNK_SAMPLES = 400_000_000
+"""Pixel values that the images of a chunk may hold, so that it fits in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,183 +66,6 @@ class JobOptions:
         check(0 <= self.max_reject_rate <= 1, "--max_reject_rate", self.max_reject_rate, "between 0 and 1")
 
 
-@dataclasses.dataclass(frozen=True)
-class PrepareOptions(JobOptions):
-    """Options of `diptych prepare`.
-
-    Attributes:
-        clean: What captions become.
-        resize: What images become.
-    """
-
-    clean: CleanOptions = CleanOptions()
-    resize: ResizeOptions = ResizeOptions()
-
-    @property
-    def rows_per_chunk(self) -> int:
-        """Most rows a chunk in fact: `chunk_rows`, or fewer where so many large pictures would not fit in memory."""
-        samples = _TENSOR_SAMPLES if self.resize.pixels else _IMAGE_SAMPLES
-        return min(self.chunk_rows, max(1, samples // (3 * self.resize.size_px**2)))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        resize, clean = self.resize, self.clean
-        columns = self.source.metadata_columns
-        taken = sorted({*columns} & {*images_schema(pixels="uint8").names, *RAW_COLUMNS})
-        what = f"other names than the columns that are written anyway ({', '.join(taken)})"
-        check(not taken, "--metadata_columns", ",".join(columns), what)
-        check(
-            len({*columns}) == len(columns),
-            "--metadata_columns",
-            ",".join(columns),
-            "names that are all different",
-        )
-        check(1 <= resize.size_px <= 4096, "--size", resize.size_px, "between 1 and 4096 pixels")
-        check(1 <= resize.quality <= 100, "--quality", resize.quality, "between 1 and 100")
-        check(resize.limits.max_pixels >= 1, "--max_pixels", resize.limits.max_pixels, "at least 1")
-        check(resize.limits.min_side_px >= 1, "--min_side_px", resize.limits.min_side_px, "at least 1")
-        max_bytes = resize.limits.max_image_bytes
-        bound = f"between 1 and {MAX_IMAGE_BYTES}, the most that is read of an image"
-        check(1 <= max_bytes <= MAX_IMAGE_BYTES, "--max_image_bytes", max_bytes, bound)
-        ratio = resize.limits.max_aspect_ratio
-        check(ratio >= 1, "--max_aspect_ratio", ratio, "at least 1")
-        check(all(map(math.isfinite, resize.mean)), "--pixel_mean", resize.mean, "finite")
-        is_scale = min(resize.std) > 0 and all(map(math.isfinite, resize.std))
-        check(is_scale, "--pixel_std", resize.std, "above 0 and finite")
-        check(clean.min_chars >= 1, "--min_caption_chars", clean.min_chars, "at least 1")
-        bound = f"at least --min_caption_chars {clean.min_chars}"
-        check(clean.max_chars >= clean.min_chars, "--max_caption_chars", clean.max_chars, bound)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelJobOptions(JobOptions):
-    """Options of `diptych embed` and `diptych caption`, and of all jobs with a model.
-
-    Attributes:
-        model: The model, and what is asked of it.
-        batch_size: Most rows of a micro-batch; None takes the model's own.
-        max_failure_rate: The share of rows that the model may fail on.
-        skip_done_in: Earlier outputs, or globs of them: rows whose keys they hold are left out.
-    """
-
-    model: ModelSpec = dataclasses.field(kw_only=True)
-    batch_size: int | None = None
-    max_failure_rate: float = 0.1
-    skip_done_in: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "model", self.model.absolute())
-        object.__setattr__(self, "skip_done_in", tuple(map(absolute, self.skip_done_in)))
-        columns = ",".join(self.source.metadata_columns)
-        check(not columns, "--metadata_columns", columns, "left out: only `diptych prepare` carries them")
-        batch_size = self.batch_size
-        check(batch_size is None or batch_size >= 1, "--batch_size", batch_size, "at least 1")
-        check(0 <= self.max_failure_rate <= 1, "--max_failure_rate", self.max_failure_rate, "between 0 and 1")
-        if isinstance(self.model.options, CaptionOptions):
-            _check_caption(self.model.options)
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateOptions(ModelJobOptions):
-    """Options of `diptych generate`; its inputs are prompts.
-
-    Attributes:
-        images_per_prompt: How many images are made of each.
-        seed: Of all that is drawn.
-        min_match: The least similarity of an image, as `match_with` describes it, to its prompt; the rest is rejected.
-        match_with: The captioner.
-        match_by: The text model that compares; None takes the one that the model draws from.
-    """
-
-    images_per_prompt: int = 1
-    seed: int = 0
-    min_match: float | None = None
-    match_with: ModelSpec | None = None
-    match_by: ModelSpec | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number = self.images_per_prompt
-        check(1 <= number <= 10_000, "--images_per_prompt", number, "between 1 and 10000")
-        check(0 <= self.seed < 2**63, "--seed", self.seed, "0 or more, and below 2 ** 63")
-        asked = self.model.options
-        assert isinstance(asked, ImageOptions)
-        size_px = asked.size_px
-        check(size_px is None or 8 <= size_px <= 4096, "--size", size_px, "between 8 and 4096 pixels")
-        check(1 <= asked.quality <= 100, "--quality", asked.quality, "between 1 and 100")
-        kind = self.model.kind
-        is_told = asked.text_model is None or kind != "diffusers"
-        least = self.min_match
-        check(least is None or -1 <= least <= 1, "--min_match", least, "between -1 and 1")
-        goes = least is None or self.match_with is not None
-        check(
-            goes, "--min_match", least, "beside a captioner that describes the images, --match_with KIND:LOC"
-        )
-        check(
-            least is not None or not self.match_with, "--match_with", self.match_with, "beside a --min_match"
-        )
-        check(
-            self.match_with is not None or not self.match_by,
-            "--match_by",
-            self.match_by,
-            "beside --match_with",
-        )
-        named, colon, location = (asked.text_model or "bert:x").partition(":")
-        is_named = named in TEXT_KINDS and bool(colon and location.strip())
-        for name in ("match_with", "match_by"):
-            if (spec := getattr(self, name)) is not None:
-                object.__setattr__(self, name, spec.absolute())
-        check(is_named, "--text_model", asked.text_model, f"KIND:LOC, of kind {' or '.join(TEXT_KINDS)}")
-        check(is_told, "--text_model", asked.text_model, "left out: a diffusers pipeline brings its own")
-
-    def rows_per_chunk(self, size_px: tuple[int, int]) -> int:
-        """Returns the most prompts a chunk: `chunk_rows`, or fewer where so many images would not fit in memory.
-
-        Args:
-            size_px: (width, height) of the images.
-
-        Raises:
-            OptionError: Not even those of one prompt would fit.
-        """
-        of_prompt = 3 * size_px[0] * size_px[1] * self.images_per_prompt
-        most = _IMAGE_SAMPLES // (3 * size_px[0] * size_px[1])
-        bound = f"at most {most} at this size, so that the images of a prompt fit in memory"
-        check(of_prompt <= _IMAGE_SAMPLES, "--images_per_prompt", self.images_per_prompt, bound)
-        return min(self.chunk_rows, max(1, _IMAGE_SAMPLES // (_PROMPTS_A_ROW * of_prompt)))
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions(PrepareOptions):
-    """Options of `diptych run`: those of `diptych prepare`, and of what is made of the rows.
-
-    Attributes:
-        embed: Text vectors; None makes none.
-        caption: Captions; None makes none.
-        generate: Images from the captions; None makes none.
-    """
-
-    embed: ModelJobOptions | None = None
-    caption: ModelJobOptions | None = None
-    generate: GenerateOptions | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        some = self.embed or self.caption or self.generate
-        what = "given with a model, or --caption, or --generate; without any, use `diptych prepare`"
-        check(some is not None, "--embed", "not there", what)
-
-
-def _check_caption(options: CaptionOptions) -> None:
-    check(options.beam_width >= 1, "--beam_width", options.beam_width, "at least 1")
-    bound = f"between 1 and --beam_width {options.beam_width}"
-    check(1 <= options.num_captions <= options.beam_width, "--num_captions", options.num_captions, bound)
-    check(options.max_words >= 1, "--max_words", options.max_words, "at least 1")
-    penalty = options.length_penalty
-    check(penalty is None or 0 <= penalty < math.inf, "--length_penalty", penalty, "0 or more, and finite")
-    check(options.no_repeat_ngram >= 0, "--no_repeat_ngram", options.no_repeat_ngram, "at least 0")
-
-
 def check(holds: bool, flag: str, value: object, expected: str) -> None:
     """Checks a flag's value.
 
@@ -255,3 +74,127 @@ def check(holds: bool, flag: str, value: object, expected: str) -> None:
     """
     if not holds:
         raise OptionError(f"{flag} is {value}. It must be {expected}.")
+
+
+def add_value(
+    group: argparse._ArgumentGroup,
+    options: Any,
+    name: str,
+    metavar: str,
+    text: str,
+    *,
+    flag: str | None = None,
+    default_text: str | None = None,
+) -> None:
+    """Adds the flag of an option, with the option's type and default.
+
+    Args:
+        group: The group of the flag.
+        options: The dataclass that has the option, or an object of it.
+        name: The option's name.
+        metavar: The placeholder of its value.
+        text: What the help says of it.
+        flag: The flag's name where it is not that of the option.
+        default_text: The default as the help shows it; None shows the value.
+    """
+    value = getattr(options, name)
+    text = f"{text} (default {value if default_text is None else default_text})"
+    group.add_argument(
+        f"--{flag or name}", dest=name, type=type(value), default=value, metavar=metavar, help=text
+    )
+
+
+def add_choice(
+    group: argparse._ArgumentGroup,
+    options: Any,
+    name: str,
+    choices: Sequence[str],
+    text: str = "",
+    *,
+    flag: str | None = None,
+) -> None:
+    """Adds the flag of an option that is one of some words; arguments are those of `add_value`."""
+    value = getattr(options, name)
+    text = f"{text} (default {value})" if text else f"default {value}"
+    group.add_argument(f"--{flag or name}", dest=name, default=value, choices=choices, help=text)
+
+
+def add_source_flags(source: argparse._ArgumentGroup, flag: str = "--input") -> None:
+    """Adds the flags that say where the input is, and how it is read.
+
+    Args:
+        source: The group of the flags.
+        flag: The flag that says where.
+    """
+    text = "path, URL, glob or folder; may repeat"
+    source.add_argument(flag, dest="input", action="append", required=True, metavar="SRC", help=text)
+    source.add_argument(
+        "--format", default=JobOptions.format, choices=("auto", *FORMATS), help="default: find out"
+    )
+    source.add_argument("--images", metavar="DIR", help="images of an annotation file: a folder, tar or zip")
+    source.add_argument("--split", metavar="A[,B]", help="splits of a Karpathy file (default: all)")
+    source.add_argument(
+        "--image_column", metavar="NAME", help="column or field of the image (default: find it)"
+    )
+    source.add_argument("--caption_column", metavar="NAME", help="of the caption (default: find it)")
+    source.add_argument("--key_column", metavar="NAME", help="of the key (default: find it, or the path)")
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that all jobs share."""
+    job = parser.add_argument_group("job")
+    job.add_argument("--output", required=True, metavar="OUT", help="folder or URL; made where there is none")
+    add_value(job, JobOptions, "chunk_rows", "N", "most rows a chunk, so a file")
+    job.add_argument("--overwrite", action="store_true", help="delete what an earlier run wrote to OUT")
+    job.add_argument(
+        "--retry_rejects",
+        type=comma_separated,
+        default=JobOptions.retry_rejects,
+        metavar="REASON[,…]",
+        help="with the command of an earlier run: make again the files that have rows rejected for these reasons",
+    )
+    job.add_argument(
+        "--max_reject_rate",
+        type=float,
+        default=JobOptions.max_reject_rate,
+        metavar="X",
+        help="fail when a greater share of the rows is rejected (default 1; a run that writes no row always fails)",
+    )
+    job.add_argument("--quiet", action="store_true", help="show neither progress nor summary")
+    job.add_argument(
+        "--summary",
+        choices=("text", "json"),
+        default="text",
+        help="json prints one line for machines, also of a run that failed (default text)",
+    )
+
+
+def job_values(args: argparse.Namespace, beam_args: Sequence[str]) -> dict[str, Any]:
+    """Returns the values of `JobOptions` from the parsed flags."""
+    if getattr(args, "gpu", None):
+        from diptych.pipelines.runners.dataflow import gpu_flags
+
+        beam_args = [*beam_args, *gpu_flags(beam_args, args.gpu)]
+    return {
+        "inputs": tuple(args.input),
+        "output": args.output,
+        "format": args.format,
+        "source": source_options(args, args.images, args.split),
+        "chunk_rows": args.chunk_rows,
+        "overwrite": args.overwrite,
+        "quiet": args.quiet,
+        "beam_args": tuple(beam_args),
+        "retry_rejects": args.retry_rejects,
+        "max_reject_rate": args.max_reject_rate,
+    }
+
+
+def source_options(args: argparse.Namespace, images: str | None, split: str | None) -> SourceOptions:
+    """Returns what the parsed flags say about an input beyond its place."""
+    columns = ColumnNames(args.image_column, args.caption_column, args.key_column)
+    return SourceOptions(images, split, columns, getattr(args, "metadata_columns", ()))
+
+
+def comma_separated(text: str) -> tuple[str, ...]:
+    """Returns the names in a list with commas between them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -1,24 +1,64 @@
-"""The flags of the jobs with a model, from the command line to their options."""
+"""What the jobs with a model take: `diptych embed` and `diptych caption`, and what all of them share."""
 
 import argparse
 import dataclasses
 import json
-import re
+import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from diptych.models.base import CaptionOptions, ImageOptions, TextOptions
-from diptych.models.spec import CAPTION_KINDS, IMAGE_KINDS, TEXT_KINDS, ModelSpec
-from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, RunOptions
-from diptych.pipelines.options.prepare import (
-    add_prepare_flags,
+from diptych.models.files.location import absolute
+from diptych.models.names import CAPTION_KINDS, TEXT_KINDS, ModelName, is_device
+from diptych.models.spec import ModelSpec
+from diptych.pipelines.options.base import (
+    JobOptions,
     add_shared_flags,
     add_source_flags,
+    add_value,
+    check,
     job_values,
-    prepare_options,
 )
 from diptych.transforms.errors import OptionError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelJobOptions(JobOptions):
+    """Options of `diptych embed` and `diptych caption`, and of all jobs with a model.
+
+    Attributes:
+        model: The model, and what is model_options of it.
+        batch_size: Most rows of a micro-batch; None takes the model's own.
+        max_failure_rate: The share of rows that the model may fail on.
+        skip_done_in: Earlier outputs, or globs of them: rows whose keys they hold are left out.
+    """
+
+    model: ModelSpec = dataclasses.field(kw_only=True)
+    batch_size: int | None = None
+    max_failure_rate: float = 0.1
+    skip_done_in: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "model", self.model.absolute())
+        object.__setattr__(self, "skip_done_in", tuple(map(absolute, self.skip_done_in)))
+        columns = ",".join(self.source.metadata_columns)
+        check(not columns, "--metadata_columns", columns, "left out: only `diptych prepare` carries them")
+        batch_size = self.batch_size
+        check(batch_size is None or batch_size >= 1, "--batch_size", batch_size, "at least 1")
+        check(0 <= self.max_failure_rate <= 1, "--max_failure_rate", self.max_failure_rate, "between 0 and 1")
+        if isinstance(self.model.options, CaptionOptions):
+            _check_caption(self.model.options)
+
+
+def _check_caption(options: CaptionOptions) -> None:
+    check(options.beam_width >= 1, "--beam_width", options.beam_width, "at least 1")
+    bound = f"between 1 and --beam_width {options.beam_width}"
+    check(1 <= options.num_captions <= options.beam_width, "--num_captions", options.num_captions, bound)
+    check(options.max_words >= 1, "--max_words", options.max_words, "at least 1")
+    penalty = options.length_penalty
+    check(penalty is None or 0 <= penalty < math.inf, "--length_penalty", penalty, "0 or more, and finite")
+    check(options.no_repeat_ngram >= 0, "--no_repeat_ngram", options.no_repeat_ngram, "at least 0")
 
 
 def add_embed_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +66,10 @@ def add_embed_flags(parser: argparse.ArgumentParser) -> None:
     add_shared_flags(parser)
     add_source_flags(parser.add_argument_group("input"))
     model = parser.add_argument_group("model")
-    _add_model_flag(model, "--model", TEXT_KINDS, required=True)
-    _add_device_flags(model)
-    _add_done_flag(model)
-    _add_text_flags(model)
+    add_model_flag(model, "--model", TEXT_KINDS, required=True)
+    add_device_flags(model)
+    add_done_flag(model)
+    add_text_flags(model)
 
 
 def add_caption_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,47 +77,20 @@ def add_caption_flags(parser: argparse.ArgumentParser) -> None:
     add_shared_flags(parser)
     add_source_flags(parser.add_argument_group("input"))
     model = parser.add_argument_group("model")
-    _add_model_flag(model, "--model", CAPTION_KINDS, required=True)
-    _add_device_flags(model)
-    _add_done_flag(model)
-    _add_captioner_flags(model)
+    add_model_flag(model, "--model", CAPTION_KINDS, required=True)
+    add_device_flags(model)
+    add_done_flag(model)
+    add_captioner_flags(model)
 
 
-def add_generate_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `diptych generate`."""
-    add_shared_flags(parser)
-    add_source_flags(parser.add_argument_group("input"), "--prompts")
-    model = parser.add_argument_group("model")
-    _add_model_flag(model, "--model", IMAGE_KINDS, required=True)
-    _add_device_flags(model)
-    _add_done_flag(model)
-    _add_generator_flags(model)
-    _add_match_flags(parser.add_argument_group("match"))
-    image = parser.add_argument_group("images")
-    image.add_argument("--size", type=int, metavar="PX", help="side of the images (default: the model's own)")
-    image.add_argument("--image_format", default="png", choices=("png", "jpeg"), help="default png")
-    image.add_argument("--quality", type=int, default=95, metavar="Q", help="of JPEG, 1 to 100 (default 95)")
-
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `diptych run`."""
-    add_prepare_flags(parser)
-    models = parser.add_argument_group("models")
-    for flag, kinds in (("--embed", TEXT_KINDS), ("--caption", CAPTION_KINDS), ("--generate", IMAGE_KINDS)):
-        _add_model_flag(models, flag, kinds, required=False)
-    _add_device_flags(models)
-    _add_text_flags(parser.add_argument_group("embed"))
-    _add_captioner_flags(parser.add_argument_group("caption"))
-    _add_generator_flags(parser.add_argument_group("generate"))
-    _add_match_flags(parser.add_argument_group("match"))
-
-
-def _add_model_flag(model: argparse._ArgumentGroup, flag: str, kinds: Sequence[str], required: bool) -> None:
+def add_model_flag(model: argparse._ArgumentGroup, flag: str, kinds: Sequence[str], required: bool) -> None:
+    """Adds the flag that names a model of one of some kinds."""
     text = f"KIND is {_either(kinds)}; LOC a path, URL or name"
     model.add_argument(flag, required=required, metavar="KIND:LOC", help=text)
 
 
-def _add_device_flags(model: argparse._ArgumentGroup) -> None:
+def add_device_flags(model: argparse._ArgumentGroup) -> None:
+    """Adds the flags that say where a model runs, and how."""
     model.add_argument(
         "--device",
         default="auto",
@@ -92,16 +105,12 @@ def _add_device_flags(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--batch_size", type=int, metavar="N", help="most rows of a micro-batch (default: the model's own)"
     )
-    model.add_argument(
-        "--max_failure_rate",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="stop where the model fails on more than this share of rows (default 0.1)",
-    )
+    text = "stop where the model fails on more than this share of rows"
+    add_value(model, ModelJobOptions, "max_failure_rate", "X", text)
 
 
-def _add_done_flag(model: argparse._ArgumentGroup) -> None:
+def add_done_flag(model: argparse._ArgumentGroup) -> None:
+    """Adds the flag that names earlier outputs."""
     model.add_argument(
         "--skip_done_in",
         action="append",
@@ -111,7 +120,8 @@ def _add_done_flag(model: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_text_flags(model: argparse._ArgumentGroup) -> None:
+def add_text_flags(model: argparse._ArgumentGroup) -> None:
+    """Adds the flags of a text model."""
     model.add_argument(
         "--pooling",
         choices=("mean", "cls"),
@@ -120,16 +130,15 @@ def _add_text_flags(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
 
 
-def _add_captioner_flags(model: argparse._ArgumentGroup) -> None:
-    options = CaptionOptions()
-    for flag, default, metavar, text in (
-        ("--beam_width", options.beam_width, "N", "hypotheses kept at each step, 1 is greedy"),
-        ("--num_captions", options.num_captions, "N", "candidates an image, at most --beam_width"),
-        ("--max_words", options.max_words, "N", "longest caption, in words (hf: new tokens)"),
-        ("--no_repeat_ngram", options.no_repeat_ngram, "N", "let no N words occur twice, 0 allows any"),
+def add_captioner_flags(model: argparse._ArgumentGroup) -> None:
+    """Adds the flags of a captioner."""
+    for name, text in (
+        ("beam_width", "hypotheses kept at each step, 1 is greedy"),
+        ("num_captions", "candidates an image, at most --beam_width"),
+        ("max_words", "longest caption, in words (hf: new tokens)"),
+        ("no_repeat_ngram", "let no N words occur twice, 0 allows any"),
     ):
-        help = f"{text} (default {default})"
-        model.add_argument(flag, type=type(default), default=default, metavar=metavar, help=help)
+        add_value(model, CaptionOptions, name, "N", text)
     model.add_argument(
         "--length_penalty",
         type=float,
@@ -138,40 +147,12 @@ def _add_captioner_flags(model: argparse._ArgumentGroup) -> None:
     )
     model.add_argument("--features", action="store_true", help="also write the encoder's pooled vectors")
     text = "a flag for `generate` of a model of kind hf, its value as JSON; may repeat"
-    _add_settings(model, "--generation", text)
+    add_settings(model, "--generation", text)
 
 
-def _add_generator_flags(model: argparse._ArgumentGroup) -> None:
-    model.add_argument(
-        "--text_model",
-        metavar="KIND:LOC",
-        help="vae, gan: where the text model lies now that it was trained with",
-    )
-    text = "a setting of a diffusers pipeline, its value as JSON, as num_inference_steps=4; may repeat"
-    _add_settings(model, "--setting", text)
-    model.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default 0)")
-    model.add_argument(
-        "--images_per_prompt", type=int, default=1, metavar="N", help="how many of each prompt (default 1)"
-    )
-
-
-def _add_settings(model: argparse._ArgumentGroup, flag: str, text: str) -> None:
+def add_settings(model: argparse._ArgumentGroup, flag: str, text: str) -> None:
+    """Adds a flag that takes `NAME=VALUE`."""
     model.add_argument(flag, action="append", type=_setting, default=[], metavar="NAME=VALUE", help=text)
-
-
-def _add_match_flags(match: argparse._ArgumentGroup) -> None:
-    match.add_argument(
-        "--min_match",
-        type=float,
-        metavar="X",
-        help="reject images less like their prompt: the cosine of its vector and that of the image's caption",
-    )
-    match.add_argument("--match_with", metavar="KIND:LOC", help="the captioner that describes the images")
-    match.add_argument(
-        "--match_by",
-        metavar="KIND:LOC",
-        help="the text model that compares (default: the one that --model has)",
-    )
 
 
 def embed_options(args: argparse.Namespace, beam_args: Sequence[str]) -> ModelJobOptions:
@@ -180,7 +161,7 @@ def embed_options(args: argparse.Namespace, beam_args: Sequence[str]) -> ModelJo
     Raises:
         OptionError: A value is out of bounds.
     """
-    return _embed_options(args, job_values(args, beam_args), "--model")
+    return embed_options_of(args, job_values(args, beam_args), "--model")
 
 
 def caption_options(args: argparse.Namespace, beam_args: Sequence[str]) -> ModelJobOptions:
@@ -189,47 +170,18 @@ def caption_options(args: argparse.Namespace, beam_args: Sequence[str]) -> Model
     Raises:
         OptionError: A value is out of bounds.
     """
-    return _caption_options(args, job_values(args, beam_args), "--model")
+    return caption_options_of(args, job_values(args, beam_args), "--model")
 
 
-def generate_options(args: argparse.Namespace, beam_args: Sequence[str]) -> GenerateOptions:
-    """Returns the options of `diptych generate` from its parsed flags.
-
-    Raises:
-        OptionError: A value is out of bounds.
-    """
-    return _generate_options(
-        args,
-        job_values(args, beam_args),
-        "--model",
-        {"size_px": args.size, "image_format": args.image_format, "quality": args.quality},
-    )
+def embed_options_of(args: argparse.Namespace, job: Mapping[str, Any], flag: str) -> ModelJobOptions:
+    """Returns the options of text vectors; `flag` names the model."""
+    model_options = TextOptions(args.pooling, args.normalize)
+    return ModelJobOptions(**job, **model_values(args, flag, TEXT_KINDS, model_options))
 
 
-def run_options(args: argparse.Namespace, beam_args: Sequence[str]) -> RunOptions:
-    """Returns the options of `diptych run` from its parsed flags.
-
-    Raises:
-        OptionError: A value is out of bounds.
-    """
-    prepare = prepare_options(args, beam_args)
-    job = job_values(args, beam_args)
-    job["source"] = dataclasses.replace(job["source"], metadata_columns=())  # they are the images'
-    return RunOptions(
-        **vars(prepare),
-        embed=_embed_options(args, job, "--embed") if args.embed else None,
-        caption=_caption_options(args, job, "--caption") if args.caption else None,
-        generate=_generate_options(args, job, "--generate") if args.generate else None,
-    )
-
-
-def _embed_options(args: argparse.Namespace, job: Mapping[str, Any], flag: str) -> ModelJobOptions:
-    asked = TextOptions(args.pooling, args.normalize)
-    return ModelJobOptions(**job, **_model_values(args, flag, TEXT_KINDS, asked))
-
-
-def _caption_options(args: argparse.Namespace, job: Mapping[str, Any], flag: str) -> ModelJobOptions:
-    asked = CaptionOptions(
+def caption_options_of(args: argparse.Namespace, job: Mapping[str, Any], flag: str) -> ModelJobOptions:
+    """Returns the options of captions; `flag` names the model."""
+    model_options = CaptionOptions(
         args.beam_width,
         args.num_captions,
         args.max_words,
@@ -238,38 +190,19 @@ def _caption_options(args: argparse.Namespace, job: Mapping[str, Any], flag: str
         args.features,
         tuple(args.generation),
     )
-    return ModelJobOptions(**job, **_model_values(args, flag, CAPTION_KINDS, asked))
+    return ModelJobOptions(**job, **model_values(args, flag, CAPTION_KINDS, model_options))
 
 
-def _generate_options(
-    args: argparse.Namespace,
-    job: Mapping[str, Any],
-    flag: str,
-    image: Mapping[str, Any] = MappingProxyType({}),
-) -> GenerateOptions:
-    own = ImageOptions(text_model=args.text_model, settings=tuple(args.setting))
-    asked = dataclasses.replace(own, **image)
-    with_, by = args.match_with, args.match_by
-    return GenerateOptions(
-        **job,
-        **_model_values(args, flag, IMAGE_KINDS, asked),
-        images_per_prompt=args.images_per_prompt,
-        seed=args.seed,
-        min_match=args.min_match,
-        match_with=with_ and parse_model(with_, CAPTION_KINDS, CaptionOptions(), args.device, "--match_with"),
-        match_by=by and parse_model(by, TEXT_KINDS, TextOptions(), args.device, "--match_by"),
-    )
-
-
-def _model_values(
+def model_values(
     args: argparse.Namespace,
     flag: str,
     kinds: Sequence[str],
-    asked: TextOptions | CaptionOptions | ImageOptions,
+    model_options: TextOptions | CaptionOptions | ImageOptions,
 ) -> dict[str, Any]:
+    """Returns the values of `ModelJobOptions` that are not those of `JobOptions`."""
     named = getattr(args, flag.removeprefix("--"))
     return {
-        "model": parse_model(named, kinds, asked, args.device, flag),
+        "model": parse_model(named, kinds, model_options, args.device, flag),
         "batch_size": args.batch_size,
         "max_failure_rate": args.max_failure_rate,
         "skip_done_in": tuple(getattr(args, "skip_done_in", ())),
@@ -279,7 +212,7 @@ def _model_values(
 def parse_model(
     text: str,
     kinds: Sequence[str],
-    asked: TextOptions | CaptionOptions | ImageOptions,
+    model_options: TextOptions | CaptionOptions | ImageOptions,
     device: str,
     flag: str = "--model",
 ) -> ModelSpec:
@@ -288,15 +221,15 @@ def parse_model(
     Raises:
         OptionError: It names none of these kinds, or the device is no device.
     """
-    kind, colon, location = text.partition(":")
-    if kind not in kinds or not colon or not location.strip():
+    name = ModelName.parse(text)
+    if not name.is_one_of(kinds):
         raise OptionError(
             f"{flag} is {text!r}. It must be KIND:LOCATION, where KIND is {_either(kinds)} and LOCATION is a path, "
             "a URL or a name."
         )
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    if not is_device(device):
         raise OptionError(f"--device is {device}. It must be auto, cpu, cuda or cuda:N.")
-    return ModelSpec(kind, location, asked, device)
+    return ModelSpec(*name, model_options, device)
 
 
 def _either(names: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import urllib.request
@@ -26,8 +25,8 @@ from apache_beam.options.pipeline_options import (
 )
 from apache_beam.runners.portability.flink_runner import MAGIC_HOST_NAMES, FlinkRunner
 
+from diptych.pipelines.terminal.console import console
 from diptych.transforms.errors import DiptychError, OptionError
-from diptych.transforms.progress import PROGRESS_THREAD
 
 # A cluster's job is begun again when one of its machines has gone; what is committed is skipped then
 _RETRIES, _RETRY_DELAY_MS = 4, 3_000
@@ -107,10 +106,9 @@ def size_for_flink(pipeline: beam.Pipeline, num_shards: int) -> None:
     while tasks > 1 and any(num_buffers(tasks, min(slots, tasks)) > has for slots, has in machines if slots):
         tasks -= 1
     if tasks < wanted:
-        print(
-            f"diptych: {tasks} tasks run side by side; for {wanted} the task managers' network memory "
-            "(taskmanager.memory.network.max) is too small.",
-            file=sys.stderr,
+        console.line(
+            f"{tasks} tasks run side by side; for {wanted} the task managers' network memory "
+            "(taskmanager.memory.network.max) is too small."
         )
     options.parallelism = tasks
 
@@ -182,10 +180,9 @@ def failures_told(
                     watch.error = error
                     cancel_on_flink(pipeline)
                     return
-                print(f"diptych: a task failed and is begun again: {reason(trace)}", file=sys.stderr)
+                console.line(f"a task failed and is begun again: {reason(trace)}")
 
-    # under the name of the one thread beside the main one that may print
-    thread = threading.Thread(target=look, name=PROGRESS_THREAD, daemon=True)
+    thread = threading.Thread(target=look, name="flink-failures", daemon=True)
     thread.start()
     try:
         yield watch

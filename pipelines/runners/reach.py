@@ -1,7 +1,6 @@
 """What workers on other machines can reach: local paths are of the disks of the machine where the job starts."""
 
 import os
-import sys
 from collections.abc import Iterator
 
 import apache_beam as beam
@@ -9,9 +8,13 @@ from apache_beam.options.pipeline_options import TestOptions
 
 from diptych.models.files.location import is_local
 from diptych.models.spec import ModelSpec
-from diptych.pipelines.options.base import GenerateOptions, JobOptions, ModelJobOptions, RunOptions
+from diptych.pipelines.options.base import JobOptions
+from diptych.pipelines.options.generate import GenerateOptions
+from diptych.pipelines.options.models import ModelJobOptions
+from diptych.pipelines.options.run import RunOptions
 from diptych.pipelines.runners.dataflow import is_dataflow
 from diptych.pipelines.runners.flink import has_other_machines
+from diptych.pipelines.terminal.console import console
 from diptych.transforms.errors import OptionError
 
 
@@ -35,7 +38,7 @@ def check_reach(options: JobOptions, pipeline: beam.Pipeline) -> None:
     else:
         return
     if not options.quiet:
-        print(f"diptych: {message}", file=sys.stderr)
+        console.line(message)
 
 
 def _places(options: JobOptions) -> Iterator[tuple[str, str]]:

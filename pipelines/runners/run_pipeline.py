@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -25,9 +24,10 @@ from diptych.pipelines.runners.flink import (
     flink_flags,
     size_for_flink,
 )
+from diptych.pipelines.terminal.console import console
 from diptych.transforms import errors
 from diptych.transforms.finish import Totals, read_success
-from diptych.transforms.progress import PROGRESS_THREAD, Snapshot, progress
+from diptych.transforms.progress import Snapshot, progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def run_pipeline(pipeline: beam.Pipeline, num_shards: int, quiet: bool) -> None:
     """
     size_for_flink(pipeline, num_shards)
     progress.start()
-    with _shown(num_shards, quiet), failures_told(pipeline, _reason, _permanent_error) as watch:
+    with show_progress(num_shards, quiet), failures_told(pipeline, _reason, _permanent_error) as watch:
         try:
             result = pipeline.run()
             with ended_on_dataflow(result, _permanent_error, watch):
@@ -150,14 +150,14 @@ def _runner_error(pipeline: beam.Pipeline, error: Exception) -> errors.DiptychEr
 
 
 @contextmanager
-def _shown(num_shards: int, quiet: bool) -> Iterator[None]:
+def show_progress(num_shards: int, quiet: bool) -> Iterator[None]:
     """Shows progress on standard error while the body runs: a bar on a terminal, else a line now and then."""
     if quiet:
         yield
         return
     stopped = threading.Event()
-    show = _show_bar if sys.stderr.isatty() else _show_lines
-    thread = threading.Thread(target=show, name=PROGRESS_THREAD, args=(num_shards, stopped), daemon=True)
+    show = _show_bar if console.stream.isatty() else _show_lines
+    thread = threading.Thread(target=show, name="progress", args=(num_shards, stopped), daemon=True)
     thread.start()
     try:
         yield
@@ -172,9 +172,10 @@ _LINE_S = 10.0
 def _show_bar(num_shards: int, stopped: threading.Event) -> None:
     start = time.monotonic()
     layout = "{percentage:3.0f}%|{bar:20}| {desc}"
-    size = os.get_terminal_size(sys.stderr.fileno())
+    size = os.get_terminal_size(console.stream.fileno())
     columns, lines = size.columns or 80, size.lines or 24  # 0 where nobody set them, and nothing would show
-    with tqdm(total=num_shards, bar_format=layout, leave=False, ncols=columns, nrows=lines) as bar:
+    bar_of = {"bar_format": layout, "leave": False, "ncols": columns, "nrows": lines}
+    with tqdm(total=num_shards, file=console.stream, **bar_of) as bar:
         while not stopped.wait(0.2):
             now = progress.snapshot()
             bar.n = round(now.shards, 3)
@@ -185,7 +186,7 @@ def _show_lines(num_shards: int, stopped: threading.Event) -> None:
     start = time.monotonic()
     while not stopped.wait(_LINE_S):
         text = _describe(progress.snapshot(), num_shards, time.monotonic() - start)
-        print(f"diptych: {text}", file=sys.stderr, flush=True)
+        console.line(text)
 
 
 def _describe(now: Snapshot, num_shards: int, elapsed_s: float) -> str:

@@ -3,12 +3,13 @@
 import contextlib
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
+
+from diptych.pipelines.terminal.console import console
 
 _LINE_S = 10.0
 # Of an epoch's entry in the history, what is no loss and no score
@@ -26,7 +27,7 @@ class Display:
     def __init__(self, epochs: int, quiet: bool, unit: str = "rows") -> None:
         self.epochs, self.unit = epochs, unit
         self._quiet = quiet
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = console.stream.isatty()
         self._bar: tqdm[Any] | None = None
         self._phase: tuple[str, int] | None = None
         self._phase_start = self._last_line = time.monotonic()
@@ -75,8 +76,8 @@ class Display:
     def line(self, text: str) -> None:
         """Shows a line, unless all is to be quiet."""
         if not self._quiet:
-            tqdm.write(f"diptych: {text}", file=sys.stderr)
-            sys.stderr.flush()
+            tqdm.write(f"diptych: {text}", file=console.stream)
+            console.stream.flush()
 
     def _describe(self, phase: str, epoch: int, done: int, total: int, loss: float | None, now: float) -> str:
         elapsed_s = now - self._phase_start
@@ -94,13 +95,15 @@ class Display:
         return text
 
     def _new_bar(self, total: int | None) -> "tqdm[Any]":
-        size = os.get_terminal_size(sys.stderr.fileno())
+        size = os.get_terminal_size(console.stream.fileno())
         columns, lines = (
             size.columns or 80,
             size.lines or 24,
         )  # 0 where nobody set them, and nothing would show
         layout = "{percentage:3.0f}%|{bar:20}| {desc}"
-        return tqdm(total=total, bar_format=layout, leave=False, ncols=columns, nrows=lines)
+        return tqdm(
+            total=total, file=console.stream, bar_format=layout, leave=False, ncols=columns, nrows=lines
+        )
 
     def _close(self) -> None:
         if self._bar is not None:

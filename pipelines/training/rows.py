@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from diptych.models.training.data import Batch
-from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.options.train import RowSource, TrainOptions
 from diptych.pipelines.prepare import prepare
 from diptych.transforms.errors import InputError, OptionError

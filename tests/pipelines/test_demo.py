@@ -14,6 +14,7 @@ from diptych.pipelines.demo import _beside, demo
 from diptych.pipelines.demo_data.contact_sheet import _GIVEN, _SAID
 from diptych.pipelines.demo_data.layouts import write_data_set
 from diptych.pipelines.evaluate_captions import read_candidates
+from diptych.pipelines.options.demo import DemoOptions
 from diptych.pipelines.verify import Findings, verify
 from diptych.transforms.errors import DiptychError, OptionError, OutputError
 
@@ -24,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 def folder(tmp_path_factory):
     """A demo that is done, and the path that it was given."""
     folder = tmp_path_factory.mktemp("home") / "my demo"
-    demo(str(folder), seed=3, num_scenes=100)
+    demo(DemoOptions(str(folder), 3, 100))
     return folder
 
 
@@ -97,20 +98,20 @@ def test_the_captioner_has_learnt_something(folder):
 def test_another_demo_in_the_same_place_is_refused(tmp_path):
     write_data_set(str(tmp_path / "data"), 100, seed=0)
     with pytest.raises(OptionError, match="to be drawn there; remove the folder"):
-        demo(str(tmp_path), num_scenes=101)
+        demo(DemoOptions(str(tmp_path), num_scenes=101))
 
 
 @pytest.mark.parametrize(("seed", "num_scenes", "message"), [(0, 99, "--scenes is 99"), (-1, 100, "seed -1")])
 def test_bounds_are_said(tmp_path, seed, num_scenes, message):
     with pytest.raises(OptionError, match=message):
-        demo(str(tmp_path), seed, num_scenes)
+        demo(DemoOptions(str(tmp_path), seed, num_scenes))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file/data cannot be written"):
-        demo(str(tmp_path / "file"), num_scenes=100)
+        demo(DemoOptions(str(tmp_path / "file"), num_scenes=100))
 
 
 class TestBeside:
@@ -135,5 +136,5 @@ class TestBeside:
 def test_an_unsound_result_fails(folder, monkeypatch, capsys):
     monkeypatch.setattr(demo_module, "verify", lambda _: Findings(["a file is gone"], {}))
     with pytest.raises(DiptychError, match="is not what it should be"):
-        demo(str(folder), seed=3, num_scenes=100)
+        demo(DemoOptions(str(folder), 3, 100))
     assert "PROBLEM a file is gone" in capsys.readouterr().out

@@ -11,8 +11,9 @@ from diptych.models.metrics.caption_scores import SCORES, score_captions
 from diptych.models.metrics.ptb_tokenizer import tokenize
 from diptych.pipelines.cli import main
 from diptych.pipelines.demo_data.layouts import write_data_set
-from diptych.pipelines.evaluate_captions import EvaluateOptions, evaluate_captions, read_candidates
-from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.evaluate_captions import evaluate_captions, read_candidates
+from diptych.pipelines.options.evaluate import EvaluateCaptionsOptions
+from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.prepare import prepare
 from diptych.transforms.errors import InputError, OutputError
 
@@ -81,12 +82,12 @@ class TestScores:
     def test_against_the_references_of_the_output(self, tmp_path):
         rows = [(key, caption, REFERENCES[key]) for key, caption in CAPTIONS.items()]
         out = write_output(tmp_path / "out", [*rows, ("x", "no reference", []), ("y", "nor here", None)])
-        report = evaluate_captions(EvaluateOptions(out))
+        report = evaluate_captions(EvaluateCaptionsOptions(out))
         assert report["scores"] == pytest.approx(expected())
         assert (report["num_scored"], report["num_references"], report["num_without_references"]) == (4, 7, 2)
 
     def test_against_a_coco_annotation(self, out, coco):
-        report = evaluate_captions(EvaluateOptions(out, coco))
+        report = evaluate_captions(EvaluateCaptionsOptions(out, coco))
         assert report["scores"] == pytest.approx(expected())
         assert list(report["scores"]) == list(SCORES)
         assert (report["num_without_references"], report["num_without_candidate"]) == (0, 1)
@@ -96,14 +97,14 @@ class TestScores:
         keys = ["000000000285", "000000000724"]
         lines = [f"{key}.jpg#{i}\t{text}" for key in keys for i, text in enumerate(REFERENCES[key])]
         path.write_text("\n".join([*lines, "other.jpg#0\ta"]))
-        report = evaluate_captions(EvaluateOptions(out, str(path)))
+        report = evaluate_captions(EvaluateCaptionsOptions(out, str(path)))
         assert report["scores"] == pytest.approx(expected(keys))
         assert report["num_without_references"] == 2
         assert report["num_without_candidate"] == 1
 
     def test_of_rows_with_one_key_the_first_counts(self, tmp_path, coco):
         rows = [*CAPTIONS.items(), ("000000000139", "something else")]
-        report = evaluate_captions(EvaluateOptions(write_output(tmp_path / "twice", rows), coco))
+        report = evaluate_captions(EvaluateCaptionsOptions(write_output(tmp_path / "twice", rows), coco))
         assert report["scores"] == pytest.approx(expected())
         assert report["num_repeated_keys"] == 1
 
@@ -115,16 +116,19 @@ class TestScores:
             images = pq.read_table(tmp_path / name / "images", columns=["key", "captions"]).to_pylist()
             rows = [(row["key"], row["captions"][0], row["captions"]) for row in images]
             out = write_output(tmp_path / f"{name}-captions", rows)
-            report = evaluate_captions(EvaluateOptions(out, folder))
+            report = evaluate_captions(EvaluateCaptionsOptions(out, folder))
             assert report["num_scored"] == len(rows) > 0
             assert report["num_without_candidate"] == 0
             assert report["scores"]["bleu_4"] == pytest.approx(1, abs=1e-6)
-            assert report["scores"]["bleu_1"] == evaluate_captions(EvaluateOptions(out))["scores"]["bleu_1"]
+            assert (
+                report["scores"]["bleu_1"]
+                == evaluate_captions(EvaluateCaptionsOptions(out))["scores"]["bleu_1"]
+            )
 
 
 class TestResults:
     def test_cocos_own_tools_open_them(self, out, coco, tmp_path):
-        evaluate_captions(EvaluateOptions(out, coco, results=str(tmp_path / "results.json")))
+        evaluate_captions(EvaluateCaptionsOptions(out, coco, results=str(tmp_path / "results.json")))
         with contextlib.redirect_stdout(io.StringIO()):
             results = COCO(coco).loadRes(str(tmp_path / "results.json"))
         assert {ann["image_id"]: ann["caption"] for ann in results.anns.values()} == {
@@ -134,7 +138,7 @@ class TestResults:
     def test_none_of_an_image_that_the_annotation_does_not_list(self, tmp_path, coco):
         out = write_output(tmp_path / "more", [*CAPTIONS.items(), ("000000009999", "elsewhere")])
         path = tmp_path / "results.json"
-        evaluate_captions(EvaluateOptions(out, coco, results=str(path)))
+        evaluate_captions(EvaluateCaptionsOptions(out, coco, results=str(path)))
         assert {row["image_id"] for row in json.loads(path.read_text())} == {int(key) for key in CAPTIONS}
 
     def test_the_ids_are_the_annotations_own(self, tmp_path):
@@ -143,7 +147,7 @@ class TestResults:
         annotations = [{"id": 1, "image_id": 8, "caption": "a dog"}]
         path.write_text(json.dumps({"images": images, "annotations": annotations}))
         out = write_output(tmp_path / "out", [("a", "a dog"), ("b", "no caption there")])
-        evaluate_captions(EvaluateOptions(out, str(path), results=str(tmp_path / "results.json")))
+        evaluate_captions(EvaluateCaptionsOptions(out, str(path), results=str(tmp_path / "results.json")))
         assert json.loads((tmp_path / "results.json").read_text()) == [
             {"image_id": 8, "caption": "a dog"},
             {"image_id": 7, "caption": "no caption there"},
@@ -152,7 +156,9 @@ class TestResults:
     def test_without_references_as_for_a_test_server(self, tmp_path):
         rows = [("COCO_test2014_000000000042", "a"), ("000000000139", "b"), ("2_b", "c")]
         path = tmp_path / "results.json"
-        report = evaluate_captions(EvaluateOptions(write_output(tmp_path / "out", rows), results=str(path)))
+        report = evaluate_captions(
+            EvaluateCaptionsOptions(write_output(tmp_path / "out", rows), results=str(path))
+        )
         assert [row["image_id"] for row in json.loads(path.read_text())] == [42, 139, "2_b"]
         assert report["scores"] is None
 
@@ -202,20 +208,20 @@ class TestRefused:
     def test_no_image_in_common(self, out, tmp_path):
         (tmp_path / "x.token").write_text("other.jpg#0\ta dog\n")
         with pytest.raises(InputError, match="'000000000139', here 'other'"):
-            evaluate_captions(EvaluateOptions(out, str(tmp_path / "x.token")))
+            evaluate_captions(EvaluateCaptionsOptions(out, str(tmp_path / "x.token")))
 
     def test_an_annotation_without_captions(self, out, tmp_path):
         (tmp_path / "captions_x.json").write_text('{"images": [{"id": 1, "file_name": "1.jpg"}]}')
         with pytest.raises(InputError, match="holds no caption"):
-            evaluate_captions(EvaluateOptions(out, str(tmp_path / "captions_x.json")))
+            evaluate_captions(EvaluateCaptionsOptions(out, str(tmp_path / "captions_x.json")))
 
     def test_an_output_without_references(self, out):
         with pytest.raises(InputError, match="Name an annotation with --references"):
-            evaluate_captions(EvaluateOptions(out))
+            evaluate_captions(EvaluateCaptionsOptions(out))
 
     def test_no_output(self, tmp_path):
         with pytest.raises(InputError, match=r"has no _job\.json"):
-            evaluate_captions(EvaluateOptions(str(tmp_path)))
+            evaluate_captions(EvaluateCaptionsOptions(str(tmp_path)))
 
     def test_an_output_of_another_job(self, tmp_path):
         out = write_output(tmp_path / "out", list(CAPTIONS.items()), "embeddings")
@@ -232,7 +238,7 @@ class TestRefused:
         for file in (tmp_path / "out" / "captions").iterdir():
             pq.write_table(pq.read_table(file).slice(0, 0), file)
         with pytest.raises(InputError, match="holds no row"):
-            evaluate_captions(EvaluateOptions(out))
+            evaluate_captions(EvaluateCaptionsOptions(out))
 
     def test_a_damaged_file(self, out, tmp_path):
         path = tmp_path / "out" / "captions" / "val-00001.parquet"
@@ -244,4 +250,4 @@ class TestRefused:
     def test_a_file_that_cannot_be_written(self, out, coco, tmp_path, flag):
         (tmp_path / "file").touch()
         with pytest.raises(OutputError, match="cannot be written"):
-            evaluate_captions(EvaluateOptions(out, coco, **{flag: str(tmp_path / "file" / "x.json")}))
+            evaluate_captions(EvaluateCaptionsOptions(out, coco, **{flag: str(tmp_path / "file" / "x.json")}))

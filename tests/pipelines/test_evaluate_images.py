@@ -15,16 +15,12 @@ from diptych.models.base import CaptionModel, Captions
 from diptych.models.captioning.encoder import create_encoder
 from diptych.models.text.word2vec import Word2Vec
 from diptych.pipelines.cli import main
-from diptych.pipelines.evaluate_images import (
+from diptych.pipelines.evaluate_images import _chosen, _Made, _other_prompt, evaluate_images, table
+from diptych.pipelines.options.evaluate import (
     EvaluateImagesOptions,
-    _chosen,
-    _Made,
-    _other_prompt,
-    evaluate_images,
-    images_options,
-    table,
+    add_evaluate_images_flags,
+    evaluate_images_options,
 )
-from diptych.pipelines.options.evaluate import add_evaluate_flags
 from diptych.transforms.errors import InputError, OptionError, OutputError
 
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
@@ -112,8 +108,8 @@ def match(tmp_path, monkeypatch):
 
 def parse(*flags):
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_evaluate_flags(parser)
-    return images_options(parser.parse_args(["images", *flags]))
+    add_evaluate_images_flags(parser)
+    return evaluate_images_options(parser.parse_args(flags))
 
 
 class TestScores:

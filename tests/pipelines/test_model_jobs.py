@@ -41,7 +41,9 @@ from diptych.pipelines.generate import generate
 from diptych.pipelines.lifecycle.launch import Job
 from diptych.pipelines.lifecycle.model_job import model_graph
 from diptych.pipelines.lifecycle.output_folder import State, read_jobs
-from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, PrepareOptions
+from diptych.pipelines.options.generate import GenerateOptions
+from diptych.pipelines.options.models import ModelJobOptions
+from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.runners.run_pipeline import new_pipeline
 from diptych.pipelines.verify import verify
@@ -57,6 +59,7 @@ from diptych.transforms.errors import (
 from diptych.transforms.finish import read_success
 from diptych.transforms.inference.generate import sample_seed
 from diptych.transforms.schemas import captions_schema, embeddings_schema, generated_schema
+from diptych.transforms.sources.base import ColumnNames
 from diptych.transforms.sources.open import SourceOptions, open_source
 from diptych.transforms.sources.sharded.prepared_captions import TextShard
 
@@ -188,7 +191,7 @@ class TestEmbed:
     def test_the_columns_that_the_user_names(self, tmp_path):
         (tmp_path / "in").mkdir()
         pq.write_table(pa.table({"nr": [1], "words": ["x"], "text": ["y"]}), tmp_path / "in" / "a.parquet")
-        source = SourceOptions(caption_column="words", key_column="nr")
+        source = SourceOptions(columns=ColumnNames(caption="words", key="nr"))
         run("embed", tmp_path / "in", tmp_path / "out", source=source)
         assert [(row["key"], row["caption"]) for row in rows_in(tmp_path / "out", "embeddings")] == [
             ("1", "x")

@@ -19,12 +19,15 @@ from diptych.pipelines.embed import embed
 from diptych.pipelines.generate import generate
 from diptych.pipelines.lifecycle import skip_done
 from diptych.pipelines.lifecycle.output_folder import State, read_jobs
-from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, PrepareOptions
+from diptych.pipelines.options.generate import GenerateOptions
+from diptych.pipelines.options.models import ModelJobOptions
+from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.verify import verify
 from diptych.transforms.errors import InputError, OutputError
 from diptych.transforms.fingerprint import digest
 from diptych.transforms.finish import read_success
+from diptych.transforms.sources.base import ColumnNames
 from diptych.transforms.sources.open import SourceOptions
 from diptych.transforms.sources.sharded.parquet import ParquetShard
 from diptych.transforms.sources.sharded.prepared_captions import TextShard
@@ -138,7 +141,13 @@ def test_other_keys_than_those_of_the_preparation_are_looked_at_row_by_row(data,
     prepared, earlier = tmp_path / "prepared", str(tmp_path / "nights" / "*")
     prepare(PrepareOptions((str(data),), str(prepared), chunk_rows=7, quiet=True))
     run("caption", prepared, tmp_path / "nights" / "1", earlier)
-    run("caption", prepared, tmp_path / "nights" / "2", earlier, source=SourceOptions(key_column="sha256"))
+    run(
+        "caption",
+        prepared,
+        tmp_path / "nights" / "2",
+        earlier,
+        source=SourceOptions(columns=ColumnNames(key="sha256")),
+    )
     assert len(keys_in(tmp_path / "nights" / "2", "captions")) == 20
 
 

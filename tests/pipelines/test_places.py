@@ -20,7 +20,10 @@ from diptych.models.spec import ModelSpec
 from diptych.models.text.word2vec import Word2Vec
 from diptych.pipelines.cli import main
 from diptych.pipelines.demo_data.layouts import write_data_set
-from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, PrepareOptions, RunOptions
+from diptych.pipelines.options.generate import GenerateOptions
+from diptych.pipelines.options.models import ModelJobOptions
+from diptych.pipelines.options.prepare import PrepareOptions
+from diptych.pipelines.options.run import RunOptions
 from diptych.pipelines.runners.reach import check_reach
 from diptych.transforms.errors import OptionError
 

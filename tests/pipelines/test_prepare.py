@@ -31,7 +31,7 @@ from diptych.pipelines.demo_data import layouts
 from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set
 from diptych.pipelines.lifecycle.launch import Job, Written
 from diptych.pipelines.lifecycle.output_folder import State
-from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.prepare import prepare, prepare_graph
 from diptych.pipelines.runners.run_pipeline import new_pipeline
 from diptych.pipelines.verify import verify

@@ -15,7 +15,9 @@ from diptych.models.spec import ModelSpec
 from diptych.pipelines.demo_data.layouts import write_data_set
 from diptych.pipelines.embed import embed
 from diptych.pipelines.lifecycle.output_folder import State
-from diptych.pipelines.options.base import ModelJobOptions, PrepareOptions, RunOptions
+from diptych.pipelines.options.models import ModelJobOptions
+from diptych.pipelines.options.prepare import PrepareOptions
+from diptych.pipelines.options.run import RunOptions
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.run import run as run_job
 from diptych.pipelines.verify import verify

@@ -36,7 +36,10 @@ from diptych.pipelines.demo_data.scenes import COLOURS, SHAPES
 from diptych.pipelines.embed import embed
 from diptych.pipelines.generate import generate
 from diptych.pipelines.lifecycle.output_folder import State
-from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, PrepareOptions, RunOptions
+from diptych.pipelines.options.generate import GenerateOptions
+from diptych.pipelines.options.models import ModelJobOptions
+from diptych.pipelines.options.prepare import PrepareOptions
+from diptych.pipelines.options.run import RunOptions
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.run import run
 from diptych.pipelines.verify import verify

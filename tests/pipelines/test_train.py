@@ -24,7 +24,8 @@ from diptych.pipelines import train as train_module
 from diptych.pipelines.cli import main
 from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set
 from diptych.pipelines.lifecycle.output_folder import DatasetClaim, check_output
-from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.options.prepare import PrepareOptions
+from diptych.pipelines.options.train import add_train_flags, train_options
 from diptych.pipelines.prepare import prepare
 from diptych.transforms.errors import OutputError
 from diptych.transforms.finish import read_success
@@ -386,8 +387,8 @@ def test_gensim_and_torch_are_loaded_for_a_training_alone() -> None:
 def test_module_docstring_has_a_command_that_parses() -> None:
     (line,) = [line for line in (train_module.__doc__ or "").splitlines() if line.startswith("diptych ")]
     parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
-    train_module.add_train_flags(parser)
-    options = train_module.train_options(parser.parse_args(shlex.split(line)[2:]))
+    add_train_flags(parser)
+    options = train_options(parser.parse_args(shlex.split(line)[2:]))
     assert options.validation is not None
     assert options.output == "captioner"
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diptych.pipelines.demo_data import layouts
 from diptych.pipelines.demo_data.layouts import write_data_set
-from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.verify import verify
 from diptych.transforms.errors import InputError, OutputError

@@ -32,17 +32,13 @@ class SourceOptions:
     Attributes:
         images: Folder or archive with the images of an annotation file; None looks beside it.
         split: Splits of a Karpathy file to read, separated by commas; None reads all.
-        image_column: Column of a Parquet file with the images; None finds it.
-        caption_column: Column with the captions; None finds it.
-        key_column: Column with the keys; None finds it.
+        columns: The columns, fields or features that the user names.
         metadata_columns: The source's own columns to carry.
     """
 
     images: str | None = None
     split: str | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    key_column: str | None = None
+    columns: ColumnNames = ColumnNames()
     metadata_columns: tuple[str, ...] = ()
 
 
@@ -67,7 +63,7 @@ def open_source(
         raise OptionError(f"The inputs are of several formats, {formats}. Give those of one format to a job.")
     files = sorted({file for part in found for file in part.urls})
     if formats == ["prompts"] and not texts_only:
-        if not (options.image_column and format == "auto" and all(map(is_table, files))):
+        if not (options.columns.image and format == "auto" and all(map(is_table, files))):
             raise OptionError(
                 f"{inputs[0]} holds prompts, which have no images: no column of its first lines has names such as "
                 "a.jpg. Prompts go with `diptych embed` and `diptych generate`. If a column names images, say which "
@@ -118,16 +114,14 @@ def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions,
             f"--images {options.images} goes with an annotation file; the input is of format {format}."
         )
     kind = _SOURCES[format]
-    for flag in ("image_column", "caption_column", "key_column", "metadata_columns"):
-        value = getattr(options, flag)
+    flags = {f"{name}_column": value for name, value in vars(options.columns).items()}
+    for flag, value in (flags | {"metadata_columns": ",".join(options.metadata_columns)}).items():
         if value and flag not in kind.column_flags:
-            value = value if isinstance(value, str) else ",".join(value)
             raise OptionError(
                 f"--{flag} {value} does not go with the input, which is of format {format}: it has no such columns. "
                 "Leave the flag out, or say with --format what the input is."
             )
-    columns = ColumnNames(options.image_column, options.caption_column, options.key_column)
-    values: dict[str, Any] = {"columns": columns}
+    values: dict[str, Any] = {"columns": options.columns}
     if "metadata_columns" in kind.column_flags:
         values["metadata_columns"] = options.metadata_columns
     if issubclass(kind, AnnotationSource):

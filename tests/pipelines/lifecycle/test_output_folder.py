@@ -20,7 +20,7 @@ from diptych.pipelines.lifecycle.output_folder import (
     start_writing,
     take_output,
 )
-from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.transforms.chunk import Chunk, ChunkKey, Reject, reject_batch
 from diptych.transforms.errors import InputError, OptionError, OutputError
 from diptych.transforms.fingerprint import digest, fingerprint, options_to_json

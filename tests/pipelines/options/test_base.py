@@ -6,21 +6,21 @@ import pytest
 
 from diptych.models.base import CaptionOptions, ImageOptions, TextOptions
 from diptych.models.spec import ModelSpec
-from diptych.pipelines.options.base import GenerateOptions, ModelJobOptions, PrepareOptions
+from diptych.pipelines.options.generate import GenerateOptions, add_generate_flags, generate_options
 from diptych.pipelines.options.models import (
+    ModelJobOptions,
     add_caption_flags,
     add_embed_flags,
-    add_generate_flags,
     caption_options,
     embed_options,
-    generate_options,
 )
-from diptych.pipelines.options.prepare import add_prepare_flags, prepare_options
+from diptych.pipelines.options.prepare import PrepareOptions, add_prepare_flags, prepare_options
 from diptych.pipelines.runners.beam_flags import check_beam_args
 from diptych.transforms.clean import CleanOptions
 from diptych.transforms.errors import OptionError
 from diptych.transforms.images.decode import Limits
 from diptych.transforms.images.resize import IMAGENET_MEAN, IMAGENET_STD, ResizeOptions
+from diptych.transforms.sources.base import ColumnNames
 from diptych.transforms.sources.open import FORMATS, SourceOptions
 
 
@@ -65,7 +65,7 @@ class TestFlags:
             inputs=("a", "c"),
             output="b",
             format="parquet",
-            source=SourceOptions("d", "train,val", "e", "f", "g", ("h", "i")),
+            source=SourceOptions("d", "train,val", ColumnNames("e", "f", "g"), ("h", "i")),
             clean=CleanOptions(True, 2, 3, True, True),
             resize=ResizeOptions(
                 64, "pad", "png", 90, "float32", (0.1, 0.2, 0.3), (1, 2, 3), Limits(1000, 5, 3.5, 7000), True
@@ -188,7 +188,7 @@ class TestModelFlags:
         embed = parse_model_job("embed", *shared, "--pooling=cls", "--normalize", "--key_column=k")
         assert embed.model == ModelSpec("bert", "x", TextOptions("cls", True), "cuda:1")
         assert (embed.batch_size, embed.max_failure_rate, embed.chunk_rows) == (7, 0.5, 9)
-        assert embed.source == SourceOptions(key_column="k")
+        assert embed.source == SourceOptions(columns=ColumnNames(key="k"))
         caption = parse_model_job(
             "caption",
             *("--beam_width=5", "--num_captions=2", "--max_words=9", "--length_penalty=0.5"),

@@ -8,9 +8,9 @@ import pytest
 from diptych.models.training.data import CaptionerTraining
 from diptych.models.training.options import GanTraining, VaeTraining
 from diptych.models.training.word2vec import Word2VecTraining
-from diptych.pipelines.options.train import RowSource, TrainOptions
-from diptych.pipelines.options.train_flags import add_train_flags, train_options
+from diptych.pipelines.options.train import RowSource, TrainOptions, add_train_flags, train_options
 from diptych.transforms.errors import OptionError
+from diptych.transforms.sources.base import ColumnNames
 from diptych.transforms.sources.open import SourceOptions
 
 
@@ -185,7 +185,9 @@ class TestRowsToValidateBy:
 
     def test_another_file_has_images_of_its_own(self):
         options = parse("captioner", "--images=d", "--validation=v", "--validation=w", "--caption_column=c")
-        assert options.validation == RowSource(("v", "w"), "auto", SourceOptions(None, caption_column="c"))
+        assert options.validation == RowSource(
+            ("v", "w"), "auto", SourceOptions(columns=ColumnNames(caption="c"))
+        )
         options = parse("captioner", "--images=d", "--validation=v", "--validation_images=e")
         assert options.validation == RowSource(("v",), "auto", SourceOptions("e"))
 

@@ -19,7 +19,7 @@ from fake_models import use_fakes
 
 from diptych.pipelines.cli import main
 from diptych.pipelines.demo_data.layouts import write_data_set
-from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.runners import dataflow, run_pipeline
 from diptych.pipelines.runners.dataflow import ended_on_dataflow

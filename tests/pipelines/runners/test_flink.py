@@ -33,7 +33,7 @@ from kills import files_in
 
 from diptych.pipelines.demo_data import layouts
 from diptych.pipelines.demo_data.layouts import write_data_set
-from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.runners import flink, run_pipeline
 from diptych.pipelines.runners.flink import (

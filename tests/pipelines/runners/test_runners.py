@@ -19,7 +19,7 @@ from diptych.models.files import object_stores
 from diptych.pipelines.demo_data import layouts
 from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set
 from diptych.pipelines.lifecycle.output_folder import State
-from diptych.pipelines.options.base import PrepareOptions
+from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.prepare import prepare
 from diptych.pipelines.verify import verify
 from diptych.transforms.errors import InputError, OutputError

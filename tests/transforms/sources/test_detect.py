@@ -15,7 +15,7 @@ from PIL import Image
 from diptych.transforms.chunk import add_counts
 from diptych.transforms.errors import InputError, OptionError
 from diptych.transforms.sources import detect
-from diptych.transforms.sources.base import Lost, Record, Row
+from diptych.transforms.sources.base import ColumnNames, Lost, Record, Row
 from diptych.transforms.sources.detect import expand_braces
 from diptych.transforms.sources.open import SourceOptions, open_source
 from diptych.transforms.sources.planned.plan import plan_counters, plan_notes
@@ -379,7 +379,7 @@ class TestCaptions:
             "test/a": (["test a"], {"licence": "free"}),
         }
         with pytest.raises(OptionError, match="has no column 'zzz'"):
-            read(tmp_path / "in", caption_column="zzz")
+            read(tmp_path / "in", columns=ColumnNames(caption="zzz"))
 
     def test_of_files_beside_the_images(self, tmp_path):
         texts = {

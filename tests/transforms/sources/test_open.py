@@ -14,7 +14,7 @@ import webdataset
 
 from diptych.pipelines.demo_data.layouts import write_data_set
 from diptych.transforms.errors import InputError, OptionError
-from diptych.transforms.sources.base import Row, shard_names
+from diptych.transforms.sources.base import ColumnNames, Row, shard_names
 from diptych.transforms.sources.open import SourceOptions, open_source, output_of
 from diptych.transforms.sources.planned.coco import CocoSource
 from diptych.transforms.sources.planned.flickr30k import Flickr30kSource
@@ -245,6 +245,6 @@ def test_a_table_of_names_without_extension_is_read_where_the_flag_says_so(tmp_p
         (tmp_path / "images" / name).write_bytes(b"x")
     with pytest.raises(OptionError, match="--image_column"):
         open_source([str(table)], "auto", SourceOptions())
-    source = open_source([str(table)], "auto", SourceOptions(image_column="image_id"))
+    source = open_source([str(table)], "auto", SourceOptions(columns=ColumnNames("image_id")))
     rows = [row for shard in source.shards(f"{tmp_path}/plans", 10) for row in shard.rows()]
     assert [(row.key, row.captions) for row in rows] == [("1", ["one"]), ("2", ["two"])]

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diptych.transforms.errors import OptionError
-from diptych.transforms.sources.base import Lost, Row
+from diptych.transforms.sources.base import ColumnNames, Lost, Row
 from diptych.transforms.sources.open import SourceOptions, open_source
 from diptych.transforms.sources.planned.plan import plan_counters, plan_notes
 
@@ -111,16 +111,21 @@ def test_each_row_has_its_own_columns(folder):
     read = Read(folder, metadata_columns=("lic",))
     assert read.captions == {"1": [], "2": ["b"], "3": ["c"]}
     assert read.metadata == {"1": {"lic": None}, "2": {"lic": "cc"}, "3": {"lic": None}}
-    read = Read(folder, caption_column="description")
+    read = Read(folder, columns=ColumnNames(caption="description"))
     assert read.captions == {"1": [], "2": [], "3": ["c"]}
     assert read.counters == {"rows_without_caption_column": 2}
 
 
 @pytest.mark.parametrize(
-    "option", [{"caption_column": "nope"}, {"key_column": "nope"}, {"metadata_columns": ("text", "nope")}]
+    ("flag", "option"),
+    [
+        ("caption_column", {"columns": ColumnNames(caption="nope")}),
+        ("key_column", {"columns": ColumnNames(key="nope")}),
+        ("metadata_columns", {"metadata_columns": ("text", "nope")}),
+    ],
 )
-def test_a_column_that_no_row_has_is_refused(folder, option):
-    with pytest.raises(OptionError, match=f"which --{next(iter(option))} names; its images have no metadata"):
+def test_a_column_that_no_row_has_is_refused(folder, flag, option):
+    with pytest.raises(OptionError, match=f"which --{flag} names; its images have no metadata"):
         Read(folder, **option)
     jsonl(folder, {"file_name": "1.jpg", "text": "a"})
     with pytest.raises(OptionError, match=f"'nope', which --{next(iter(option))} names"):
@@ -139,7 +144,7 @@ def test_columns_with_other_names_are_told(folder, kind):
     [note] = Read(folder).notes
     assert "it has 'caption_de', 'prompt'" in note
     assert "--caption_column" in note
-    read = Read(folder, caption_column="prompt")
+    read = Read(folder, columns=ColumnNames(caption="prompt"))
     assert (read.notes, read.captions["1"]) == ([], ["one"])
 
 
@@ -159,6 +164,6 @@ def test_keys_are_those_of_a_named_column(tmp_path):
     jsonl(folder, *rows)
     for name, uid in (("5", "b"), ("6", "b"), ("7", None)):
         (folder / f"{name}.json").write_text(json.dumps({"uid": uid, "caption": name}))
-    read = Read(folder, key_column="uid")
+    read = Read(folder, columns=ColumnNames(key="uid"))
     assert read.captions == {"a": [], "7": [], "b": ["5"]}
     assert sorted(reason for reason, _ in read.rejects) == [*["bad_annotation"] * 2, *["duplicate_key"] * 2]

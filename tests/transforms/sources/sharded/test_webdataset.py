@@ -666,7 +666,7 @@ def test_chosen_fields(path):
     first, second = shard_of(path, key="uid").rows()
     assert (first.key, first.path) == ("7", "a.jpg")
     assert (second.key, second.reason) == ("b", "bad_annotation")
-    options = SourceOptions(caption_column="long", key_column="uid", metadata_columns=("caption",))
+    options = SourceOptions(columns=ColumnNames(caption="long", key="uid"), metadata_columns=("caption",))
     (shard,) = open_source([path], "auto", options).shards("", 0)
     row = next(iter(shard.rows()))
     assert (row.key, row.captions, row.metadata) == ("7", ["one", "two"], {"caption": "short"})

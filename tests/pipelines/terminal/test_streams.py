@@ -11,7 +11,7 @@ import pytest
 from diptych.pipelines.cli import main
 from diptych.pipelines.demo_data.layouts import write_data_set
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 DIPTYCH = f"{shlex.quote(sys.executable)} -m diptych"
 SUMMARY = "written   9 to"
 
