@@ -128,7 +128,7 @@ def test_a_column_that_no_row_has_is_refused(folder, flag, option):
     with pytest.raises(OptionError, match=f"which --{flag} names; its images have no metadata"):
         Read(folder, **option)
     jsonl(folder, {"file_name": "1.jpg", "text": "a"})
-    with pytest.raises(OptionError, match=f"'nope', which --{next(iter(option))} names"):
+    with pytest.raises(OptionError, match=f"'nope', which --{flag} names"):
         Read(folder, **option)
 
 
