@@ -192,6 +192,6 @@ class ImageOptions:
     settings: tuple[tuple[str, Any], ...] = ()
 
 
-def lists(value: Any) -> Any:
+def tuples_to_lists(value: Any) -> Any:
     """Returns a value of options, which are hashed, with lists for its tuples: libraries refuse those."""
-    return [lists(item) for item in value] if isinstance(value, tuple) else value
+    return [tuples_to_lists(item) for item in value] if isinstance(value, tuple) else value

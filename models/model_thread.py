@@ -13,7 +13,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def compute(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+def run_on_model_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """Returns what a function returns, called in the thread of the models; one call at a time.
 
     The function itself must not call `compute`: it would wait for itself.

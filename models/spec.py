@@ -8,7 +8,7 @@ from typing import Any, cast
 from diptych.models.base import CaptionModel, CaptionOptions, ImageOptions, Model, TextModel, TextOptions
 from diptych.models.errors import ModelError
 from diptych.models.files.location import absolute_if_there, redacted
-from diptych.models.model_thread import compute
+from diptych.models.model_thread import run_on_model_thread
 from diptych.models.names import CAPTION_KINDS, IMAGE_KINDS, ModelName
 from diptych.models.text.text_model import load_text_model
 
@@ -76,7 +76,7 @@ def load_model(spec: ModelSpec) -> Model[Any, Any]:
     spec = spec.absolute()
     with _lock:
         if spec not in _loaded:
-            compute(_load_once, spec)
+            run_on_model_thread(_load_once, spec)
         return _loaded[spec]
 
 

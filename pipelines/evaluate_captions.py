@@ -20,7 +20,7 @@ from diptych.pipelines.options.evaluate import EvaluateCaptionsOptions
 from diptych.transforms.errors import InputError, OutputError
 from diptych.transforms.finish import read_success
 from diptych.transforms.output_layout import JOB, SUCCESS, data_files, read_json
-from diptych.transforms.sink import DAMAGE
+from diptych.transforms.sink import READ_ERRORS
 from diptych.transforms.sources.planned.entries import Ref
 from diptych.transforms.sources.references import References, read_references
 from diptych.transforms.storage import input_errors, join, locate, make_folder_of, write_json
@@ -113,7 +113,7 @@ def read_candidates(root: str) -> Iterator[Candidate]:
         url = join(root, "captions", name)
         try:
             yield from _read_file(url)
-        except DAMAGE as error:
+        except READ_ERRORS as error:
             what = one_line(error)
             raise OutputError(f"{url} cannot be read: {what}. Delete it, and run the job again.") from error
 

@@ -27,7 +27,7 @@ from diptych.transforms.finish import read_success
 from diptych.transforms.inference.micro_batches import Failure, ModelRunner
 from diptych.transforms.output_layout import data_files
 from diptych.transforms.prepared import PreparedImages
-from diptych.transforms.sink import DAMAGE
+from diptych.transforms.sink import READ_ERRORS
 from diptych.transforms.storage import input_errors, join, locate, write_json
 
 _BATCH_ROWS = 32
@@ -258,7 +258,7 @@ def _read_made(root: str, dataset: str) -> Iterator[_Made]:
                             yield _Made(
                                 (row["key"], row["prompt_index"]), row["prompt"], row["image"]["bytes"]
                             )
-        except DAMAGE as error:
+        except READ_ERRORS as error:
             what = one_line(error)
             raise OutputError(f"{url} cannot be read: {what}. Delete it, and run the job again.") from error
 

@@ -11,7 +11,7 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.pvalue import DoOutputsTuple, PCollection
 
-from diptych.pipelines.lifecycle.launch import Job, Written, finish_job, launch, source_options
+from diptych.pipelines.lifecycle.launch import DatasetSpec, Job, finish_job, launch, source_options
 from diptych.pipelines.lifecycle.output_folder import refuse_overlap
 from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
@@ -35,9 +35,9 @@ def prepare(options: PrepareOptions) -> Result:
     pipeline = new_pipeline(options.beam_args)
     refuse_overlap([*options.inputs, *filter(None, [options.source.images])], options.output)
     source = open_source(options.inputs, options.format, options.source)
-    asked = prepare_asked(options, source)
+    asked = fingerprint_options(options, source)
     job = Job(
-        {"images": Written(images_schema_of(options))},
+        {"images": DatasetSpec(images_schema_of(options))},
         fingerprint("prepare", source.inputs(), asked),
         options.rows_per_chunk,
         options,
@@ -110,7 +110,7 @@ def images_schema_of(options: PrepareOptions) -> pa.Schema:
     return images_schema(options.source.metadata_columns, options.resize.size_px, options.resize.pixels)
 
 
-def prepare_asked(options: PrepareOptions, source: Source) -> dict[str, Any]:
+def fingerprint_options(options: PrepareOptions, source: Source) -> dict[str, Any]:
     """Returns the options that decide the bytes of the images, as JSON values."""
     values = options_to_json(options) | {"source": source_options(options, source)}
     return {name: values[name] for name in ("chunk_rows", "clean", "resize", "source")}

@@ -13,11 +13,11 @@ import apache_beam as beam
 from diptych.pipelines.caption import caption_branch
 from diptych.pipelines.embed import embed_branch
 from diptych.pipelines.generate import generate_branch
-from diptych.pipelines.lifecycle.launch import Job, Written, finish_job, launch
+from diptych.pipelines.lifecycle.launch import DatasetSpec, Job, finish_job, launch
 from diptych.pipelines.lifecycle.model_job import Branch, MakeDataset
 from diptych.pipelines.lifecycle.output_folder import refuse_overlap
 from diptych.pipelines.options.run import RunOptions
-from diptych.pipelines.prepare import PrepareRows, images_schema_of, prepare_asked, read_shards
+from diptych.pipelines.prepare import PrepareRows, fingerprint_options, images_schema_of, read_shards
 from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
 from diptych.transforms.chunk import Chunk
 from diptych.transforms.fingerprint import fingerprint
@@ -37,10 +37,10 @@ def run(options: RunOptions) -> Result:
     source = open_source(options.inputs, options.format, options.source)
     branches = _branches(options, pipeline)
     chunk_rows = min(options.rows_per_chunk, *(branch.max_chunk_rows for branch in branches))
-    asked = {**prepare_asked(options, source), "chunk_rows": chunk_rows}
+    asked = {**fingerprint_options(options, source), "chunk_rows": chunk_rows}
     asked |= {branch.job: dict(branch.asked) for branch in branches}
     libraries = tuple(dict.fromkeys(name for branch in branches for name in branch.libraries))
-    datasets = {"images": Written(images_schema_of(options))}
+    datasets = {"images": DatasetSpec(images_schema_of(options))}
     datasets |= {branch.dataset: branch.written for branch in branches}
     run_fingerprint = fingerprint("run", source.inputs(), asked, libraries)
     job = Job(datasets, run_fingerprint, chunk_rows, options, source.passed_over)

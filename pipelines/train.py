@@ -18,7 +18,7 @@ from diptych.models.device import choose_device
 from diptych.models.errors import ModelError
 from diptych.models.files.location import redacted
 from diptych.models.files.weights import digest as digest_of
-from diptych.models.files.weights import localise
+from diptych.models.files.weights import to_local_path
 from diptych.models.names import ModelName
 from diptych.models.training.data import SCORES, CaptionData, CaptionerTraining, Progress
 from diptych.models.training.model_card import CURVES, README, draw_curves, write_card
@@ -139,7 +139,7 @@ def _with_shape(options: TrainOptions) -> TrainOptions:
     from diptych.models.generation.image_generator import read_generator
 
     kind, location = ModelName.parse(training.generator)
-    config = read_generator(localise(location), (kind,))[0].config
+    config = read_generator(to_local_path(location), (kind,))[0].config
     shape = {name: getattr(config, name) for name in _SHAPE}
     for name, value in shape.items():
         asked, default = getattr(training, name), getattr(GanTraining, name)
@@ -172,7 +172,7 @@ def _check_model(options: TrainOptions) -> None:
         size_px, stride_px = training.encoder_size_px, training.encoder_stride_px
         encoder = create_encoder(training.encoder, size_px, stride_px, pretrained=weights == "imagenet")
         if weights not in ("imagenet", "none"):
-            path = localise(weights)
+            path = to_local_path(weights)
             load_weights(encoder, read_tensors(path), str(path))
     elif isinstance(options.training, VaeTraining | GanTraining):
         from diptych.models.training.images import check_models
@@ -192,10 +192,10 @@ def _fingerprint(options: TrainOptions, data: Mapping[str, Any]) -> dict[str, An
     values = options_to_json(options.training)
     weights = values.get("encoder_weights", "none")
     if weights not in ("imagenet", "none"):  # the same file elsewhere is the same
-        values["encoder_weights"] = digest_of(localise(weights))
+        values["encoder_weights"] = digest_of(to_local_path(weights))
     for name in ("text_model", "generator"):
         if location := ModelName.parse(values.get(name, "")).location:
-            values[name] = digest_of(localise(location, hub=name == "text_model"))
+            values[name] = digest_of(to_local_path(location, hub=name == "text_model"))
     library = "gensim" if isinstance(options.training, Word2VecTraining) else "torch"
     found = fingerprint(f"train {options.model}", [], values)
     found["versions"][library] = metadata.version(library)

@@ -32,7 +32,7 @@ from diptych.transforms.output_layout import (
     shard_of,
 )
 from diptych.transforms.schemas import REJECTS
-from diptych.transforms.sink import DAMAGE, Commit, parse_commit
+from diptych.transforms.sink import READ_ERRORS, Commit, parse_commit
 from diptych.transforms.storage import input_errors, join, locate
 
 
@@ -123,7 +123,7 @@ def _check_files(
             url = join(root, dataset, name)
             try:
                 commit, file_schema, hashes = _read_data_file(url)
-            except (InputError, *DAMAGE) as error:
+            except (InputError, *READ_ERRORS) as error:
                 findings.problems.append(_unreadable(url, error))
                 continue
             schema = schema or file_schema
@@ -252,7 +252,7 @@ def _check_rejects(root: str, expected: Mapping[_RejectFile, Mapping[str, int]],
             url = join(root, "rejects", stage, name)
             try:
                 found[stage, name] = _count_rejects(url)
-            except (InputError, *DAMAGE) as error:
+            except (InputError, *READ_ERRORS) as error:
                 findings.problems.append(_unreadable(url, error))
     for stage, name in sorted({*found, *expected}):
         there, said = found.get((stage, name), {}), dict(expected.get((stage, name), {}))

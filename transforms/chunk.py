@@ -40,6 +40,7 @@ class Reject(NamedTuple):
         reason: One of `diptych.transforms.schemas.REASONS`.
         message: What was found, for people.
         data: The original bytes, or None.
+        counters: What the reader had to mend or leave out beside this row, by name.
     """
 
     key: str
@@ -47,6 +48,7 @@ class Reject(NamedTuple):
     reason: str
     message: str
     data: Any = None
+    counters: Mapping[str, int] = {}
 
 
 @dataclasses.dataclass(frozen=True)

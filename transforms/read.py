@@ -17,7 +17,7 @@ from diptych.transforms.chunk import Chunk, ChunkKey, Reject, add_counts, concat
 from diptych.transforms.progress import progress
 from diptych.transforms.schemas import RAW_TEXT, raw_schema
 from diptych.transforms.sink import Commit, Sink, committed, read_commit
-from diptych.transforms.sources.base import Lost, Record, Row, Shard
+from diptych.transforms.sources.base import Record, Row, Shard
 from diptych.transforms.sources.sharded.prepared_captions import TextShard
 
 # A chunk also ends here, so that photos of many megabytes do not add up
@@ -47,7 +47,7 @@ def read_chunks(
         if chunk.num_records >= chunk_rows or chunk.num_bytes >= _MAX_CHUNK_BYTES:
             yield chunk.finish(last=False)
             chunk = _ChunkBuilder(ChunkKey(shard.name, chunk.key.index + 1), schema, shard.input)
-        if isinstance(record, Lost) and not keep_bytes:
+        if isinstance(record, Reject) and not keep_bytes:
             record = record._replace(data=None)
         chunk.append(record)
     yield chunk.finish(last=True)
@@ -106,7 +106,7 @@ class _ChunkBuilder:
             self._num_other_bytes += sum(map(len, record.captions))
             self._rows.append(record._replace(image=b""))  # it is in the column now
         else:
-            self._rejects.append(Reject(*record[:3], redacted(record.message), record.data))
+            self._rejects.append(record._replace(message=redacted(record.message)))
             self._num_other_bytes += len(record.data or b"")
 
     def finish(self, last: bool) -> Chunk:

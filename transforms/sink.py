@@ -259,7 +259,7 @@ def read_commit(sink: Sink, key: ChunkKey, input: str) -> Commit | None:
         if is_absence(error):
             return None
         raise
-    except DAMAGE as error:
+    except READ_ERRORS as error:
         raise _not_ours(url, f"it is damaged ({one_line(error)})") from error
     if (commit.dataset, commit.key()) != (sink.dataset, key):
         name = join(commit.dataset, commit.key().file_name())
@@ -287,7 +287,7 @@ def has_commit(url: str) -> bool:
     """
     try:
         _read_footer(url)
-    except DAMAGE:
+    except READ_ERRORS:
         return False
     return True
 
@@ -301,7 +301,7 @@ def _read_footer(url: str) -> Commit:
 
 
 # What a footer that no sink wrote, or that changed since, makes its reader raise
-DAMAGE = (pa.ArrowException, OSError, KeyError, ValueError, TypeError)
+READ_ERRORS = (pa.ArrowException, OSError, KeyError, ValueError, TypeError)
 
 
 def parse_commit(metadata: Mapping[bytes, bytes]) -> Commit:
@@ -379,7 +379,7 @@ def foreign_files(root: str, claim: Claim, names: Iterable[str]) -> list[str]:
     def is_foreign(name: str) -> bool:
         try:
             commit = _read_footer(join(root, claim.dataset, name))
-        except DAMAGE:
+        except READ_ERRORS:
             return True
         place = commit.dataset, commit.key().file_name(), commit.fingerprint
         return place != (claim.dataset, name, claim.fingerprint)

@@ -160,7 +160,8 @@ def without_done_shards(shards: Iterable[Shard], done: DoneKeys) -> tuple[list[S
     kept, num_done = [], 0
 
     def num_rows_if_done(shard: Shard) -> int | None:
-        if not isinstance(shard, ParquetShard | TextShard) or getattr(shard, "key_column", None):
+        names_keys = isinstance(shard, ParquetShard) and shard.columns.key
+        if not isinstance(shard, ParquetShard | TextShard) or names_keys:
             return None  # its rows may have other keys than its column `key` says
         keys = _keys_of(shard.url)
         return len(keys) if done.are_done(keys).all() else None

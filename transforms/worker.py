@@ -10,7 +10,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def keep_imports() -> None:
+def freeze_gc() -> None:
     """Keeps what the imports and models made out of garbage collection: it stays, and to look costs 2 % of the time."""
     gc.freeze()
     atexit.register(gc.unfreeze)  # or libraries that look for leaks at the end find all of it

@@ -24,9 +24,9 @@ from diptych.models.errors import FlagError, ModelError, one_line
 from diptych.models.files.weights import (
     digest,
     load_state,
-    localise,
     read_config,
     read_tensors,
+    to_local_path,
     write_file,
     write_tensors,
 )
@@ -148,7 +148,7 @@ class Captioner(CaptionModel):
                 f"--generation {names}: these flags go with kind hf; {kind} has no others than its own."
             )
         chosen = choose_device(device)
-        folder = localise(location)
+        folder = to_local_path(location)
         network = CaptionNetwork.load(folder, (kind,))
         content = digest(folder, (CONFIG, WEIGHTS, WORDS))
         whole = hashlib.sha256(

@@ -16,12 +16,12 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
-from diptych.models.base import CaptionModel, CaptionOptions, Captions, lists
+from diptych.models.base import CaptionModel, CaptionOptions, Captions, tuples_to_lists
 from diptych.models.captioning.huggingface_files import EXPECTED, load_parts
 from diptych.models.device import choose_device, half_precision
 from diptych.models.errors import FlagError, ModelError, one_line
 from diptych.models.files.pretrained import quiet_transformers
-from diptych.models.files.weights import digest, localise
+from diptych.models.files.weights import digest, to_local_path
 
 _BATCH_SIZE = {"cpu": 8, "cuda": 64}
 # What encoders of images are called in transformers
@@ -115,7 +115,7 @@ class HuggingFaceCaptioner(CaptionModel):
         """
         _check_options(options)
         chosen = choose_device(device)
-        folder = localise(location, hub=True)
+        folder = to_local_path(location, hub=True)
         with quiet_transformers(python_warnings=True):
             model, processor, tokenizer = load_parts(folder)
             content = f"{digest(folder)} {json.dumps(dataclasses.asdict(options), sort_keys=True)}"
@@ -225,7 +225,7 @@ def _flags(options: CaptionOptions) -> dict[str, Any]:
         flags["length_penalty"] = options.length_penalty
     if options.no_repeat_ngram:
         flags["no_repeat_ngram_size"] = options.no_repeat_ngram
-    return {**{name: lists(value) for name, value in options.generation}, **flags, **_OUTPUTS}
+    return {**{name: tuples_to_lists(value) for name, value in options.generation}, **flags, **_OUTPUTS}
 
 
 def _find_encoder(model: Any) -> nn.Module:

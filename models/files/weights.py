@@ -24,7 +24,7 @@ _NUM_NAMED = 3
 _READ_BYTES = 1 << 20
 
 
-def localise(location: str, hub: bool = False, download: Callable[[str], Any] | None = None) -> Path:
+def to_local_path(location: str, hub: bool = False, download: Callable[[str], Any] | None = None) -> Path:
     """Returns the local path of a model; what lies elsewhere is fetched first.
 
     Args:

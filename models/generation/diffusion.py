@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from diptych.models.base import GeneratedImage, ImageModel, ImageOptions, Prompt, lists
+from diptych.models.base import GeneratedImage, ImageModel, ImageOptions, Prompt, tuples_to_lists
 from diptych.models.device import choose_device
 from diptych.models.errors import FlagError, ModelError, one_line
 from diptych.models.files.pretrained import quiet_transformers
-from diptych.models.files.weights import digest, localise
+from diptych.models.files.weights import digest, to_local_path
 from diptych.models.generation.image_generator import encode_pixels
 from diptych.models.pixels import Pixels
 
@@ -108,7 +108,7 @@ class DiffusionPipeline(ImageModel):
             except OSError as error:  # which hides what the hub said
                 raise error.__cause__ or error.__context__ or error from None
 
-        folder = localise(location, hub=True, download=download)
+        folder = to_local_path(location, hub=True, download=download)
         if not (folder / "model_index.json").is_file():
             raise ModelError(f"{folder} holds no model_index.json. Expected {_EXPECTED}.")
         if pickles := [
@@ -132,7 +132,7 @@ class DiffusionPipeline(ImageModel):
 
     def predict(self, prepared: _Prepared) -> list[_Drawn]:
         """Draws what `prepare` returned."""
-        settings: dict[str, Any] = {name: lists(value) for name, value in self._options.settings}
+        settings: dict[str, Any] = {name: tuples_to_lists(value) for name, value in self._options.settings}
         for name, value in settings.items():
             if name.startswith("negative_prompt") and isinstance(value, str):
                 settings[name] = [value] * len(prepared.prompts)  # as many as there are prompts

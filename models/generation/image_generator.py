@@ -24,9 +24,9 @@ from diptych.models.errors import FlagError, ModelError, one_line
 from diptych.models.files.weights import (
     digest,
     load_state,
-    localise,
     read_config,
     read_tensors,
+    to_local_path,
     write_file,
     write_tensors,
 )
@@ -149,7 +149,7 @@ class ImageGenerator(ImageModel):
             FlagError: It cannot do what the options ask.
         """
         chosen = choose_device(device)
-        folder = localise(location)
+        folder = to_local_path(location)
         generator, source = read_generator(folder, (kind,))
         text = source.load(options.text_model, load_text)
         asked = dataclasses.asdict(dataclasses.replace(options, text_model=None))

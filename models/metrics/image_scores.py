@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diptych.models.captioning.encoder import create_encoder, load_weights
 from diptych.models.device import choose_device
 from diptych.models.errors import ModelError, one_line
-from diptych.models.files.weights import digest, localise, read_tensors
+from diptych.models.files.weights import digest, read_tensors, to_local_path
 
 INCEPTION = "inception"
 _INCEPTION_PX, _INCEPTION_DIM = 299, 2048
@@ -64,7 +64,7 @@ class Features:
             return cls(INCEPTION, _INCEPTION_PX, _INCEPTION_DIM, _inception(chosen), chosen)
         encoder = create_encoder(name, 224, pretrained=weights == "imagenet")
         if weights != "imagenet":
-            path = localise(weights)
+            path = to_local_path(weights)
             load_weights(encoder, read_tensors(path), str(path))
             weights = digest(path)
         network = encoder.to(chosen).eval().requires_grad_(False)

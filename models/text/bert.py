@@ -15,7 +15,7 @@ from diptych.models.base import TextModel, TextOptions, TextVector
 from diptych.models.device import choose_device, half_precision
 from diptych.models.errors import FlagError, ModelError, one_line
 from diptych.models.files.pretrained import quiet_transformers
-from diptych.models.files.weights import digest, localise
+from diptych.models.files.weights import digest, to_local_path
 from diptych.models.text.pooling import SentenceConfig, pool, read_sentence_config
 
 _BATCH_SIZE = {"cpu": 64, "cuda": 512}
@@ -97,7 +97,7 @@ class Bert(TextModel):
         if options.pooling not in _POOLING_OPTIONS:
             raise FlagError(f"--pooling {options.pooling!r} is not known. Expected mean or cls.")
         where = choose_device(device)
-        folder = localise(location, hub=True)
+        folder = to_local_path(location, hub=True)
         try:
             config = read_sentence_config(folder)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

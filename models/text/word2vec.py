@@ -15,7 +15,7 @@ import torch
 
 from diptych.models.base import TextModel, TextOptions, TextVector
 from diptych.models.errors import FlagError, ModelError, one_line
-from diptych.models.files.weights import localise, read_config, read_tensors, write_file, write_tensors
+from diptych.models.files.weights import read_config, read_tensors, to_local_path, write_file, write_tensors
 from diptych.models.text.word_vectors import Vectors, read_word_vectors
 
 KIND = "word2vec"
@@ -133,7 +133,7 @@ class Word2Vec(TextModel):
         Raises:
             ModelError: There is no such model, or it is damaged or of another kind.
         """
-        path = localise(location)
+        path = to_local_path(location)
         if path.is_dir() and not (path / "config.json").exists():
             path = _only_file(path)
         if path.is_file():

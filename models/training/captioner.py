@@ -24,7 +24,7 @@ from diptych.models.captioning.encoder import Encoder, create_encoder, load_weig
 from diptych.models.captioning.vocabulary import PAD, Vocabulary
 from diptych.models.device import choose_device, training_precision
 from diptych.models.errors import ModelError
-from diptych.models.files.weights import digest, localise, read_tensors
+from diptych.models.files.weights import digest, read_tensors, to_local_path
 from diptych.models.metrics.caption_scores import score_captions
 from diptych.models.training.cache import CaptionCache, open_cache
 from diptych.models.training.captioner_batches import Pictures, Step, Steps
@@ -110,7 +110,7 @@ def _make_encoder(options: CaptionerTraining) -> tuple[Encoder, str]:
     encoder = create_encoder(options.encoder, size_px, stride_px, pretrained=weights == "imagenet")
     source = f"{options.encoder} {size_px} {stride_px}"
     if weights not in ("imagenet", "none"):
-        path = localise(weights)
+        path = to_local_path(weights)
         load_weights(encoder, read_tensors(path), str(path))
         source += f" {digest(path)}"
     elif weights == "imagenet":

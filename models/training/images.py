@@ -22,7 +22,7 @@ from torch import Tensor
 from diptych.models.base import TextOptions
 from diptych.models.device import choose_device, training_precision
 from diptych.models.errors import ModelError
-from diptych.models.files.weights import localise, write_tensors
+from diptych.models.files.weights import to_local_path, write_tensors
 from diptych.models.generation.generator import Generator, GeneratorConfig, from_pixels, to_pixels
 from diptych.models.generation.image_generator import draw_noise, read_generator, save_generator
 from diptych.models.names import ModelName
@@ -132,7 +132,7 @@ def make_generator(options: VaeTraining | GanTraining, source: TextSource, text_
     """
     if isinstance(options, GanTraining) and options.generator:
         kind, location = ModelName.parse(options.generator)
-        generator, own = read_generator(localise(location), (kind,))
+        generator, own = read_generator(to_local_path(location), (kind,))
         if own.digest != source.digest:
             raise ModelError(
                 f"--generator {options.generator} was trained with the text model {own.model} (digest {own.digest}), "

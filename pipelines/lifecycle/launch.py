@@ -45,7 +45,7 @@ Graph = Callable[[beam.Pipeline, list[Shard], Mapping[str, Sink]], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class DatasetSpec:
     """A data set that a job writes.
 
     Attributes:
@@ -72,7 +72,7 @@ class Job:
         reads_own_images: Whether it reads the images of its own output folder.
     """
 
-    datasets: Mapping[str, Written]
+    datasets: Mapping[str, DatasetSpec]
     fingerprint: Mapping[str, Any]
     rows_per_chunk: int
     options: JobOptions

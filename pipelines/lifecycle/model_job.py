@@ -13,7 +13,7 @@ from diptych.models.base import Model
 from diptych.models.errors import FlagError, ModelError
 from diptych.models.files.location import redacted
 from diptych.models.spec import MatchOptions, ModelSpec, load_model
-from diptych.pipelines.lifecycle.launch import Job, Written, finish_job, launch, source_options
+from diptych.pipelines.lifecycle.launch import DatasetSpec, Job, finish_job, launch, source_options
 from diptych.pipelines.lifecycle.output_folder import is_same_place, refuse_overlap
 from diptych.pipelines.lifecycle.skip_done import check_earlier, find_done
 from diptych.pipelines.options.models import ModelJobOptions
@@ -143,7 +143,7 @@ class Branch:
 
     job: str
     dataset: str
-    written: Written
+    written: DatasetSpec
     steps: Mapping[str, ChunkTransform]
     asked: Mapping[str, Any]
     libraries: tuple[str, ...]
@@ -171,7 +171,7 @@ def model_branch(
     return Branch(
         job,
         dataset,
-        Written(schema, about, FailureLimit(task.stage, options.max_failure_rate)),
+        DatasetSpec(schema, about, FailureLimit(task.stage, options.max_failure_rate)),
         {"RunModel": run_model},
         {"model": {"kind": spec.kind, "digest": model.digest, **of_model}},
         LIBRARIES[spec.kind],
@@ -203,7 +203,7 @@ def run_model_job(
     found: Input,
     branch: Branch,
     before: Mapping[str, ChunkTransform],
-    before_asked: Mapping[str, Any],
+    preprocessing_options: Mapping[str, Any],
     with_images: bool,
 ) -> Result:
     """Runs a job with a model: one fused stage from reading to writing, and a small one that adds up.
@@ -214,7 +214,7 @@ def run_model_job(
         found: What it reads.
         branch: What it makes of clean rows.
         before: From the rows that are read to clean ones, by label; nothing for an earlier output.
-        before_asked: The options of that, as JSON values.
+        preprocessing_options: The options of that, as JSON values.
         with_images: Whether images are read.
 
     Raises:
@@ -225,7 +225,7 @@ def run_model_job(
         **branch.asked,
         "chunk_rows": chunk_rows,
         "source": source_options(options, found.source),
-        **before_asked,
+        **preprocessing_options,
         **({"skip_done_in": [*map(redacted, options.skip_done_in)]} if options.skip_done_in else {}),
     }
     run_fingerprint = fingerprint(branch.job, found.source.inputs(), asked, branch.libraries)

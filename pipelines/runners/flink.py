@@ -147,7 +147,7 @@ class Watch:
 
 
 @contextlib.contextmanager
-def failures_told(
+def report_restarts(
     pipeline: beam.Pipeline,
     reason: Callable[[str], str],
     permanent: Callable[[str], DiptychError | None] = lambda trace: None,

@@ -20,8 +20,8 @@ from diptych.pipelines.runners.dataflow import dataflow_flags, ended_on_dataflow
 from diptych.pipelines.runners.flink import (
     cancel_on_flink,
     check_flink,
-    failures_told,
     flink_flags,
+    report_restarts,
     size_for_flink,
 )
 from diptych.pipelines.terminal.console import console
@@ -92,7 +92,7 @@ def run_pipeline(pipeline: beam.Pipeline, num_shards: int, quiet: bool) -> None:
     """
     size_for_flink(pipeline, num_shards)
     progress.start()
-    with show_progress(num_shards, quiet), failures_told(pipeline, _reason, _permanent_error) as watch:
+    with show_progress(num_shards, quiet), report_restarts(pipeline, _reason, _permanent_error) as watch:
         try:
             result = pipeline.run()
             with ended_on_dataflow(result, _permanent_error, watch):

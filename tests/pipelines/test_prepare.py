@@ -29,7 +29,7 @@ from kills import EVERY_THIRD_KILL, check_kills, files_in
 from diptych.pipelines.cli import main
 from diptych.pipelines.demo_data import layouts
 from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set
-from diptych.pipelines.lifecycle.launch import Job, Written
+from diptych.pipelines.lifecycle.launch import DatasetSpec, Job
 from diptych.pipelines.lifecycle.output_folder import State
 from diptych.pipelines.options.prepare import PrepareOptions
 from diptych.pipelines.prepare import prepare, prepare_graph
@@ -570,7 +570,7 @@ class TestLaws:
         shards: list[Shard] = open_source(options.inputs, "auto", SourceOptions()).shards("", 10)
         pipeline = new_pipeline(())
         about = {"job": "prepare", "versions": {"diptych": "1"}}
-        job = Job({"images": Written(images_schema())}, about, 10, options)
+        job = Job({"images": DatasetSpec(images_schema())}, about, 10, options)
         sinks = job.sinks({name: claim.record() for name, claim in job.claims().items()})
         prepare_graph(pipeline, shards, job, options, sinks)
         return pipeline.to_runner_api()

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.transforms import read as read_module
-from diptych.transforms.chunk import Chunk, ChunkKey
+from diptych.transforms.chunk import Chunk, ChunkKey, Reject
 from diptych.transforms.errors import InputError, OutputError
 from diptych.transforms.progress import progress
 from diptych.transforms.read import ReadShards, read_ahead, read_chunks, read_text_chunks
 from diptych.transforms.schemas import RAW_TEXT, REJECTS, images_schema, raw_schema
 from diptych.transforms.sink import Commit, Sink, commit_chunk
-from diptych.transforms.sources.base import Lost, Record, Row, Shard
+from diptych.transforms.sources.base import Record, Row, Shard
 from diptych.transforms.sources.sharded.prepared_captions import TextShard
 
 
@@ -102,7 +102,7 @@ class TestReadChunks:
         assert [chunk.rows["row"].to_pylist() for chunk in chunks] == [[0, 1], [2, 3]]
 
     def test_rows_and_rejects_are_what_was_read(self):
-        lost = Lost("k1", 1, "missing_image", "it is not there", b"data")
+        lost = Reject("k1", 1, "missing_image", "it is not there", b"data")
         (chunk,) = read_chunks(shard_of(row_of(0), lost, row_of(2)), 3, raw_schema(), keep_bytes=True)
         assert chunk.rows.schema.equals(raw_schema())
         assert chunk.rejects.schema.equals(REJECTS)
@@ -132,14 +132,14 @@ class TestReadChunks:
 
     def test_a_reject_keeps_its_bytes_only_when_asked(self, monkeypatch):
         monkeypatch.setattr(read_module, "_MAX_CHUNK_BYTES", 100)
-        lost = [Lost("", number, "duplicate_key", "m", bytes(60)) for number in range(4)]
+        lost = [Reject("", number, "duplicate_key", "m", bytes(60)) for number in range(4)]
         (chunk,) = read(shard_of(*lost), 5)
         assert chunk.rejects["bytes"].to_pylist() == [None] * 4
         chunks = list(read_chunks(shard_of(*lost), 5, raw_schema(), keep_bytes=True))
         assert [chunk.rejects["bytes"].to_pylist() for chunk in chunks] == [[bytes(60)] * 2] * 2
 
     def test_rejects_count_as_rows_of_a_chunk(self):
-        lost = [Lost("", number, "bad_annotation", "m") for number in range(4)]
+        lost = [Reject("", number, "bad_annotation", "m") for number in range(4)]
         chunks = read(shard_of(*lost, row_of(4)))
         assert [(len(chunk), chunk.num_read) for chunk in chunks] == [(0, 3), (1, 2)]
 
@@ -158,7 +158,7 @@ class TestReadChunks:
     )
     def test_going_on_gives_what_was_left(self, is_row, sizes, chunk_rows, data):
         records = [
-            row_of(number, sizes[number]) if good else Lost("", number, "bad_annotation", "m")
+            row_of(number, sizes[number]) if good else Reject("", number, "bad_annotation", "m")
             for number, good in enumerate(is_row)
         ]
         shard = shard_of(*records)
@@ -178,7 +178,7 @@ class TestReadChunks:
                 return super().records(len(self.content))
 
         skips: list[int] = []
-        lost = Lost("k1", 1, "missing_image", "m")
+        lost = Reject("k1", 1, "missing_image", "m")
         content = (row_of(0), lost, row_of(2), row_of(2), row_of(3))
         chunks = list(read_chunks(Asked("shard", 100, 5, content), 3, RAW_TEXT))
         assert skips == [0]
@@ -327,7 +327,7 @@ def committed_in(folder: Path, *chunks: tuple[str, int, int, bool]) -> Sink:
     """Commits chunks without rows that say they are of so many."""
     sink = sink_of(folder)
     for shard, index, count, last in chunks:
-        lost = [Lost("", number, "bad_annotation", "m") for number in range(count)]
+        lost = [Reject("", number, "bad_annotation", "m") for number in range(count)]
         (chunk,) = read_chunks(shard_of(*lost), 100, raw_schema())
         rows = pa.RecordBatch.from_pylist([], schema=images_schema())
         commit_chunk(sink, Chunk(ChunkKey(shard, index), rows, chunk.rejects, last, input="a.tar"))

@@ -21,7 +21,7 @@ from diptych.transforms.chunk import Chunk, Reject, take_rows
 from diptych.transforms.images.colour import to_srgb
 from diptych.transforms.images.decode import BadImage, Limits, Pixels, decode
 from diptych.transforms.schemas import RAW_COLUMNS, images_schema
-from diptych.transforms.worker import keep_imports, num_cores
+from diptych.transforms.worker import freeze_gc, num_cores
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -350,7 +350,7 @@ class _Resize(beam.DoFn):
         self._options = options
 
     def setup(self) -> None:
-        keep_imports()
+        freeze_gc()
         cv2.setNumThreads(0)  # the pool's threads are the parallelism
         self._pool = ThreadPoolExecutor(num_cores(), thread_name_prefix="resize")
 

@@ -139,7 +139,7 @@ class AddMatches:
 
 
 @dataclasses.dataclass(frozen=True)
-class IsLow:
+class BelowMinMatch:
     """Tells images that do not show their prompt.
 
     Attributes:
@@ -157,7 +157,7 @@ class IsLow:
 
 def match_task(min_match: float) -> Task:
     """Returns what a matcher does with a chunk of images that were made of prompts."""
-    return Task("generate", _pairs, AddMatches(), IsLow(min_match))
+    return Task("generate", _pairs, AddMatches(), BelowMinMatch(min_match))
 
 
 def _pairs(rows: pa.RecordBatch) -> list[ImageAndPrompt]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from diptych.models.base import Model
 from diptych.models.errors import one_line
-from diptych.models.model_thread import compute
+from diptych.models.model_thread import run_on_model_thread
 from diptych.transforms.chunk import ChunkKey
 from diptych.transforms.inference.device_errors import (
     device_error,
@@ -179,7 +179,7 @@ class ModelRunner(Generic[Input, Output]):
         return self._after(failure, items)
 
     def _predict(self, prepared: Any, num_inputs: int) -> list[Any]:
-        outputs = compute(self._model.predict, prepared)
+        outputs = run_on_model_thread(self._model.predict, prepared)
         if len(outputs) != num_inputs:
             raise _Bug(f"{type(self._model).__name__} gave {len(outputs)} results for {num_inputs} inputs")
         checked = list(map(_checked, outputs, _are_finite(outputs)))

@@ -19,7 +19,7 @@ from diptych.transforms.chunk import Chunk, ChunkKey, Reject, take_rows
 from diptych.transforms.errors import InputError, ModelInputError
 from diptych.transforms.inference.failures import MODEL_ERROR, FailureCount, FailureLimit
 from diptych.transforms.inference.micro_batches import Failure, ModelRunner
-from diptych.transforms.worker import keep_imports
+from diptych.transforms.worker import freeze_gc
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ class _Prepare(beam.DoFn):
     def setup(self) -> None:
         self._model = self._handler.load_model()
         self._begun: list[ChunkKey] = []
-        keep_imports()
+        freeze_gc()
 
     def start_bundle(self) -> None:
         self._forget()

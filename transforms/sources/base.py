@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError
 
 # The largest file that is read as an image, and as a text that goes with one. A larger one costs its row, not the
@@ -44,27 +45,7 @@ class Row(NamedTuple):
     counters: Mapping[str, int] = {}
 
 
-class Lost(NamedTuple):
-    """A row that cannot be read: it becomes a reject of the stage `read`.
-
-    Attributes:
-        key: Identity of the image where known, else empty.
-        row: Ordinal of the row in its input file.
-        reason: One of `diptych.transforms.schemas.REASONS`.
-        message: What was found, for people.
-        data: The original bytes where there are any.
-        counters: What the reader had to mend or leave out beside this row, by name.
-    """
-
-    key: str
-    row: int
-    reason: str
-    message: str
-    data: bytes | None = None
-    counters: Mapping[str, int] = {}
-
-
-Record = Row | Lost
+Record = Row | Reject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +108,7 @@ class Shard(abc.ABC):
             skip: The images of the first `skip` records are not needed: they may be empty bytes.
 
         Raises:
-            InputError: The shard itself is gone or may not be read. Damage inside it is a `Lost` record,
+            InputError: The shard itself is gone or may not be read. Damage inside it is a `Reject` record,
                 `shard_truncated` or `shard_corrupt`, that names the offset.
         """
 
@@ -148,7 +129,7 @@ class Shard(abc.ABC):
                 digest = hashlib.blake2b(record.key.encode(), digest_size=8).digest()
                 if digest in seen:
                     message = f"key {record.key!r} occurs before in this shard{self.duplicate_hint}"
-                    record = Lost(
+                    record = Reject(
                         record.key, record.row, "duplicate_key", message, record.image, record.counters
                     )
                 seen.add(digest)
@@ -170,13 +151,10 @@ class Source(abc.ABC):
     passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict, kw_only=True)
     notes: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
+    format: ClassVar[str]
+    """The name of the format, in `--format` and in fingerprints."""
     column_flags: ClassVar[frozenset[str]] = frozenset()
     """Flags that name columns of this format: `image_column`, `caption_column`, `key_column`, `metadata_columns`."""
-
-    @property
-    def format(self) -> str:
-        """What the input is read as."""
-        return type(self).__name__.removesuffix("Source").lower()
 
     def column_notes(self) -> tuple[str, ...]:
         """Returns what the user is told of the choice of columns; looking for it costs no more than a file's head."""

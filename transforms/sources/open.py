@@ -133,12 +133,15 @@ def _open(format: str, urls: tuple[str, ...], root: str, options: SourceOptions,
 
 
 _SOURCES: dict[str, Any] = {
-    "coco": CocoSource,
-    "flickr30k": Flickr30kSource,
-    "karpathy": KarpathySource,
-    "webdataset": WebdatasetSource,
-    "parquet": ParquetSource,
-    "tfrecord": TfrecordSource,
-    "files": FilesSource,
-    "prompts": PromptsSource,
+    source.format: source
+    for source in (
+        CocoSource,
+        Flickr30kSource,
+        KarpathySource,
+        WebdatasetSource,
+        ParquetSource,
+        TfrecordSource,
+        FilesSource,
+        PromptsSource,
+    )
 }

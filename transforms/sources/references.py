@@ -48,7 +48,7 @@ def read_references(url: str, format: str = "auto", split: str | None = None) ->
         )
     references, seen = References({}, {}, 0), set[str]()
     for annotation in source.annotations:
-        with source.open_draft(annotation, None) as draft:
+        with source.open_plan_builder(annotation, None) as draft:
             refs = dict(draft.refs()) if isinstance(source, CocoSource) else {}
             keys: set[str] = set()
             for entry in draft.entries():

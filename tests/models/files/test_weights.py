@@ -14,9 +14,9 @@ from diptych.models.errors import ModelError
 from diptych.models.files.weights import (
     digest,
     load_state,
-    localise,
     read_config,
     read_tensors,
+    to_local_path,
     write_file,
     write_tensors,
 )
@@ -26,33 +26,33 @@ class TestLocalise:
     def test_what_is_local_stays_where_it_is(self, tmp_path, monkeypatch):
         file = tmp_path / "w.kv"
         file.write_text("")
-        assert localise(str(tmp_path)) == tmp_path
-        assert localise(str(file)) == file
-        assert localise(f"file://{tmp_path}") == tmp_path
+        assert to_local_path(str(tmp_path)) == tmp_path
+        assert to_local_path(str(file)) == file
+        assert to_local_path(f"file://{tmp_path}") == tmp_path
         monkeypatch.setenv("HOME", str(tmp_path))
-        assert localise("~/w.kv") == file
+        assert to_local_path("~/w.kv") == file
 
     def test_a_url_is_fetched(self, tmp_path, monkeypatch):
         monkeypatch.setenv("DIPTYCH_CACHE", str(tmp_path))
         monkeypatch.setattr(
             "diptych.models.files.weights.fetch", lambda url: tmp_path / url.replace("/", "_")
         )
-        assert localise("gs://b/m") == tmp_path / "gs:__b_m"
+        assert to_local_path("gs://b/m") == tmp_path / "gs:__b_m"
 
     @pytest.mark.parametrize("location", ["", "/no/such/place", "./x", "org/name", "file:///no/such/place"])
     def test_nothing_there(self, location):
         with pytest.raises(ModelError, match="There is no model at"):
-            localise(location)
+            to_local_path(location)
 
     def test_the_hub_is_asked_only_for_what_can_be_a_name_there(self):
         for location in ("/no/such/place", "./x", "a/b/c", "a b"):
             with pytest.raises(ModelError, match=r"There is no model at.*Hugging Face hub"):
-                localise(location, hub=True)
+                to_local_path(location, hub=True)
 
     def test_a_local_folder_goes_before_the_hub(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "org" / "name").mkdir(parents=True)
-        assert localise("org/name", hub=True).resolve() == tmp_path / "org" / "name"
+        assert to_local_path("org/name", hub=True).resolve() == tmp_path / "org" / "name"
 
     def test_the_hub_is_asked_for_no_pickles(self, tmp_path, monkeypatch):
         asked = {}
@@ -62,7 +62,7 @@ class TestLocalise:
             return str(tmp_path)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        assert localise("org/name", hub=True) == tmp_path
+        assert to_local_path("org/name", hub=True) == tmp_path
         taken = huggingface_hub.utils.filter_repo_objects(
             [
                 "config.json",
@@ -83,11 +83,11 @@ class TestLocalise:
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         with pytest.raises(ModelError, match=r"No space left.*HF_HUB_CACHE"):
-            localise("org/name", hub=True)
+            to_local_path("org/name", hub=True)
 
     @pytest.mark.parametrize("variable", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
     def test_no_network_is_one_clear_error(self, tmp_path, variable):
-        code = "from diptych.models.files.weights import localise; localise('org/name', hub=True)"
+        code = "from diptych.models.files.weights import to_local_path; to_local_path('org/name', hub=True)"
         env = {**os.environ, "HF_HOME": str(tmp_path), **variable}
         for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
             env.pop(name, None)

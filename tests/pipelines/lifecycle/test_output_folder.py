@@ -53,17 +53,17 @@ def start(root: str, shards: list[str]) -> None:
     start_writing(root, DatasetClaim("images", print_of()), shards)
 
 
-def write_output(folder: Path, print_of_run: dict[str, Any], *, success: bool = True) -> None:
+def write_output(folder: Path, run_fingerprint: dict[str, Any], *, success: bool = True) -> None:
     """Writes what a run of two shards would: three data files and the rejects of one."""
-    sink = Sink(str(folder), "images", {"fingerprint": digest(print_of_run)}, images_schema())
-    open_output(str(folder), "images", print_of_run, overwrite=False)
+    sink = Sink(str(folder), "images", {"fingerprint": digest(run_fingerprint)}, images_schema())
+    open_output(str(folder), "images", run_fingerprint, overwrite=False)
     totals = Totals()
     for shard, index, last in (("a", 0, False), ("a", 1, True), ("b", 0, True)):
         rejects = reject_batch(shard, "read", [Reject("", 0, "missing_image", "m")] if index else [])
         rows = pa.RecordBatch.from_pylist([{"key": "k"}] if shard == "b" else [], schema=images_schema())
         totals = totals.add(commit_chunk(sink, Chunk(ChunkKey(shard, index), rows, rejects, last)))
     if success:
-        finish({"images": totals}, str(folder), {"images": Expected(2)}, digest(print_of_run))
+        finish({"images": totals}, str(folder), {"images": Expected(2)}, digest(run_fingerprint))
 
 
 def names_in(folder: Path) -> set[str]:

@@ -38,9 +38,9 @@ from diptych.pipelines.prepare import prepare
 from diptych.pipelines.runners import flink, run_pipeline
 from diptych.pipelines.runners.flink import (
     cancel_on_flink,
-    failures_told,
     flink_flags,
     num_buffers,
+    report_restarts,
     size_for_flink,
 )
 from diptych.transforms.errors import FailureLimitError, MissingInputError, ModelInputError, OptionError
@@ -515,7 +515,7 @@ class TestWhileItRuns:
             },
             {"timestamp": 1, "stacktrace": trace},
         ]
-        with failures_told(self.pipeline(master), run_pipeline._reason):
+        with report_restarts(self.pipeline(master), run_pipeline._reason):
             deadline = time.monotonic() + 10
             said = ""
             while said.count("\n") < 2 and time.monotonic() < deadline:
@@ -577,7 +577,7 @@ class TestWhileItRuns:
     def test_nothing_is_said_where_there_is_nothing_to_say(self, master, jobs, monkeypatch, capsys):
         monkeypatch.setattr(flink, "_ASK_EACH_S", 0.01)
         master.jobs, master.failures = jobs, [{"timestamp": 1, "stacktrace": "x"}]
-        with failures_told(self.pipeline(master), run_pipeline._reason):
+        with report_restarts(self.pipeline(master), run_pipeline._reason):
             time.sleep(0.2)
         assert capsys.readouterr().err == ""
 

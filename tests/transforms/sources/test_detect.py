@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diptych.transforms.chunk import add_counts
+from diptych.transforms.chunk import Reject, add_counts
 from diptych.transforms.errors import InputError, OptionError
 from diptych.transforms.sources import detect
-from diptych.transforms.sources.base import ColumnNames, Lost, Record, Row
+from diptych.transforms.sources.base import ColumnNames, Record, Row
 from diptych.transforms.sources.detect import expand_braces
 from diptych.transforms.sources.open import SourceOptions, open_source
 from diptych.transforms.sources.planned.plan import plan_counters, plan_notes
@@ -329,7 +329,7 @@ class TestNames:
         (folder / "gone.jpg").symlink_to(folder / "nowhere")
         _, records, _ = read(folder)
         assert keys_of(records) == ["real/a"]
-        assert [(record.key, record.reason) for record in records if isinstance(record, Lost)] == [
+        assert [(record.key, record.reason) for record in records if isinstance(record, Reject)] == [
             ("gone", "missing_image")
         ]
 
@@ -358,7 +358,7 @@ class TestCaptions:
             "x/b": ["two"],
             "d": [],
         }
-        assert sorted((record.key, record.reason) for record in records if isinstance(record, Lost)) == [
+        assert sorted((record.key, record.reason) for record in records if isinstance(record, Reject)) == [
             ("", "bad_annotation"),
             ("c", "missing_image"),
         ]

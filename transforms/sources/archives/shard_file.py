@@ -50,7 +50,7 @@ _IMAGE_MAGIC = {
 
 
 class ShardDamage(Exception):
-    """A shard that cannot be read on; whoever reads it makes a `Lost` record of this.
+    """A shard that cannot be read on; whoever reads it makes a `Reject` record of this.
 
     Attributes:
         reason: `shard_truncated` or `shard_corrupt`.

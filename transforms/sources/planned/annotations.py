@@ -23,9 +23,9 @@ from diptych.transforms import storage
 from diptych.transforms.errors import InputError
 from diptych.transforms.sources.base import InputFile, Shard, Source, shard_names
 from diptych.transforms.sources.planned import image_folder
-from diptych.transforms.sources.planned.entries import Bad, Caption, Fields, Image, Ref
+from diptych.transforms.sources.planned.entries import BadEntry, Caption, Fields, Image, Ref
 from diptych.transforms.sources.planned.plan import plan_shards, read_facts
-from diptych.transforms.sources.planned.plan_builder import Draft, open_draft
+from diptych.transforms.sources.planned.plan_builder import PlanBuilder, open_plan_builder
 from diptych.transforms.sources.text.json_stream import Unread
 from diptych.transforms.sources.text.spelling import respell
 from diptych.transforms.storage import relative_name as relative_name
@@ -79,7 +79,7 @@ class AnnotationSource(Source):
     """Whether an image is listed by its captions, and nowhere else."""
 
     @abc.abstractmethod
-    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Fields | Bad]:
+    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Fields | BadEntry]:
         """Parses an annotation file in bounded memory.
 
         Raises:
@@ -110,7 +110,7 @@ class AnnotationSource(Source):
                 size_bytes = fs.size(path)
             images = None if self.texts_only and self.images is None else self.find_images(url)
             made_from = {
-                "source": type(self).__name__,
+                "source": self.format,
                 "annotation": name,
                 "size_bytes": size_bytes,
                 "images": images and relative_name(images, self.root),
@@ -136,12 +136,12 @@ class AnnotationSource(Source):
         unlisted: set[str] | None = None
         for plan, url, facts in zip(plans, urls, every_facts, strict=True):
             if facts is None or not is_planned:
-                with self.open_draft(plan.annotation, plan.images) as draft:
+                with self.open_plan_builder(plan.annotation, plan.images) as builder:
                     if len(plans) > 1:
-                        own = set(draft.unlisted_images())
+                        own = set(builder.unlisted_images())
                         unlisted = own if unlisted is None else unlisted & own
-                        draft.counters["unlisted_images"] = len(unlisted) if plan is plans[-1] else 0
-                    facts = draft.publish(
+                        builder.counters["unlisted_images"] = len(unlisted) if plan is plans[-1] else 0
+                    facts = builder.write(
                         url, plan.made_from, plan.made_from["rows_per_shard"], self.metadata_columns
                     )
             shards += plan_shards(
@@ -234,7 +234,7 @@ class AnnotationSource(Source):
                 return list(dict.fromkeys(respell(str(name)).lstrip("/") for name in names))[:_IMAGES_TO_TELL]
 
     @contextlib.contextmanager
-    def open_draft(self, url: str, images: str | None) -> Iterator[Draft]:
+    def open_plan_builder(self, url: str, images: str | None) -> Iterator[PlanBuilder]:
         """Reads an annotation file, and settles which rows it has.
 
         Args:
@@ -245,26 +245,26 @@ class AnnotationSource(Source):
             InputError: It is no annotation of this format, or none of its images is in the folder.
             OptionError: An option asks for something it does not have.
         """
-        with open_draft() as draft:
+        with open_plan_builder() as builder:
             with storage.input_errors(url):
                 fs, path = storage.locate(url)
                 with fs.open(path, "rb") as file:
-                    draft.add(self.parts(url, file))
+                    builder.add(self.parts(url, file))
             if self.captions_name_images:
-                draft.list_captioned()
+                builder.list_captioned()
             if images is None:
-                draft.assume_files()
+                builder.assume_files()
             else:
-                draft.add_files(image_folder.members(images))
+                builder.add_files(image_folder.members(images))
             above = posixpath.dirname(url)
-            draft.settle(f"{relative_name(images, above)}/" if images else "")
-            num_named, num_found = draft.num_images()
+            builder.resolve(f"{relative_name(images, above)}/" if images else "")
+            num_named, num_found = builder.num_images()
             if num_named and not num_found:
                 raise InputError(
                     f"None of the {num_named} images that {url} names is in {images}. "
                     "Name the folder (or the .tar or .zip) that they are in with --images."
                 )
-            yield draft
+            yield builder
 
 
 def _holds_one(fs: fsspec.AbstractFileSystem, path: str, names: Sequence[str]) -> bool:
@@ -303,10 +303,10 @@ def show(value: object) -> str:
     return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}…"
 
 
-def not_an_object(name: str, ordinal: int, entry: object, row: int | None = None) -> Bad:
+def not_an_object(name: str, ordinal: int, entry: object, row: int | None = None) -> BadEntry:
     """Returns the reject of an entry that is no object."""
     why = entry.message if isinstance(entry, Unread) else f"not an object: {show(entry)}"
-    return Bad(f"{name} {ordinal} is {why}", row)
+    return BadEntry(f"{name} {ordinal} is {why}", row)
 
 
 _MOST_SHOWN = 80

@@ -13,7 +13,7 @@ from diptych.transforms.sources.planned.annotations import (
     not_an_object,
     show,
 )
-from diptych.transforms.sources.planned.entries import Bad, Caption, Image, key_of
+from diptych.transforms.sources.planned.entries import BadEntry, Caption, Image, key_of
 from diptych.transforms.sources.text.json_stream import JsonEntries
 
 _ENOUGH_TO_TELL = 1000
@@ -26,6 +26,8 @@ class CocoSource(AnnotationSource):
     `columns` names fields: `image` of an image's entry with its file (`file_name`), `key` of an image's entry with its
     key (None makes it of the file's name), `caption` of an annotation (`caption`).
     """
+
+    format: ClassVar[str] = "coco"
 
     column_flags: ClassVar[frozenset[str]] = frozenset(
         {"image_column", "caption_column", "key_column", "metadata_columns"}
@@ -41,7 +43,7 @@ class CocoSource(AnnotationSource):
         )
         return [*own, "../images", "images"]
 
-    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Bad]:
+    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | BadEntry]:
         """Parses `images` and `annotations`, whichever stands first."""
         entries = JsonEntries(url, file)
         images, captions = _Fields(), _Fields()
@@ -62,28 +64,28 @@ class CocoSource(AnnotationSource):
     def _caption_field(self) -> str:
         return self.columns.caption or "caption"
 
-    def _image(self, entry: Any, row: int) -> Image | Bad:
+    def _image(self, entry: Any, row: int) -> Image | BadEntry:
         if not isinstance(entry, dict):
             return not_an_object("image", row, entry, row)
         ref, path = entry.get("id"), entry.get(self._image_field)
         if not is_ref(ref) or not isinstance(path, str) or not path:
-            return Bad(
+            return BadEntry(
                 f"image {row} needs an id and a {self._image_field}; it has {show(ref)} and {show(path)}", row
             )
         key = key_of(entry, self.columns.key) if self.columns.key else None
         if self.columns.key and key is None:
-            return Bad(
+            return BadEntry(
                 f"image {row} needs a {self.columns.key} for its key; it has {show(entry.get(self.columns.key))}",
                 row,
             )
         return Image(row, ref, path, metadata_values(entry, self.metadata_columns), key=key)
 
-    def _caption(self, entry: Any, ordinal: int) -> Caption | Bad:
+    def _caption(self, entry: Any, ordinal: int) -> Caption | BadEntry:
         if not isinstance(entry, dict):
             return not_an_object("annotation", ordinal, entry)
         ref, text = entry.get("image_id"), entry.get(self._caption_field)
         if not is_ref(ref) or not isinstance(text, str):
-            return Bad(
+            return BadEntry(
                 f"annotation {ordinal} needs an image_id and a {self._caption_field}; "
                 f"it has {show(ref)} and {show(text)}"
             )

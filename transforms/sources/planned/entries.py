@@ -83,7 +83,7 @@ class Fields(NamedTuple):
     key: str | None
 
 
-class Bad(NamedTuple):
+class BadEntry(NamedTuple):
     """A part of an annotation that cannot be used: a reject.
 
     Attributes:
@@ -111,7 +111,7 @@ class Noticed(NamedTuple):
     note: str = ""
 
 
-Part = Image | Caption | Fields | Bad | Noticed
+Part = Image | Caption | Fields | BadEntry | Noticed
 """What a parser of annotations yields."""
 
 

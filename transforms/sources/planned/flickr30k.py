@@ -12,7 +12,7 @@ from diptych.transforms import storage
 from diptych.transforms.errors import OptionError
 from diptych.transforms.sources.base import ColumnNames
 from diptych.transforms.sources.planned.annotations import AnnotationSource
-from diptych.transforms.sources.planned.entries import Bad, Caption, Fields, Image
+from diptych.transforms.sources.planned.entries import BadEntry, Caption, Fields, Image
 from diptych.transforms.sources.text.encoding import Line, find_encoding, lines
 from diptych.transforms.sources.text.tables import (
     CERTAIN,
@@ -54,7 +54,7 @@ _SPACED = re.compile(
 _LINES_TO_TELL = 100
 _HEAD_BYTES = 1 << 16
 
-_Parts = Iterator[Caption | Fields | Bad]
+_Parts = Iterator[Caption | Fields | BadEntry]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Flickr30kSource(AnnotationSource):
     - a table of any delimiter and order of columns (`diptych.transforms.sources.text.tables`): Kaggle's `captions.txt`;
       a caption may be a list of captions, in JSON or Python (Hugging Face's `flickr_annotations_30k.csv`)
     """
+
+    format: ClassVar[str] = "flickr30k"
 
     captions_name_images: ClassVar[bool] = True
 
@@ -96,8 +98,8 @@ class Flickr30kSource(AnnotationSource):
                 notes += column_notes(redacted(url), head, self.columns, self.metadata_columns)
         return tuple(notes)
 
-    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Fields | Bad]:
-        """Parses the lines; one that cannot be parsed is `Bad`."""
+    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Fields | BadEntry]:
+        """Parses the lines; one that cannot be parsed is `BadEntry`."""
         encoding = find_encoding(file)
         head = [line.text for line in itertools.islice(lines(file, encoding), _LINES_TO_TELL)]
         file.seek(0)
@@ -185,7 +187,7 @@ def _table(lines: Iterator[Line], table: Table) -> _Parts:
 def _record(record: Record, table: Table) -> _Parts:
     row = record.fields
     if record.fault:
-        yield Bad(f"line {record.line}: {record.fault}: {record.text.strip()[:80]!r}")
+        yield BadEntry(f"line {record.line}: {record.fault}: {record.text.strip()[:80]!r}")
         return
     if len(row) != table.num_columns or not row[table.image].strip():
         expected = f"{table.num_columns} fields with the name of an image"
@@ -215,5 +217,5 @@ def _listed_captions(image: str, encoded: str, line: int) -> _Parts:
         yield Caption(image, number, caption.encode("utf-8", "replace").decode())
 
 
-def _bad(line: int, expected: str, found: str) -> Bad:
-    return Bad(f"line {line}: expected {expected}, found {found.strip()[:80]!r}")
+def _bad(line: int, expected: str, found: str) -> BadEntry:
+    return BadEntry(f"line {line}: expected {expected}, found {found.strip()[:80]!r}")

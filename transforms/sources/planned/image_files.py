@@ -22,15 +22,15 @@ from diptych.transforms.sources.base import InputFile, Shard, Source, passed_ove
 from diptych.transforms.sources.planned import image_folder
 from diptych.transforms.sources.planned.entries import (
     IMAGE_EXTENSIONS,
-    Bad,
+    BadEntry,
     is_image,
     is_leftover,
     may_be_image,
 )
-from diptych.transforms.sources.planned.image_folder import Member
+from diptych.transforms.sources.planned.image_folder import ImageFile
 from diptych.transforms.sources.planned.image_metadata import IMAGE_METADATA, MetadataReader
 from diptych.transforms.sources.planned.plan import plan_shards, read_facts
-from diptych.transforms.sources.planned.plan_builder import Draft, open_draft
+from diptych.transforms.sources.planned.plan_builder import PlanBuilder, open_plan_builder
 from diptych.transforms.storage import relative_name
 
 
@@ -48,6 +48,8 @@ class FilesSource(Source):
         metadata_columns: Columns of the metadata, or fields of `.json` files, to keep as metadata.
     """
 
+    format: ClassVar[str] = "files"
+
     urls: tuple[str, ...]
     root: str
     metadata_columns: tuple[str, ...] = ()
@@ -58,14 +60,14 @@ class FilesSource(Source):
         """Returns one entry for all the files: their total size, and a digest of their names and sizes."""
         digest = hashlib.sha256()
         total_bytes = 0
-        with open_draft() as draft:
-            metadata = self._list(draft)
-            for path, size_bytes in draft.files():
+        with open_plan_builder() as builder:
+            metadata = self._list(builder)
+            for path, size_bytes in builder.files():
                 digest.update(f"{path}\t{size_bytes}\n".encode())
                 total_bytes += size_bytes or 0
             for url in metadata:
                 digest.update(_digest(url))
-            for path, size_bytes in draft.texts():
+            for path, size_bytes in builder.texts():
                 digest.update(f"{path}\t{size_bytes}\n".encode())
         return [InputFile(self._name(), total_bytes, digest.hexdigest())]
 
@@ -75,7 +77,7 @@ class FilesSource(Source):
         plan = storage.join(plan_folder, f"{plan_name}.arrow")
         names = "\n".join(relative_name(url, self.root) for url in self.urls)
         made_from = {
-            "source": type(self).__name__,
+            "source": self.format,
             "urls_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
             "rows_per_shard": rows_per_shard,
             "caption_column": self.columns.caption,
@@ -84,27 +86,28 @@ class FilesSource(Source):
         }
         facts = read_facts(plan)
         if facts is None or facts.made_from != made_from:
-            with open_draft() as draft:
-                self._list(draft)
-                facts = draft.publish(plan, made_from, rows_per_shard, self.metadata_columns)
+            with open_plan_builder() as builder:
+                self._list(builder)
+                facts = builder.write(plan, made_from, rows_per_shard, self.metadata_columns)
         return plan_shards(plan, facts, plan_name, self.root, None, self.metadata_columns, self.columns)
 
     def _name(self) -> str:
         names = {relative_name(url, self.root) for url in self.urls}
         return names.pop() if len(names) == 1 and "" not in names else "files"
 
-    def _list(self, draft: Draft) -> list[str]:
+    def _list(self, builder: PlanBuilder) -> list[str]:
         """Lists the files; returns the URLs of those with metadata of others."""
         metadata: list[str] = []
         passed_over: list[str] = []
         for url in self.urls:
             with storage.input_errors(url):
-                draft.add_files(self._images(draft, url, metadata, passed_over))
+                builder.add_files(self._images(builder, url, metadata, passed_over))
         message = "its name is not UTF-8: rename it"
-        draft.add(
-            Bad(f"{name}: {message}", key=name, reason="missing_image") for name in sorted({*draft.nameless})
+        builder.add(
+            BadEntry(f"{name}: {message}", key=name, reason="missing_image")
+            for name in sorted({*builder.nameless})
         )
-        if not draft.nameless and next(draft.files(), None) is None:
+        if not builder.nameless and next(builder.files(), None) is None:
             raise InputError(
                 f"There is no image in {', '.join(self.urls)}: expected files ending in "
                 f"{', '.join(IMAGE_EXTENSIONS)}. Files with other names are taken from a glob, such as "
@@ -112,16 +115,16 @@ class FilesSource(Source):
             )
         reader = MetadataReader(self.columns, self.metadata_columns)
         for path in sorted(metadata):
-            draft.add(reader.read(storage.join(self.root, path), path))
-        draft.list_files(self.columns.key)
-        self._check_columns(draft, reader)
-        draft.counters["passed_over_files"] += len(passed_over)
-        if number := draft.counters["passed_over_files"]:
-            names = sorted([*passed_over, *itertools.islice(draft.unused_texts(), _MAX_NAMED)])
-            draft.notes.append(passed_over_note(self.format, number, names))
+            builder.add(reader.read(storage.join(self.root, path), path))
+        builder.list_files(self.columns.key)
+        self._check_columns(builder, reader)
+        builder.counters["passed_over_files"] += len(passed_over)
+        if number := builder.counters["passed_over_files"]:
+            names = sorted([*passed_over, *itertools.islice(builder.unused_texts(), _MAX_NAMED)])
+            builder.notes.append(passed_over_note(self.format, number, names))
         return [storage.join(self.root, path) for path in sorted(metadata)]
 
-    def _check_columns(self, draft: Draft, reader: MetadataReader) -> None:
+    def _check_columns(self, builder: PlanBuilder, reader: MetadataReader) -> None:
         """Checks that the columns that the user names are those of the metadata, or may be of files beside images.
 
         Raises:
@@ -137,7 +140,7 @@ class FilesSource(Source):
         ]
         if not missing:
             return
-        beside = {posixpath.splitext(path)[1].lower()[1:] for path, _ in draft.texts()}
+        beside = {posixpath.splitext(path)[1].lower()[1:] for path, _ in builder.texts()}
         if "json" in beside:  # what is in them shows when they are read
             return
         for flag, name in missing:
@@ -150,8 +153,8 @@ class FilesSource(Source):
                 )
 
     def _images(
-        self, draft: Draft, url: str, metadata: list[str], passed_over: list[str]
-    ) -> Iterator[Member]:
+        self, builder: PlanBuilder, url: str, metadata: list[str], passed_over: list[str]
+    ) -> Iterator[ImageFile]:
         """Yields the images of a folder, a glob, or a single file, with paths below the root; fills the two lists."""
         fs, path = storage.locate(url)
         start = len(storage.locate(self.root)[1].rstrip("/")) + 1
@@ -164,7 +167,7 @@ class FilesSource(Source):
         if not (path in found and found[path]["type"] == "directory"):
             for name, info in found.items():
                 if info["type"] == "file":
-                    yield Member(name[start:], info["size"])
+                    yield ImageFile(name[start:], info["size"])
             return
         above = relative_name(url, self.root)
         num_looked_at = 0
@@ -183,7 +186,7 @@ class FilesSource(Source):
             elif IMAGE_METADATA.match(name):
                 metadata.append(member.path)
             elif name.lower().endswith(_TEXT_EXTENSIONS):
-                draft.add_texts([member])
+                builder.add_texts([member])
             else:
                 num_looked_at += 1
                 place = storage.join(path, member.path.removeprefix(f"{above}/") if above else member.path)

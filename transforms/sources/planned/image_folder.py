@@ -28,7 +28,7 @@ from diptych.transforms.sources.planned.prefetch import Get, fetch_ahead
 _MOST_OTHERS = 100
 
 
-class Member(NamedTuple):
+class ImageFile(NamedTuple):
     """A file of an image folder, and how to get it.
 
     Attributes:
@@ -76,7 +76,7 @@ def is_image_archive(url: str) -> bool:
     return without_query(url).lower().endswith((".tar", ".zip"))
 
 
-def members(url: str, *, sizes: bool = False) -> Iterator[Member]:
+def members(url: str, *, sizes: bool = False) -> Iterator[ImageFile]:
     """Lists the files of a folder (with its sub-folders) or archive, in no particular order.
 
     Args:
@@ -95,12 +95,12 @@ def members(url: str, *, sizes: bool = False) -> Iterator[Member]:
         else:
             start = len(path.rstrip("/")) + 1
             for _, _, files in fs.walk(path, detail=True, on_error="raise"):
-                yield from (Member(info["name"][start:], info["size"]) for info in files.values())
+                yield from (ImageFile(info["name"][start:], info["size"]) for info in files.values())
             fs.invalidate_cache(path)  # a store's client keeps the whole listing otherwise
 
 
 def fetch(
-    url: str, wanted: Sequence[Member], others: Sequence[Member] = ()
+    url: str, wanted: Sequence[ImageFile], others: Sequence[ImageFile] = ()
 ) -> Iterator[bytes | Unreadable | Absent]:
     """Yields the bytes of files in the order asked, or why one cannot be read.
 
@@ -130,7 +130,7 @@ def fetch(
         yield from missing
 
 
-def _check_folder(url: str, members: Sequence[Member], num_missing: int) -> None:
+def _check_folder(url: str, members: Sequence[ImageFile], num_missing: int) -> None:
     """Checks that one of these files is there; a single missing one needs no other to vouch for the folder.
 
     Raises:
@@ -151,7 +151,7 @@ def _check_folder(url: str, members: Sequence[Member], num_missing: int) -> None
         )
 
 
-def _fetch(url: str, wanted: Sequence[Member]) -> Iterator[bytes | Unreadable | Absent]:
+def _fetch(url: str, wanted: Sequence[ImageFile]) -> Iterator[bytes | Unreadable | Absent]:
     fs, path = storage.locate(url)
     contents: Generator[bytes | Unreadable | Absent, None, None]
     if fs.async_impl:
@@ -200,7 +200,7 @@ def _read(fs: fsspec.AbstractFileSystem, name: str, extent: dict[str, int]) -> b
         return absence
 
 
-def _unpack(data: bytes, member: Member) -> bytes | Unreadable:
+def _unpack(data: bytes, member: ImageFile) -> bytes | Unreadable:
     if member.packed_bytes is None:
         return data
     try:
@@ -217,14 +217,14 @@ def _too_large(size_bytes: int | None) -> Unreadable:
     return Unreadable(f"has {size_bytes} bytes; at most {MAX_IMAGE_BYTES} are read")
 
 
-def _extent(path: str, member: Member) -> tuple[str, dict[str, int]]:
+def _extent(path: str, member: ImageFile) -> tuple[str, dict[str, int]]:
     """Returns the file of a store that holds a member, and which part of it."""
     if member.offset is None:
         return f"{path.rstrip('/')}/{member.path}", {}
     return path, {"start": member.offset, "end": member.offset + (member.size_bytes or 0)}
 
 
-def _request(fs: fsspec.AbstractFileSystem, path: str, member: Member) -> Get[bytes | Absent]:
+def _request(fs: fsspec.AbstractFileSystem, path: str, member: ImageFile) -> Get[bytes | Absent]:
     name, extent = _extent(path, member)
     # else s3fs asks for the size of each file before it reads it
     whole = {"max_concurrency": 1} if "s3" in fs.protocol and not extent else {}
@@ -243,7 +243,7 @@ def _request(fs: fsspec.AbstractFileSystem, path: str, member: Member) -> Get[by
     return get
 
 
-def _local_members(top: str, sizes: bool) -> Iterator[Member]:
+def _local_members(top: str, sizes: bool) -> Iterator[ImageFile]:
     # Not fsspec's listing: it holds a folder's entries all at once, with a stat of each.
     pending, linked = [""], list[str]()
     seen: set[tuple[int, int]] = set()
@@ -264,7 +264,7 @@ def _local_members(top: str, sizes: bool) -> Iterator[Member]:
                     if _is_folder(entry):
                         (linked if entry.is_symlink() else pending).append(path)
                     elif entry.is_symlink() or entry.is_file():
-                        yield Member(path, _size(entry) if sizes else None)
+                        yield ImageFile(path, _size(entry) if sizes else None)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -290,7 +290,7 @@ _PACKED_TAR = (
 )
 
 
-def _archive_members(url: str, fs: fsspec.AbstractFileSystem, path: str) -> Iterator[Member]:
+def _archive_members(url: str, fs: fsspec.AbstractFileSystem, path: str) -> Iterator[ImageFile]:
     if without_query(url).lower().endswith(_PACKED_TAR):
         raise InputError(
             f"--images {url} is a compressed tar, which can only be read from its start. "
@@ -302,7 +302,7 @@ def _archive_members(url: str, fs: fsspec.AbstractFileSystem, path: str) -> Iter
         else:
             with fs.open(path, "rb") as file:
                 for entry in zip_entries(file):
-                    yield Member(entry.path, entry.size_bytes, *entry[1:2], *entry[3:])
+                    yield ImageFile(entry.path, entry.size_bytes, *entry[1:2], *entry[3:])
     except (ShardDamage, ZipError) as error:
         raise InputError(
             f"--images {url} cannot be read as an archive: {error}. It may be cut off: fetch it again, "
@@ -310,7 +310,7 @@ def _archive_members(url: str, fs: fsspec.AbstractFileSystem, path: str) -> Iter
         ) from error
 
 
-def _tar_members(url: str) -> Iterator[Member]:
+def _tar_members(url: str) -> Iterator[ImageFile]:
     links = Links()
     with open_shard(url) as file:
         tar = TarReader(file)
@@ -318,7 +318,7 @@ def _tar_members(url: str) -> Iterator[Member]:
             if tar.link is not None:
                 links.add(name, tar.link)
             elif not tar.unreadable:
-                yield Member(normalise(name), tar.size, tar.payload_offset)
+                yield ImageFile(normalise(name), tar.size, tar.payload_offset)
     if not links:
         return
     # Again: to remember where each member lies, for links that may come, would take the memory of a long list.
@@ -329,4 +329,4 @@ def _tar_members(url: str) -> Iterator[Member]:
             if tar.link is None and not tar.unreadable:
                 for other, link in names.get(normalise(name), ()):
                     if link.may_be(tar.offset):
-                        yield Member(other, tar.size, tar.payload_offset)
+                        yield ImageFile(other, tar.size, tar.payload_offset)

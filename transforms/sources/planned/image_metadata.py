@@ -17,7 +17,7 @@ from diptych.transforms import storage
 from diptych.transforms.errors import InputError
 from diptych.transforms.sources.archives.shard_file import encodable, metadata_text
 from diptych.transforms.sources.base import ColumnNames
-from diptych.transforms.sources.planned.entries import Bad, Caption, Fields, Noticed, Part, key_of
+from diptych.transforms.sources.planned.entries import BadEntry, Caption, Fields, Noticed, Part, key_of
 from diptych.transforms.sources.text.encoding import find_encoding, lines
 from diptych.transforms.sources.text.json_stream import parse_json
 from diptych.transforms.sources.text.tables import CAPTION_NAMES, Table, cut, find_dialect, records
@@ -77,7 +77,7 @@ class MetadataReader:
         with storage.input_errors(url), fs.open(place, "rb") as file:
             for ordinal, row in enumerate(_rows(url, file, counters)):
                 if row.fault:
-                    yield Bad(f"{path}, line {row.number}: {row.fault}")
+                    yield BadEntry(f"{path}, line {row.number}: {row.fault}")
                     continue
                 if len(columns) < _MAX_COLUMNS:
                     columns |= dict.fromkeys(row.fields)
@@ -88,7 +88,7 @@ class MetadataReader:
     def _parts(self, row: _Row, path: str, ordinal: int, counters: Counter[str]) -> Iterator[Part]:
         name = next((value for key in _by_name(row.fields, _NAMES) if (value := row.fields[key])), None)
         if not isinstance(name, str):
-            yield Bad(f"{path}, line {row.number}: there is no file_name")
+            yield BadEntry(f"{path}, line {row.number}: there is no file_name")
             return
         ref = posixpath.normpath(posixpath.join(posixpath.dirname(path), name.replace("\\", "/")))
         key = key_of(row.fields, self._key_column) if self._key_column else None

@@ -12,7 +12,7 @@ from diptych.transforms.sources.planned.annotations import (
     not_an_object,
     show,
 )
-from diptych.transforms.sources.planned.entries import Bad, Caption, Image, key_of
+from diptych.transforms.sources.planned.entries import BadEntry, Caption, Image, key_of
 from diptych.transforms.sources.planned.flickr30k import FOLDERS
 from diptych.transforms.sources.text.json_stream import JsonEntries
 
@@ -30,6 +30,8 @@ class KarpathySource(AnnotationSource):
     Attributes:
         split: Splits to take, with commas between them (`train,restval`); None for all.
     """
+
+    format: ClassVar[str] = "karpathy"
 
     split: str | None = None
 
@@ -53,7 +55,7 @@ class KarpathySource(AnnotationSource):
         """Returns the options that decide the plan."""
         return {**super().options(), "split": self.split}
 
-    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | Bad]:
+    def parts(self, url: str, file: IO[bytes]) -> Iterator[Image | Caption | BadEntry]:
         """Parses `images`, with the captions in their `sentences`."""
         wanted = None if self.split is None else {name.strip() for name in self.split.split(",")} - {""}
         entries = JsonEntries(url, file)
@@ -100,22 +102,24 @@ class KarpathySource(AnnotationSource):
                     f"They have {', '.join(sorted(fields[place]))}: name one of those."
                 )
 
-    def _image(self, entry: dict[str, Any], row: int, wanted: bool) -> Iterator[Image | Caption | Bad]:
+    def _image(self, entry: dict[str, Any], row: int, wanted: bool) -> Iterator[Image | Caption | BadEntry]:
         name = entry.get(self._image_field)
         if not isinstance(name, str) or not name:
-            yield Bad(f"image {row} has no {self._image_field}, but {show(name)}", row)
+            yield BadEntry(f"image {row} has no {self._image_field}, but {show(name)}", row)
             return
         folder = None if self.columns.image else entry.get("filepath")
         path = "/".join(part for part in (folder, name) if isinstance(part, str)).lstrip("/")
         key = key_of(entry, self.columns.key) if self.columns.key else None
         if self.columns.key and key is None:
             value = show(entry.get(self.columns.key))
-            yield Bad(f"image {row}, {path}, needs a {self.columns.key} for its key; it has {value}", row)
+            yield BadEntry(
+                f"image {row}, {path}, needs a {self.columns.key} for its key; it has {value}", row
+            )
             return
         yield Image(row, row, path, metadata_values(entry, self.metadata_columns), wanted, key)
         sentences = entry.get("sentences") if wanted else None
         if sentences is not None and not isinstance(sentences, list):
-            yield Bad(f"image {row}, {path}, has sentences that are no list: {show(sentences)}")
+            yield BadEntry(f"image {row}, {path}, has sentences that are no list: {show(sentences)}")
             return
         for ordinal, sentence in enumerate(sentences or ()):
             text = self._text(sentence)
@@ -123,7 +127,7 @@ class KarpathySource(AnnotationSource):
                 lacks = (
                     f"no {self.columns.caption}" if self.columns.caption else "neither raw text nor tokens"
                 )
-                yield Bad(f"sentence {ordinal} of image {row}, {path}, has {lacks}: {show(sentence)}")
+                yield BadEntry(f"sentence {ordinal} of image {row}, {path}, has {lacks}: {show(sentence)}")
             else:
                 yield Caption(row, ordinal, text)
 

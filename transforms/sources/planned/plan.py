@@ -13,9 +13,9 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from diptych.transforms import storage
-from diptych.transforms.chunk import add_counts
+from diptych.transforms.chunk import Reject, add_counts
 from diptych.transforms.sources.archives.shard_file import encodable, metadata_text
-from diptych.transforms.sources.base import MAX_TEXT_BYTES, ColumnNames, Lost, Record, Row, Shard
+from diptych.transforms.sources.base import MAX_TEXT_BYTES, ColumnNames, Record, Row, Shard
 from diptych.transforms.sources.planned import image_folder
 from diptych.transforms.sources.planned.entries import key_of
 from diptych.transforms.sources.sample import Sample
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
     row: int
     key: str
-    image: image_folder.Member | None
+    image: image_folder.ImageFile | None
     captions: Sequence[str]
     reason: str | None
     message: str
@@ -107,27 +107,27 @@ class PlannedShard(Shard):
 
     def _records(self, skip: int, with_images: bool) -> Iterator[Record]:
         entries = self._entries()
-        wanted: list[image_folder.Member] = []
+        wanted: list[image_folder.ImageFile] = []
         for ordinal, entry in enumerate(entries):
             if entry.image is not None:
                 wanted += [entry.image] if with_images and ordinal >= skip else []
                 wanted += [
-                    image_folder.Member(text) for text in entry.texts if ordinal >= skip or not entry.key
+                    image_folder.ImageFile(text) for text in entry.texts if ordinal >= skip or not entry.key
                 ]
         others = [entry.image for entry in entries[:skip] if entry.image is not None]
         contents = image_folder.fetch(self.images, wanted, others)
         for ordinal, entry in enumerate(entries):
             if entry.image is None:
-                yield Lost(entry.key, entry.row, entry.reason or "bad_annotation", entry.message)
+                yield Reject(entry.key, entry.row, entry.reason or "bad_annotation", entry.message)
                 continue
             path = entry.image.path
             data = next(contents) if ordinal >= skip and with_images else b""
             texts = [next(contents) for _ in entry.texts] if ordinal >= skip or not entry.key else []
             if isinstance(data, image_folder.Absent):
-                yield Lost(entry.key, entry.row, "missing_image", f"{path} {data.message}")
+                yield Reject(entry.key, entry.row, "missing_image", f"{path} {data.message}")
                 continue
             if isinstance(data, image_folder.Unreadable):
-                yield Lost(entry.key, entry.row, "record_corrupt", f"{path}: {data.message}")
+                yield Reject(entry.key, entry.row, "record_corrupt", f"{path}: {data.message}")
                 continue
             name = path.rpartition("/")[2]
             metadata = dict(zip(self.metadata_columns, entry.metadata or (), strict=False))
@@ -160,7 +160,7 @@ class PlannedShard(Shard):
         if not key and (key := key_of(found.fields, self.columns.key or "")) is None:
             message = f"{row.source} has no {self.columns.key} for its key in the .json beside it"
             key = posixpath.splitext(row.source)[0]
-            return Lost(key, row.row, "bad_annotation", message, row.image, counters)
+            return Reject(key, row.row, "bad_annotation", message, row.image, counters)
         return row._replace(
             key=encodable(key), captions=[*row.captions, *found.captions], metadata=values, counters=counters
         )
@@ -180,7 +180,7 @@ class PlannedShard(Shard):
                 key,
                 None
                 if reason is not None
-                else image_folder.Member(path, size_bytes, offset, packed_bytes, crc32),
+                else image_folder.ImageFile(path, size_bytes, offset, packed_bytes, crc32),
                 captions,
                 reason,
                 message,
@@ -308,7 +308,7 @@ def _batch(entries: Sequence[Entry], schema: pa.Schema) -> pa.RecordBatch:
     num_metadata = len(schema) - len(_COLUMNS)
     rows = [
         (entry.row, entry.key, entry.captions, entry.reason, entry.message)
-        + (entry.image or (None,) * len(image_folder.Member._fields))
+        + (entry.image or (None,) * len(image_folder.ImageFile._fields))
         + (entry.texts,)
         + tuple(entry.metadata or [None] * num_metadata)
         for entry in entries

@@ -28,13 +28,13 @@ from diptych.transforms.sources.planned.entries import (
     is_image,
     stem,
 )
-from diptych.transforms.sources.planned.image_folder import Member
+from diptych.transforms.sources.planned.image_folder import ImageFile
 from diptych.transforms.sources.planned.plan import Entry, PlanFacts, write_plan
 from diptych.transforms.sources.text.spelling import backwards, text_root
 
 
-class Draft:
-    """A data set that is being planned, in a temporary database. `open_draft` makes one.
+class PlanBuilder:
+    """A data set that is being planned, in a temporary database. `open_plan_builder` makes one.
 
     Attributes:
         counters: What was noticed, by name.
@@ -92,7 +92,7 @@ class Draft:
             else:
                 execute(_ADD_LOST, (position, part.row, part.key, part.reason, part.message))
 
-    def add_files(self, members: Iterable[Member]) -> None:
+    def add_files(self, members: Iterable[ImageFile]) -> None:
         """Adds the files that there are."""
         for member in members:
             try:
@@ -141,7 +141,7 @@ class Draft:
         if self._count("fields"):
             self.counters["images_without_metadata"] += self._count(f"files WHERE NOT {captioned}")
 
-    def add_texts(self, members: Iterable[Member]) -> None:
+    def add_texts(self, members: Iterable[ImageFile]) -> None:
         """Adds files of text that may belong to an image of the same name."""
         values = ((member.path, text_root(member.path), member.size_bytes) for member in members)
         self._database.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", values)
@@ -161,7 +161,7 @@ class Draft:
         """Takes each image for there, for a job that needs none."""
         self._database.execute("UPDATE records SET file = respell(path) WHERE path IS NOT NULL")
 
-    def settle(self, images: str = "") -> None:
+    def resolve(self, images: str = "") -> None:
         """Decides which rows are lost: the later of two with one id or key, and what has no image or entry.
 
         Captions whose ids differ from the images' in type alone are theirs, and entries of one file are one row.
@@ -226,7 +226,7 @@ class Draft:
         query = "SELECT text FROM captions WHERE ref = ? ORDER BY ordinal, position"
         has_texts = self._count("texts") > 0
         for ordinal, (row, ref, key, reason, message, metadata, *member) in enumerate(rows):
-            image = Member(*member) if reason is None else None
+            image = ImageFile(*member) if reason is None else None
             captions = [text for (text,) in self._database.execute(query, (ref,))] if image else []
             row = ordinal if row is None else row
             values = json.loads(metadata) if metadata else None
@@ -235,7 +235,7 @@ class Draft:
                 texts = [path for (path,) in self._database.execute(_TEXTS, (text_root(image.path),))]
             yield Entry(row, key or "", image, captions, reason, message, values, texts)
 
-    def publish(
+    def write(
         self,
         plan: str,
         made_from: Mapping[str, object],
@@ -280,7 +280,7 @@ class Draft:
 
 
 @contextlib.contextmanager
-def open_draft() -> Iterator[Draft]:
+def open_plan_builder() -> Iterator[PlanBuilder]:
     """Opens an empty draft in a temporary folder.
 
     Raises:
@@ -292,7 +292,7 @@ def open_draft() -> Iterator[Draft]:
                 sqlite3.connect(os.path.join(folder, "draft"), isolation_level=None)
             ) as database:
                 database.executescript(_SETTINGS)
-                yield Draft(database, folder)
+                yield PlanBuilder(database, folder)
         except (sqlite3.OperationalError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.ENOSPC:
                 raise

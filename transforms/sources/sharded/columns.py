@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from diptych.transforms.errors import OptionError
+from diptych.transforms.sources.base import ColumnNames
 
 # Names in use, in any case; of the columns with a type that fits, the first wins.
 IMAGE_COLUMNS = ("image", "jpg", "image_bytes", "img", "bytes", "png", "jpeg", "webp")
@@ -80,9 +81,7 @@ class _Role(NamedTuple):
 def find_columns(
     schema: pa.Schema,
     url: str,
-    image: str | None,
-    caption: str | None,
-    key: str | None,
+    names: ColumnNames,
     metadata: Sequence[str],
     with_images: bool = True,
 ) -> Columns:
@@ -93,26 +92,25 @@ def find_columns(
     Args:
         schema: The file's schema.
         url: The file, for messages.
-        image: Column of the images, or None.
-        caption: Column of the captions, or None.
-        key: Column of the keys, or None.
+        names: The columns that the user names.
         metadata: Metadata columns; one that is not there is null.
         with_images: Whether the images are wanted; there need be none if not.
 
     Raises:
         ColumnError: A column that is named or needed is missing or of a type that cannot be used.
     """
+    image = None
     if with_images:
-        image = _find(schema, url, _IMAGE, image) or _only_image(schema, url)
-    caption = _find(schema, url, _CAPTION, caption)
+        image = _find(schema, url, _IMAGE, names.image) or _only_image(schema, url)
+    caption = _find(schema, url, _CAPTION, names.caption)
     if caption is None and not with_images:
         misfits = _usual(schema, _CAPTION)
         why = f"a column {misfits[0]!r}, but of type {_type(schema, misfits[0])}" if misfits else ""
         raise _mismatch(schema, url, _CAPTION, why or f"no column {', '.join(CAPTION_COLUMNS)}")
     return Columns(
-        image if with_images else None,
+        image,
         caption,
-        _find(schema, url, _KEY, key),
+        _find(schema, url, _KEY, names.key),
         _ERROR_COLUMN if _ERROR_COLUMN in schema.names else None,
         tuple(name if name in schema.names else None for name in metadata),
     )

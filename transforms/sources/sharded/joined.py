@@ -4,8 +4,9 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.sources.archives.shard_file import image_name
-from diptych.transforms.sources.base import MAX_TEXT_BYTES, Lost, Record, Row
+from diptych.transforms.sources.base import MAX_TEXT_BYTES, Record, Row
 
 DUPLICATE_HINT = (
     "; captions of one image are joined where its rows follow each other with the same image: sort by key"
@@ -34,11 +35,11 @@ def join_captions(records: Iterator[Record], shard: str) -> Iterator[Record]:
     """
     row: Row | None = None
     others = _Others()
-    waiting: list[Lost] = []
+    waiting: list[Reject] = []
     seen: set[_Seen] = set()
     for record in records:
         if row is not None:
-            if isinstance(record, Lost):
+            if isinstance(record, Reject):
                 if len(waiting) < _MAX_WAITING:
                     waiting.append(record)
                     continue

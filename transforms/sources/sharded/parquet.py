@@ -2,14 +2,15 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import pyarrow as pa
 
 from diptych.models.files.location import redacted
-from diptych.transforms.sources.archives.shard_file import ShardDamage, input_files
-from diptych.transforms.sources.base import InputFile, Lost, Record, Shard, Source, shard_names
+from diptych.transforms.chunk import Reject
+from diptych.transforms.sources.archives.shard_file import ShardDamage
+from diptych.transforms.sources.base import ColumnNames, InputFile, Record, Shard
 from diptych.transforms.sources.sharded.columns import (
     ColumnError,
     Columns,
@@ -26,80 +27,45 @@ from diptych.transforms.sources.sharded.parquet_file import (
 )
 from diptych.transforms.sources.sharded.parquet_footer import read_row_groups
 from diptych.transforms.sources.sharded.parquet_rows import RowReader
+from diptych.transforms.sources.sharded.sharded_source import ShardedSource
 
 # Files whose footers are looked at before a job begins, as long as they have no rows or are damaged
 _NUM_CHECKED = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class ParquetSource(Source):
+class ParquetSource(ShardedSource):
     """Parquet files with encoded images in a column.
 
     Attributes:
-        urls: The shard files, sorted.
-        root: The input root; shards are named by their path below it.
-        metadata_columns: Columns to keep as metadata.
         with_images: Whether the images are read. Without them every row has empty bytes, and there need be no
             such column.
         strict: Whether damage is an error: an earlier output can be made again, so nothing of it need be lost.
     """
 
-    urls: tuple[str, ...]
-    root: str
-    metadata_columns: tuple[str, ...] = ()
+    format: ClassVar[str] = "parquet"
+
     with_images: bool = True
     strict: bool = False
 
-    column_flags: ClassVar[frozenset[str]] = frozenset(
-        {"image_column", "caption_column", "key_column", "metadata_columns"}
-    )
+    def shard(self, name: str, file: InputFile, url: str) -> "ParquetShard":
+        """Returns the shard of a file."""
+        fields = name, file.size_bytes, None, url, file.name
+        return ParquetShard(*fields, self.metadata_columns, self.columns, self.with_images, self.strict)
 
-    def inputs(self) -> list[InputFile]:
-        """Returns the shard files with their sizes."""
-        return input_files(self.urls, self.root)
-
-    def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
-        """Returns a shard for each file, once the first file has shown that the columns are there.
-
-        Raises:
-            OptionError: A column is missing or of a type that cannot be used.
-        """
-        files = self.inputs()
-        names = shard_names(file.name for file in files)
-        shards = [
-            ParquetShard(
-                name,
-                file.size_bytes,
-                None,
-                url,
-                file.name,
-                self.metadata_columns,
-                self.columns.image,
-                self.columns.caption,
-                self.columns.key,
-                self.with_images,
-                self.strict,
-            )
-            for name, file, url in zip(names, files, self.urls, strict=True)
-        ]
-        any(shard.check_columns() for shard in shards[:_NUM_CHECKED])
-        return list(shards)
+    def check(self, shards: Sequence[Shard]) -> None:
+        """Checks the first files for the columns, until one has shown that they are there."""
+        any(shard.check_columns() for shard in shards[:_NUM_CHECKED] if isinstance(shard, ParquetShard))
 
     def column_notes(self) -> tuple[str, ...]:
         """Returns what the first file says of columns that might have been meant and are not read."""
         if not self.urls:
             return ()
-        chosen = [
-            name for name, column in zip(("image", "caption", "key"), self._chosen, strict=True) if column
-        ]
+        chosen = [name for name, column in vars(self.columns).items() if column]
         with contextlib.suppress(ShardDamage, ColumnError), open_parquet(self.urls[0]) as file:
-            columns = find_columns(file.schema_arrow, self.urls[0], *self._chosen, ())
+            columns = find_columns(file.schema_arrow, self.urls[0], self.columns, ())
             return tuple(column_notes(file.schema_arrow, redacted(self.urls[0]), columns, chosen))
         return ()
-
-    @property
-    def _chosen(self) -> tuple[str | None, str | None, str | None]:
-        return self.columns.image, self.columns.caption, self.columns.key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +76,10 @@ class ParquetShard(Shard):
         url: Where it is.
         source: Its path below the input root.
         metadata_columns: Columns to keep as metadata.
-        image_column: Column of the images: binary, or a struct with `bytes`. None here and below takes a
-            column with a usual name (`diptych.transforms.sources.sharded.columns`).
-        caption_column: Column of the captions: a string or a list of strings. There need be none.
-        key_column: Column of the keys: strings or integers. Where there is none, rows are numbered.
+        columns: The columns that the user names: of the images (binary, or a struct with `bytes`), of the captions
+            (a string or a list of strings; there need be none), and of the keys (strings or integers; without any, rows
+            are numbered). Without a name, a column with a usual one is taken
+            (`diptych.transforms.sources.sharded.columns`).
         with_images: As in `ParquetSource`.
         strict: As in `ParquetSource`.
         joins_captions: Whether rows of one image that follow each other become one row.
@@ -122,9 +88,7 @@ class ParquetShard(Shard):
     url: str
     source: str
     metadata_columns: tuple[str, ...] = ()
-    image_column: str | None = None
-    caption_column: str | None = None
-    key_column: str | None = None
+    columns: ColumnNames = ColumnNames()
     with_images: bool = True
     strict: bool = False
     joins_captions: bool = True
@@ -187,7 +151,7 @@ class ParquetShard(Shard):
 
     def _undamaged(self, records: Iterator[Record]) -> Iterator[Record]:
         for record in records:
-            if isinstance(record, Lost) and record.reason == "shard_corrupt":
+            if isinstance(record, Reject) and record.reason == "shard_corrupt":
                 raise damaged_output(self.url, record.message)
             yield record
 
@@ -195,13 +159,14 @@ class ParquetShard(Shard):
         if self.strict:
             raise error
         for row in range(num_rows):
-            yield Lost(numbered_key(self.name, row), row, error.reason, f"{self.source}, row {row}: {error}")
+            yield Reject(
+                numbered_key(self.name, row), row, error.reason, f"{self.source}, row {row}: {error}"
+            )
 
-    def _lost(self, row: int, reason: str, message: str) -> Lost:
+    def _lost(self, row: int, reason: str, message: str) -> Reject:
         if self.strict:
             raise damaged_output(self.url, message)
-        return Lost("", row, reason, message)
+        return Reject("", row, reason, message)
 
     def _columns(self, schema: pa.Schema) -> Columns:
-        chosen = self.image_column, self.caption_column, self.key_column
-        return find_columns(schema, self.source, *chosen, self.metadata_columns, self.with_images)
+        return find_columns(schema, self.source, self.columns, self.metadata_columns, self.with_images)

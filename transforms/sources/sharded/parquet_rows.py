@@ -7,13 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diptych.models.errors import one_line
+from diptych.transforms.chunk import Reject
 from diptych.transforms.sources.archives.shard_file import (
     MAX_RECORD_BYTES,
     ShardDamage,
     image_name,
     metadata_text,
 )
-from diptych.transforms.sources.base import MAX_IMAGE_BYTES, Lost, Record, Row
+from diptych.transforms.sources.base import MAX_IMAGE_BYTES, Record, Row
 from diptych.transforms.sources.sharded.column_values import Image, captions, images, keys, metadata, validate
 from diptych.transforms.sources.sharded.columns import Columns
 from diptych.transforms.sources.sharded.joined import numbered_key
@@ -89,7 +90,7 @@ class RowReader:
         place = f"{self.source}, row group {group}, row {num_rows} of its {total}"
         problem = one_line(damage) if damage else "there are no more"
         message = f"{place}: {problem}. {total - num_rows} rows are lost."
-        yield Lost("", first_row + num_rows, "shard_corrupt", message)
+        yield Reject("", first_row + num_rows, "shard_corrupt", message)
 
     def _batch(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Record]:
         every_key = keys(batch, self.columns.key)
@@ -100,11 +101,11 @@ class RowReader:
             row = first_row + index
             key = every_key[index] or numbered_key(self.shard, row)
             if image.data is None:
-                yield Lost(key, row, image.reason, self._without_image(image, row, errors[index]))
+                yield Reject(key, row, image.reason, self._without_image(image, row, errors[index]))
                 continue
             if index in texts.problems:
                 message = f"{self.source}, row {row}: {texts.problems[index]}"
-                yield Lost(key, row, "bad_annotation", message, image.data)
+                yield Reject(key, row, "bad_annotation", message, image.data)
                 continue
             name = image.path.rpartition("/")[2] if image.path else ""
             yield Row(

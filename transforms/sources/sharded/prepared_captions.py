@@ -2,42 +2,29 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from diptych.transforms.schemas import RAW_TEXT
-from diptych.transforms.sources.archives.shard_file import ShardDamage, input_files
-from diptych.transforms.sources.base import InputFile, Record, Row, Shard, Source, shard_names
+from diptych.transforms.sources.archives.shard_file import ShardDamage
+from diptych.transforms.sources.base import InputFile, Record, Row, Shard
 from diptych.transforms.sources.sharded.parquet_file import damaged_output, open_parquet
+from diptych.transforms.sources.sharded.sharded_source import ShardedSource
 
 _BATCH_ROWS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSource(Source):
-    """Captions of a Diptych output. They are clean already, and keys occur once.
+class TextSource(ShardedSource):
+    """Captions of a Diptych output. They are clean already, and keys occur once."""
 
-    Attributes:
-        urls: The files of `OUT/images`, sorted.
-        root: The folder; shards are named by their path below it.
-    """
+    format: ClassVar[str] = "text"
 
-    urls: tuple[str, ...]
-    root: str
-
-    def inputs(self) -> list[InputFile]:
-        """Returns the files with their sizes."""
-        return input_files(self.urls, self.root)
-
-    def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
-        """Returns a shard for each file."""
-        files = self.inputs()
-        names = shard_names(file.name for file in files)
-        return [
-            TextShard(name, file.size_bytes, None, url, file.name)
-            for name, file, url in zip(names, files, self.urls, strict=True)
-        ]
+    def shard(self, name: str, file: InputFile, url: str) -> "TextShard":
+        """Returns the shard of a file."""
+        return TextShard(name, file.size_bytes, None, url, file.name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,19 +12,20 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError, OptionError
 from diptych.transforms.sources.archives.shard_file import (
     ShardDamage,
     encodable,
-    input_files,
     metadata_text,
     open_shard,
     unpacked,
 )
-from diptych.transforms.sources.base import InputFile, Lost, Record, Row, Shard, Source, shard_names
+from diptych.transforms.sources.base import ColumnNames, InputFile, Record, Row, Shard
 from diptych.transforms.sources.sharded.columns import CAPTION_COLUMNS
 from diptych.transforms.sources.sharded.parquet import ParquetShard
 from diptych.transforms.sources.sharded.parquet_file import open_parquet
+from diptych.transforms.sources.sharded.sharded_source import ShardedSource
 from diptych.transforms.sources.text import encoding
 from diptych.transforms.sources.text.encoding import Line
 from diptych.transforms.sources.text.json_stream import parse_json
@@ -40,39 +41,23 @@ EXTENSIONS = re.compile(r"\.(?:parquet|(txt|jsonl|ndjson|csv|tsv)(?:\.gz)?)$", r
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptsSource(Source):
+class PromptsSource(ShardedSource):
     """Files of prompts. Every line or row is a record: a blank one is lost as `bad_annotation`, like a broken one.
 
     A prompt's key is what the file says, else the shard's name and the ordinal of the row, as in `prompts-00000012`.
-
-    Attributes:
-        urls: The files, sorted.
-        root: The input root; shards are named by their path below it.
-        metadata_columns: Columns or fields to keep as metadata.
     """
 
-    urls: tuple[str, ...]
-    root: str
-    metadata_columns: tuple[str, ...] = ()
+    format: ClassVar[str] = "prompts"
 
     column_flags: ClassVar[frozenset[str]] = frozenset({"caption_column", "key_column", "metadata_columns"})
 
-    def inputs(self) -> list[InputFile]:
-        """Returns the files with their sizes."""
-        return input_files(self.urls, self.root)
-
-    def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
-        """Returns a shard for each file.
+    def shard(self, name: str, file: InputFile, url: str) -> "PromptsShard":
+        """Returns the shard of a file.
 
         Raises:
-            InputError: A file is of no format that holds prompts.
+            InputError: The file is of no format that holds prompts.
             OptionError: A Parquet file has no column of prompts.
         """
-        files = self.inputs()
-        names = shard_names(file.name for file in files)
-        return [self._shard(name, file, url) for name, file, url in zip(names, files, self.urls, strict=True)]
-
-    def _shard(self, name: str, file: InputFile, url: str) -> Shard:
         match = EXTENSIONS.search(file.name)
         if match is None:
             raise InputError(
@@ -137,12 +122,12 @@ class PromptsShard(Shard):
                     yield record
                     row += 1
             except ShardDamage as damage:
-                yield Lost("", row, damage.reason, f"{self.source}, after {row} rows: {damage}")
+                yield Reject("", row, damage.reason, f"{self.source}, after {row} rows: {damage}")
 
     def _record(self, found: "_Prompt | str", row: int) -> Record:
         default = f"{self.name}-{row:08d}"
         if isinstance(found, str):
-            return Lost(default, row, "bad_annotation", f"{self.source}, {found}")
+            return Reject(default, row, "bad_annotation", f"{self.source}, {found}")
         key = default if found.key in (None, "") else encodable(str(found.key))
         values = {name: metadata_text(found.fields.get(name)) for name in self.metadata_columns}
         return Row(key, b"", "", [encodable(found.text)], self.source, row, values)
@@ -237,13 +222,16 @@ class PromptsShard(Shard):
     def _parquet(self, skip: int) -> Iterator[Record]:
         fields = self.name, self.size_bytes, self.num_rows, self.url, self.source, self.metadata_columns
         shard = ParquetShard(
-            *fields, None, self.prompt_column, self.key_column, with_images=False, joins_captions=False
+            *fields,
+            ColumnNames(None, self.prompt_column, self.key_column),
+            with_images=False,
+            joins_captions=False,
         )
         for record in shard.records(skip):
             if isinstance(record, Row) and len(record.captions) != 1:
                 what = f"{len(record.captions)} texts" if record.captions else "a blank one"
                 message = f"{self.source}, row {record.row}: expected a prompt, found {what}"
-                record = Lost(record.key, record.row, "bad_annotation", message)
+                record = Reject(record.key, record.row, "bad_annotation", message)
             yield record._replace(path="") if isinstance(record, Row) else record
 
 

@@ -9,17 +9,17 @@ import dataclasses
 import io
 import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, ClassVar, NamedTuple
 
 import google_crc32c
 
 from diptych.models.files.location import redacted
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError, OptionError
 from diptych.transforms.sources.archives.shard_file import (
     ShardDamage,
     image_name,
-    input_files,
     open_shard,
     pass_over,
     read_up_to,
@@ -29,12 +29,9 @@ from diptych.transforms.sources.base import (
     MAX_IMAGE_BYTES,
     ColumnNames,
     InputFile,
-    Lost,
     Record,
     Row,
     Shard,
-    Source,
-    shard_names,
 )
 from diptych.transforms.sources.sharded.columns import captions_note
 from diptych.transforms.sources.sharded.example_features import (
@@ -46,6 +43,7 @@ from diptych.transforms.sources.sharded.example_features import (
     unused_texts,
 )
 from diptych.transforms.sources.sharded.joined import DUPLICATE_HINT, join_captions, numbered_key
+from diptych.transforms.sources.sharded.sharded_source import ShardedSource
 from diptych.transforms.sources.sharded.tf_example import DecodeError, Example, parse_example
 
 # The largest record that is read: an image, and what goes with it
@@ -59,42 +57,21 @@ _CRC = struct.Struct("<I")
 
 
 @dataclasses.dataclass(frozen=True)
-class TfrecordSource(Source):
-    """TFRecord shards, plain or compressed.
+class TfrecordSource(ShardedSource):
+    """TFRecord shards, plain or compressed."""
 
-    Attributes:
-        urls: The shard files, sorted.
-        root: The input root; shards are named by their path below it.
-        metadata_columns: Features to keep as metadata.
-    """
+    format: ClassVar[str] = "tfrecord"
 
-    urls: tuple[str, ...]
-    root: str
-    metadata_columns: tuple[str, ...] = ()
+    def shard(self, name: str, file: InputFile, url: str) -> "TfrecordShard":
+        """Returns the shard of a file."""
+        return TfrecordShard(name, file.size_bytes, None, url, file.name, self.metadata_columns, self.columns)
 
-    column_flags: ClassVar[frozenset[str]] = frozenset(
-        {"image_column", "caption_column", "key_column", "metadata_columns"}
-    )
-
-    def inputs(self) -> list[InputFile]:
-        """Returns the shard files with their sizes."""
-        return input_files(self.urls, self.root)
-
-    def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
-        """Returns a shard for each file.
-
-        Raises:
-            OptionError: None of the first records has a feature that is named as a column.
-        """
-        files = self.inputs()
-        names = shard_names(file.name for file in files)
-        shards = [
-            TfrecordShard(name, file.size_bytes, None, url, file.name, self.metadata_columns, self.columns)
-            for name, file, url in zip(names, files, self.urls, strict=True)
-        ]
-        if shards and (self.metadata_columns or self.columns != ColumnNames()):
-            shards[0].check_columns()
-        return list(shards)
+    def check(self, shards: Sequence[Shard]) -> None:
+        """Checks that one of the first records has the features that are named as columns."""
+        if self.metadata_columns or self.columns != ColumnNames():
+            for shard in shards[:1]:
+                assert isinstance(shard, TfrecordShard)
+                shard.check_columns()
 
     def column_notes(self) -> tuple[str, ...]:
         """Returns what the first records say of texts that might be captions and are not read."""
@@ -168,11 +145,11 @@ class TfrecordShard(Shard):
         images of skipped records are there too: by them it shows which records are one.
         """
         records = (
-            content if isinstance(content, Lost) else self._record(content) for content in self._contents()
+            content if isinstance(content, Reject) else self._record(content) for content in self._contents()
         )
         return join_captions(records, self.name)
 
-    def _contents(self) -> Iterator["_Content | Lost"]:
+    def _contents(self) -> Iterator["_Content | Reject"]:
         with open_shard(self.url) as file:
             # A record's length may look like gzip's magic, but then its CRC is right.
             head = file.peek(_LENGTH.size)[: _LENGTH.size]
@@ -185,33 +162,33 @@ class TfrecordShard(Shard):
                     row += 1
                     offset += _LENGTH.size + size + _CRC.size
             except ShardDamage as damage:
-                yield Lost("", row, damage.reason, f"{self.source}, byte {offset}{unit}: {damage}")
+                yield Reject("", row, damage.reason, f"{self.source}, byte {offset}{unit}: {damage}")
 
-    def _content(self, stream: io.BufferedReader, size: int, row: int, place: str) -> "_Content | Lost":
+    def _content(self, stream: io.BufferedReader, size: int, row: int, place: str) -> "_Content | Reject":
         if size > _MAX_RECORD_BYTES:
             if not pass_over(stream, size + _CRC.size):
                 raise _cut(size)
             message = f"{place}: the record has {size} bytes; at most {_MAX_RECORD_BYTES} are read"
-            return Lost("", row, "record_corrupt", message)
+            return Reject("", row, "record_corrupt", message)
         data = _read_data(stream, size)
         if data is None:
-            return Lost("", row, "record_corrupt", f"{place}: the record's CRC is wrong")
+            return Reject("", row, "record_corrupt", f"{place}: the record's CRC is wrong")
         try:
             return _Content(parse_example(data), row, place)
         except DecodeError:
             message = f"{place}: the record is no tf.train.Example or tf.train.SequenceExample"
-            return Lost("", row, "record_corrupt", message)
+            return Reject("", row, "record_corrupt", message)
 
     def _record(self, content: "_Content") -> Record:
         example, row, place = content
         key = key_of(example, self.columns.key)
         if not key and self.columns.key:
             message = f"{place}: the record has no feature {self.columns.key!r} that can be a key"
-            return Lost(numbered_key(self.name, row), row, "bad_annotation", message)
+            return Reject(numbered_key(self.name, row), row, "bad_annotation", message)
         key = key or numbered_key(self.name, row)
         image = image_of(example, self.columns.image)
         if image.data is None:
-            return Lost(key, row, "missing_image", f"{place}: {image.problem}")
+            return Reject(key, row, "missing_image", f"{place}: {image.problem}")
         captions, counters = captions_of(example, self.columns.caption)
         if image.num_others:
             counters = {**counters, "images_passed_over": image.num_others}

@@ -9,15 +9,15 @@ import dataclasses
 import itertools
 import posixpath
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from diptych.models.files.location import redacted
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError, OptionError
 from diptych.transforms.sources.archives.shard_file import (
     ShardDamage,
     encodable,
-    input_files,
     metadata_text,
     open_shard,
     unpacked,
@@ -27,15 +27,13 @@ from diptych.transforms.sources.archives.tar_index import SampleParts, TarIndex
 from diptych.transforms.sources.base import (
     ColumnNames,
     InputFile,
-    Lost,
     Record,
     Row,
     Shard,
-    Source,
-    shard_names,
 )
 from diptych.transforms.sources.sample import Sample, SampleTexts, is_image, split_name, text_bytes
 from diptych.transforms.sources.sharded.columns import captions_note
+from diptych.transforms.sources.sharded.sharded_source import ShardedSource
 
 # Samples of the first shard in which the chosen columns are looked for before the job begins.
 _NUM_CHECKED = 100
@@ -44,42 +42,23 @@ _NUM_NOTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class WebdatasetSource(Source):
-    """Tar shards, plain or compressed.
+class WebdatasetSource(ShardedSource):
+    """Tar shards, plain or compressed."""
 
-    Attributes:
-        urls: The shard files, sorted.
-        root: The input root; shards are named by their path below it.
-        metadata_columns: Keys of the samples' `.json` members to keep as metadata.
-    """
+    format: ClassVar[str] = "webdataset"
 
-    urls: tuple[str, ...]
-    root: str
-    metadata_columns: tuple[str, ...] = ()
+    def shard(self, name: str, file: InputFile, url: str) -> "WebdatasetShard":
+        """Returns the shard of a file."""
+        return WebdatasetShard(
+            name, file.size_bytes, None, url, file.name, self.metadata_columns, self.columns
+        )
 
-    column_flags: ClassVar[frozenset[str]] = frozenset(
-        {"image_column", "caption_column", "key_column", "metadata_columns"}
-    )
-
-    def inputs(self) -> list[InputFile]:
-        """Returns the shard files with their sizes."""
-        return input_files(self.urls, self.root)
-
-    def shards(self, plan_folder: str, rows_per_shard: int) -> list[Shard]:
-        """Returns a shard for each file.
-
-        Raises:
-            OptionError: None of the first samples has a member or field that is named as a column.
-        """
-        files = self.inputs()
-        names = shard_names(file.name for file in files)
-        shards = [
-            WebdatasetShard(name, file.size_bytes, None, url, file.name, self.metadata_columns, self.columns)
-            for name, file, url in zip(names, files, self.urls, strict=True)
-        ]
-        if shards and self.columns != ColumnNames():
-            shards[0].check_columns()
-        return list(shards)
+    def check(self, shards: Sequence[Shard]) -> None:
+        """Checks that one of the first samples has the members and fields that are named as columns."""
+        if self.columns != ColumnNames():
+            for shard in shards[:1]:
+                assert isinstance(shard, WebdatasetShard)
+                shard.check_columns()
 
     def column_notes(self) -> tuple[str, ...]:
         """Returns what the first samples say of fields that might be captions and are not read."""
@@ -136,7 +115,7 @@ class WebdatasetShard(Shard):
                 f"{self.source}: none of its {num_others} members belongs to a sample. Expected names such as "
                 f"KEY.jpg and KEY.txt; the first is {encodable(reading.first_other)!r}"
             )
-            yield Lost("", 0, "missing_image", message, None, reading.take_counters({}))
+            yield Reject("", 0, "missing_image", message, None, reading.take_counters({}))
 
     def unused_texts(self) -> set[str]:
         """Returns the fields of the first samples that hold words, where no sample has a caption.
@@ -207,7 +186,7 @@ class _Reading:
         if self._damage is not None:
             damage, place, cut = self._damage
             key, image = ("", None) if cut is None else (cut.key, cut.image)
-            yield self._counted(Lost(key, self._row, damage.reason, f"{place}: {damage}", image))
+            yield self._counted(Reject(key, self._row, damage.reason, f"{place}: {damage}", image))
 
     def _counted(self, record: Record) -> Record:
         if not self.counters:
@@ -270,7 +249,7 @@ class _Reading:
                 "members, which are a record already. Sort the tar by name, so that the members of a sample lie "
                 "side by side"
             )
-            yield Lost(sample.key, self._row, "duplicate_key", message, None, texts.counters)
+            yield Reject(sample.key, self._row, "duplicate_key", message, None, texts.counters)
             return
         yield from self._records_of(sample, texts)
 
@@ -280,16 +259,16 @@ class _Reading:
             value = texts.fields.get(shard.columns.key)
             if value is None or value == "" or isinstance(value, list | dict):
                 message = f"the .json of the sample has no field {shard.columns.key!r} that can be a key"
-                yield Lost(key, self._row, "bad_annotation", message, sample.image, texts.counters)
+                yield Reject(key, self._row, "bad_annotation", message, sample.image, texts.counters)
                 return
             key = encodable(str(value))
         if sample.loss is not None:
-            yield Lost(key, self._row, *sample.loss, sample.image, texts.counters)
+            yield Reject(key, self._row, *sample.loss, sample.image, texts.counters)
         elif sample.image is None:
             yield from self._missing_images(key, sample, texts)
         elif "broken_json" in texts.counters and not texts.captions:
             message = "its json is damaged, or nested too deep, and it has no other caption"
-            yield Lost(key, self._row, "bad_annotation", message, sample.image, texts.counters)
+            yield Reject(key, self._row, "bad_annotation", message, sample.image, texts.counters)
         else:
             counters = texts.counters
             if sample.other_images:
@@ -298,7 +277,7 @@ class _Reading:
             metadata = {column: metadata_text(texts.fields.get(column)) for column in shard.metadata_columns}
             yield Row(key, sample.image, name, texts.captions, shard.source, self._row, metadata, counters)
 
-    def _missing_images(self, key: str, sample: Sample, texts: SampleTexts) -> Iterator[Lost]:
+    def _missing_images(self, key: str, sample: Sample, texts: SampleTexts) -> Iterator[Reject]:
         """Yields the loss of a sample without an image, or one for each picture that might be it."""
         there = ", ".join(sorted(sample.members))
         error = texts.fields.get("error_message")
@@ -314,7 +293,7 @@ class _Reading:
                     f"name; its members: {there}{told}. Take the dots out of the name, or choose with "
                     f"--image_column {extension}"
                 )
-                yield Lost(key, self._row, "missing_image", message, None, texts.counters)
+                yield Reject(key, self._row, "missing_image", message, None, texts.counters)
                 texts = texts._replace(counters={})
             return
-        yield Lost(key, self._row, "missing_image", message, None, texts.counters)
+        yield Reject(key, self._row, "missing_image", message, None, texts.counters)

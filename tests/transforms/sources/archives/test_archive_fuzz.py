@@ -21,10 +21,10 @@ import pyarrow as pa
 import pytest
 import zstandard
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.sources.archives.shard_file import ShardDamage
 from diptych.transforms.sources.archives.tar import TarReader
 from diptych.transforms.sources.archives.zip import ZipError, unpack_entry, zip_entries
-from diptych.transforms.sources.base import Lost
 from diptych.transforms.sources.sharded.webdataset import WebdatasetSource
 
 QUICK, LONG, SHARDS = 2000, 100_000, 150
@@ -331,7 +331,7 @@ def test_a_damaged_shard_gives_its_first_rows_and_at_most_one_loss_of_framing(tm
         path.write_bytes(mutate(rng, data, _mutate_tar_header))
         records = list(shard.rows())
         damage = [
-            record for record in records if isinstance(record, Lost) and record.reason.startswith("shard_")
+            record for record in records if isinstance(record, Reject) and record.reason.startswith("shard_")
         ]
         assert damage == [record for record in records[-1:] if record in damage]
         assert all(", byte " in record.message for record in damage)

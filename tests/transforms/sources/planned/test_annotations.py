@@ -7,8 +7,9 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError, OptionError, OutputError
-from diptych.transforms.sources.base import InputFile, Lost, Row
+from diptych.transforms.sources.base import InputFile, Row
 from diptych.transforms.sources.planned import plan_builder
 from diptych.transforms.sources.planned.annotations import relative_name
 from diptych.transforms.sources.planned.coco import CocoSource
@@ -78,7 +79,7 @@ def test_skip_fetches_only_what_is_left(dataset, root):
     fs, path = fsspec.core.url_to_fs(f"{root}/val2017/0003.jpg")
     fs.rm(path)
     assert len(list(shard.rows(4))) == 21
-    assert [type(record) for record in shard.rows(3)] == [Lost, *[Row] * 21]
+    assert [type(record) for record in shard.rows(3)] == [Reject, *[Row] * 21]
 
 
 @pytest.mark.parametrize("gone", [[3], [0, 1, 2], [23, 24], [0, 24], list(range(24)), list(range(1, 25))])
@@ -89,8 +90,8 @@ def test_images_that_are_gone_cost_their_rows(dataset, root, gone):
         fs.rm(path)
     records = list(shard.rows())
     assert [record.row for record in records] == list(range(25))
-    assert [record for record in records if isinstance(record, Lost)] == [
-        Lost(f"{i:04d}", i, "missing_image", f"{i:04d}.jpg is gone since the job was planned") for i in gone
+    assert [record for record in records if isinstance(record, Reject)] == [
+        Reject(f"{i:04d}", i, "missing_image", f"{i:04d}.jpg is gone since the job was planned") for i in gone
     ]
     assert [record.row for record in shard.rows(20)] == list(range(20, 25))
 
@@ -136,7 +137,7 @@ def test_shard_is_small_when_pickled(dataset, root):
 def test_plan_is_used_again_without_reading_the_annotation(dataset, root, monkeypatch):
     write(root, {"val2017/extra.jpg": b"x"})
     first = dataset.shards(f"{root}/plans", 10)
-    monkeypatch.setattr(plan_builder.Draft, "__init__", None)
+    monkeypatch.setattr(plan_builder.PlanBuilder, "__init__", None)
     again = dataset.shards(f"{root}/plans", 10)
     assert again == first
     assert plan_counters(again) == {"unlisted_images": 1}
@@ -247,7 +248,7 @@ def test_error_of_a_file_is_a_reject_and_one_of_the_store_ends_the_job(
             list(shard.rows())
     else:
         records = list(shard.rows())
-        assert [type(record) for record in records] == [Row, Lost, Row]
+        assert [type(record) for record in records] == [Row, Reject, Row]
         assert records[1].message == f"0001.jpg {message}"
 
 
@@ -255,7 +256,7 @@ def test_link_to_itself_is_no_file_and_the_others_are_listed(tmp_path):
     write(tmp_path, {"captions_a.json": coco(2), "a/0000.jpg": b"x"})
     (tmp_path / "a" / "0001.jpg").symlink_to("0001.jpg")
     [shard] = CocoSource((f"{tmp_path}/captions_a.json",), str(tmp_path)).shards(f"{tmp_path}/plans", 10)
-    assert [type(record) for record in shard.rows()] == [Row, Lost]
+    assert [type(record) for record in shard.rows()] == [Row, Reject]
 
 
 def test_metadata_columns_are_strings_or_null(root):
@@ -283,7 +284,7 @@ def test_rejects_have_null_metadata_in_the_plan(root):
     write(root, {"captions_v.json": data, "v/0000.jpg": b"x", "v/0001.jpg": b"x"})
     source = CocoSource((f"{root}/captions_v.json",), root, metadata_columns=("id",))
     records = list(source.shards(f"{root}/plans", 10)[0].rows())
-    assert [type(record) for record in records] == [Row, Row, Lost]
+    assert [type(record) for record in records] == [Row, Row, Reject]
 
 
 def test_full_temporary_folder_is_an_output_error(dataset, root, monkeypatch):

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError, OptionError
-from diptych.transforms.sources.base import ColumnNames, Lost, Row
+from diptych.transforms.sources.base import ColumnNames, Row
 from diptych.transforms.sources.open import SourceOptions, open_source
 from diptych.transforms.sources.planned.coco import CocoSource
 from diptych.transforms.sources.planned.plan import plan_counters
@@ -43,7 +44,7 @@ def captions_of(records):
 
 
 def lost(records):
-    return [(record.key, record.row, record.reason) for record in records if isinstance(record, Lost)]
+    return [(record.key, record.row, record.reason) for record in records if isinstance(record, Reject)]
 
 
 def test_captions_of_an_image_are_one_row_wherever_they_stand(tmp_path):
@@ -201,7 +202,7 @@ def test_no_file_is_guessed_at(tmp_path, listed, files, lost_paths):
     data = {"images": [*(image(i, path) for i, path in enumerate(listed)), more], "annotations": []}
     records = read(plan(tmp_path, data, [*files, "sure.jpg"]))
     missing = [
-        r.message.split(" ")[0] for r in records if isinstance(r, Lost) and r.reason == "missing_image"
+        r.message.split(" ")[0] for r in records if isinstance(r, Reject) and r.reason == "missing_image"
     ]
     assert missing == lost_paths
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import OptionError
-from diptych.transforms.sources.base import ColumnNames, Lost, Row
+from diptych.transforms.sources.base import ColumnNames, Row
 from diptych.transforms.sources.open import SourceOptions, open_source
 from diptych.transforms.sources.planned.entries import Caption
 from diptych.transforms.sources.planned.flickr30k import Flickr30kSource, is_of_images
@@ -33,7 +34,7 @@ def captions_of(records):
 
 
 def lost(records):
-    return [(record.key, record.row, record.reason) for record in records if isinstance(record, Lost)]
+    return [(record.key, record.row, record.reason) for record in records if isinstance(record, Reject)]
 
 
 EXPECTED = {"a": ["A dog, running.", 'A "big" dog | runs'], "b": ["Two cats"]}
@@ -132,9 +133,9 @@ def test_lost_lines_stand_where_they_were(tmp_path):
     records = read(plan(tmp_path, "a.jpg#0\tone\nbad\nb.jpg#0\ttwo\nworse\na.jpg#1\tthree\n"))
     assert [(record.row, type(record).__name__) for record in records] == [
         (0, "Row"),
-        (1, "Lost"),
+        (1, "Reject"),
         (2, "Row"),
-        (3, "Lost"),
+        (3, "Reject"),
     ]
 
 
@@ -170,7 +171,7 @@ def test_quote_that_is_never_closed_does_not_swallow_lines_in_silence(tmp_path):
     records = read(plan(tmp_path, text))
     assert captions_of(records)["a"] == ["one"]
     assert captions_of(records)["b"][-1] == "four"
-    [reject] = [record for record in records if isinstance(record, Lost)]
+    [reject] = [record for record in records if isinstance(record, Reject)]
     assert (reject.reason, "line 3" in reject.message) == ("bad_annotation", True)
 
 
@@ -337,7 +338,7 @@ def test_a_quote_that_is_never_closed_costs_its_line(tmp_path, num_lines, bad):
     )
     records = read(plan(tmp_path, text, files=names))
     assert len(captions_of(records)) == num_lines - 1
-    [reject] = [record for record in records if isinstance(record, Lost)]
+    [reject] = [record for record in records if isinstance(record, Reject)]
     assert f"line {num_lines // 2 + 2}: a quote is opened and not closed" in reject.message
 
 

@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from diptych.transforms.errors import InputError
 from diptych.transforms.sources.planned import image_folder
 from diptych.transforms.sources.planned.coco import CocoSource
-from diptych.transforms.sources.planned.image_folder import Member
+from diptych.transforms.sources.planned.image_folder import ImageFile
 from diptych.transforms.sources.planned.plan import plan_counters
 
 FILES = {f"deep/{i:03d} é.jpg": os.urandom(i * 37) for i in range(50)} | {"top.png": b"top", "empty.jpg": b""}
@@ -134,7 +134,7 @@ def test_store_with_latency_is_asked_for_many_files_at_a_time(tmp_path, name, mo
     assert 4 < fs.most <= 32
     # of an empty one in an archive nothing needs to be asked for
     assert fs.total == len([member for member in members if member.offset is None or member.size_bytes])
-    assert list(image_folder.fetch(str(tmp_path), [Member("gone.jpg")])) == [
+    assert list(image_folder.fetch(str(tmp_path), [ImageFile("gone.jpg")])) == [
         image_folder.Absent("is gone since the job was planned")
     ]
 
@@ -292,7 +292,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "images" / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
     found = sorted(image_folder.members(str(tmp_path / "images"), sizes=True))
     # of a link that leads nowhere its reader will say so
-    assert found == [Member("dangling.jpg", 0), Member("file.jpg", 1), Member("folder/a.jpg", 1)]
+    assert found == [ImageFile("dangling.jpg", 0), ImageFile("file.jpg", 1), ImageFile("folder/a.jpg", 1)]
 
 
 @pytest.mark.parametrize("name", ["images", "images.tar"])

@@ -6,8 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import OptionError
-from diptych.transforms.sources.base import ColumnNames, Lost, Row
+from diptych.transforms.sources.base import ColumnNames, Row
 from diptych.transforms.sources.open import SourceOptions, open_source
 from diptych.transforms.sources.planned.plan import plan_counters, plan_notes
 
@@ -23,7 +24,7 @@ class Read:
         assert [[*shard.rows(1)] for shard in shards] == [[*shard.rows()][1:] for shard in shards]
         self.captions = {row.key: list(row.captions) for row in records if isinstance(row, Row)}
         self.metadata = {row.key: row.metadata for row in records if isinstance(row, Row)}
-        self.rejects = [(lost.reason, lost.message) for lost in records if isinstance(lost, Lost)]
+        self.rejects = [(lost.reason, lost.message) for lost in records if isinstance(lost, Reject)]
         self.counters = plan_counters(shards)
         self.notes = plan_notes(shards)
 

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError, OptionError
-from diptych.transforms.sources.base import ColumnNames, Lost, Row
+from diptych.transforms.sources.base import ColumnNames, Row
 from diptych.transforms.sources.planned.karpathy import KarpathySource
 from diptych.transforms.sources.planned.plan import plan_counters
 
@@ -127,7 +128,7 @@ def test_every_loss_has_its_reason(tmp_path):
         ]
     }
     records = read(plan(tmp_path, data, ["a.jpg", "e.jpg"]))
-    assert [(r.key, r.row, r.reason) for r in records if isinstance(r, Lost)] == [
+    assert [(r.key, r.row, r.reason) for r in records if isinstance(r, Reject)] == [
         ("gone", 1, "missing_image"),
         ("", 2, "bad_annotation"),
         ("", 4, "bad_annotation"),
@@ -167,7 +168,7 @@ def test_columns_that_the_user_names(tmp_path):
         ("70", 0, ["yes", "in words"]),
         ("71", 1, []),
     ]
-    assert [r.message for r in records if isinstance(r, Lost)] == [
+    assert [r.message for r in records if isinstance(r, Reject)] == [
         "image 2, c.jpg, needs a cocoid for its key; it has null",
         "image 3 has no path, but null",
         'sentence 0 of image 0, x/a.jpg, has no text: {"raw": "no", "tokens": ["no"], "sentid": 0}',
@@ -200,7 +201,7 @@ def test_splits_and_sentences_of_odd_types(tmp_path):
         ("c", []),
         ("d", ["a 1"]),
     ]
-    assert [r.reason for r in records if isinstance(r, Lost)] == ["bad_annotation"] * 2
+    assert [r.reason for r in records if isinstance(r, Reject)] == ["bad_annotation"] * 2
     with pytest.raises(OptionError, match=r"has no split dev\. It has \(none\), val\."):
         plan(tmp_path, {"images": entries}, ["a.jpg"], split="dev")
 

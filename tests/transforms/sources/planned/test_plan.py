@@ -1,7 +1,8 @@
 import pyarrow as pa
 
-from diptych.transforms.sources.base import Lost, Row
-from diptych.transforms.sources.planned.image_folder import Member
+from diptych.transforms.chunk import Reject
+from diptych.transforms.sources.base import Row
+from diptych.transforms.sources.planned.image_folder import ImageFile
 from diptych.transforms.sources.planned.plan import (
     Entry,
     PlanFacts,
@@ -13,7 +14,7 @@ from diptych.transforms.sources.planned.plan import (
 
 
 def entry(row, reason=None):
-    image = None if reason else Member(f"{row}.jpg")
+    image = None if reason else ImageFile(f"{row}.jpg")
     return Entry(row, f"k{row}", image, [f"c{row}"] if image else [], reason, "why" if reason else "", ["m"])
 
 
@@ -45,7 +46,7 @@ def test_rows_and_rejects_come_back(tmp_path):
     [shard] = plan_shards(url, facts(2), "p", str(tmp_path), "a.json", ("column",))
     assert list(shard.rows()) == [
         Row("k0", b"zero", "0.jpg", ["c0"], "a.json", 0, {"column": "m"}),
-        Lost("k1", 1, "missing_image", "why"),
+        Reject("k1", 1, "missing_image", "why"),
     ]
 
 

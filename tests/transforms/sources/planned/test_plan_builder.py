@@ -3,9 +3,9 @@ import collections
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.transforms.sources.planned.entries import Bad, Caption, Image
-from diptych.transforms.sources.planned.image_folder import Member
-from diptych.transforms.sources.planned.plan_builder import open_draft
+from diptych.transforms.sources.planned.entries import BadEntry, Caption, Image
+from diptych.transforms.sources.planned.image_folder import ImageFile
+from diptych.transforms.sources.planned.plan_builder import open_plan_builder
 
 NAMES = ["a.jpg", "b.jpg", "x/a.jpg", "x/c.png", "d"]
 
@@ -13,7 +13,7 @@ parts = st.lists(
     st.one_of(
         st.builds(Image, st.just(0), st.integers(0, 5), st.sampled_from(NAMES), st.just(()), st.booleans()),
         st.builds(Caption, st.integers(0, 5), st.integers(0, 3), st.text("ab", max_size=3)),
-        st.just(Bad("bad")),
+        st.just(BadEntry("bad")),
     ),
     max_size=30,
 )
@@ -23,20 +23,20 @@ parts = st.lists(
 def test_every_part_comes_out_once(parts, files):
     rows = iter(range(len(parts)))
     parts = [part._replace(row=next(rows)) if isinstance(part, Image) else part for part in parts]
-    with open_draft() as draft:
-        draft.add(parts)
-        draft.add_files(map(Member, files))
-        draft.settle()
-        entries = list(draft.entries())
+    with open_plan_builder() as builder:
+        builder.add(parts)
+        builder.add_files(map(ImageFile, files))
+        builder.resolve()
+        entries = list(builder.entries())
     images = [part for part in parts if isinstance(part, Image)]
     captions = [part for part in parts if isinstance(part, Caption)]
     unknown = {caption.ref for caption in captions} - {image.ref for image in images}
     reasons = collections.Counter(entry.reason for entry in entries)
-    joined = draft.counters["entries_joined"]
+    joined = builder.counters["entries_joined"]
     assert len(entries) + joined == sum(image.wanted for image in images) + reasons["bad_annotation"] + len(
         unknown
     )
-    assert reasons["bad_annotation"] == sum(isinstance(part, Bad) for part in parts)
+    assert reasons["bad_annotation"] == sum(isinstance(part, BadEntry) for part in parts)
     assert reasons["unknown_image"] == len(unknown)
     good = [entry for entry in entries if entry.reason is None]
     assert len({entry.key for entry in good}) == len(good)
@@ -58,17 +58,17 @@ def test_every_part_comes_out_once(parts, files):
 
 
 def test_sizes_add_up_by_shard(tmp_path):
-    with open_draft() as draft:
-        draft.add_files(Member(f"{i}.jpg", 10**i) for i in range(5))
-        draft.list_files()
-        facts = draft.publish(f"{tmp_path}/p.arrow", {}, 2)
+    with open_plan_builder() as builder:
+        builder.add_files(ImageFile(f"{i}.jpg", 10**i) for i in range(5))
+        builder.list_files()
+        facts = builder.write(f"{tmp_path}/p.arrow", {}, 2)
     assert facts.shard_sizes_bytes == [11, 1100, 10000]
     assert facts.num_rows == 5
 
 
 def test_temporary_files_go(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with open_draft() as draft:
-        draft.add([Bad("bad")])
+    with open_plan_builder() as builder:
+        builder.add([BadEntry("bad")])
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())

@@ -4,12 +4,15 @@ import pyarrow as pa
 import pytest
 
 from diptych.transforms.errors import OptionError
+from diptych.transforms.sources.base import ColumnNames
 from diptych.transforms.sources.sharded.column_values import Image, captions, images, keys, metadata, values
 from diptych.transforms.sources.sharded.columns import Columns, column_notes, find_columns
 
 
 def find(types, image=None, caption=None, key=None, metadata=()):
-    return find_columns(pa.schema(list(types.items())), "x.parquet", image, caption, key, metadata)
+    return find_columns(
+        pa.schema(list(types.items())), "x.parquet", ColumnNames(image, caption, key), metadata
+    )
 
 
 def batch(array, name="c"):
@@ -139,9 +142,7 @@ def test_one_column_of_images_needs_no_usual_name():
 
 def notes_of(types, **chosen):
     schema = pa.schema(list(types.items()) if isinstance(types, dict) else types)
-    return column_notes(
-        schema, "x", find_columns(schema, "x", *map(chosen.get, ("image", "caption", "key")), ()), chosen
-    )
+    return column_notes(schema, "x", find_columns(schema, "x", ColumnNames(**chosen), ()), chosen)
 
 
 def test_notes_on_columns_that_are_not_read():
@@ -261,6 +262,6 @@ def test_metadata():
 def test_a_file_without_captions_for_a_job_that_reads_them_alone():
     schema = pa.schema([("prompt", pa.string()), ("id", pa.int64())])
     with pytest.raises(OptionError, match=r"no column captions, .* Name one with --caption_column"):
-        find_columns(schema, "x.parquet", None, None, None, (), with_images=False)
-    found = find_columns(schema, "x.parquet", None, "prompt", None, (), with_images=False)
+        find_columns(schema, "x.parquet", ColumnNames(), (), with_images=False)
+    found = find_columns(schema, "x.parquet", ColumnNames(caption="prompt"), (), with_images=False)
     assert found.caption == "prompt"

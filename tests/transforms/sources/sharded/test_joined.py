@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.read import read_chunks
 from diptych.transforms.schemas import IMAGE, raw_schema
 from diptych.transforms.sources.archives.shard_file import image_name
-from diptych.transforms.sources.base import MAX_TEXT_BYTES, Lost, Row
+from diptych.transforms.sources.base import MAX_TEXT_BYTES, Row
 from diptych.transforms.sources.sharded.joined import join_captions, numbered_key
 from diptych.transforms.sources.sharded.parquet import ParquetShard
 
@@ -60,7 +61,7 @@ def test_rows_without_keys_are_one_where_image_and_file_name_are():
 
 
 def test_damage_between_costs_no_neighbour():
-    lost = [Lost("", number, "record_corrupt", "") for number in range(1, 20)]
+    lost = [Reject("", number, "record_corrupt", "") for number in range(1, 20)]
     assert join(row("k", 0, "a"), *lost[:3], row("k", 4, "b")) == [
         row("k", 0, "ab", counters={"captions_joined": 1}),
         *lost[:3],

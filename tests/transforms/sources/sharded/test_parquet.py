@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError, OptionError
 from diptych.transforms.schemas import IMAGE
-from diptych.transforms.sources.base import ColumnNames, InputFile, Lost, Row
+from diptych.transforms.sources.base import ColumnNames, InputFile, Row
 from diptych.transforms.sources.sharded.parquet import ParquetSource
 
 JPEG = b"\xff\xd8\xff\xe0 not really a picture \xff\xd9"
@@ -254,7 +255,7 @@ def damaged_file(path):
 def test_a_corrupt_page_costs_the_rest_of_its_row_group(path):
     rows = damaged_file(path)
     records = list(shard_of(path).rows())
-    (at,) = [index for index, record in enumerate(records) if isinstance(record, Lost)]
+    (at,) = [index for index, record in enumerate(records) if isinstance(record, Reject)]
     lost = records[at]
     # A page has a few rows; those before it in the batch are given.
     assert 73 - 4 <= at <= 73
@@ -314,7 +315,7 @@ def test_any_damage_to_the_data_is_survived(tmp_path_factory, data):
     records = list(shard.rows())
     skip = data.draw(st.integers(0, 31))
     assert list(shard.rows(skip=skip)) == records[skip:]
-    assert {record.reason for record in records if isinstance(record, Lost)} <= {
+    assert {record.reason for record in records if isinstance(record, Reject)} <= {
         "shard_corrupt",
         "duplicate_key",
     }
@@ -323,7 +324,7 @@ def test_any_damage_to_the_data_is_survived(tmp_path_factory, data):
 def test_images_of_skipped_rows_are_told_from_missing_ones(path):
     shard = write(path, {"key": list("abcab"), "jpg": [JPEG, None, JPEG, JPEG, JPEG]})
     records = list(shard.rows())
-    assert [record.reason if isinstance(record, Lost) else "" for record in records] == [
+    assert [record.reason if isinstance(record, Reject) else "" for record in records] == [
         "",
         "missing_image",
         "",
@@ -396,7 +397,7 @@ class TestStrict:
         whole = bytearray(path.read_bytes())
         whole[whole.index(JPEG) + 5 if damage == "page" else -5] ^= 1
         path.write_bytes(whole)
-        assert isinstance(list(shard_of(path).rows())[-1], Lost)
+        assert isinstance(list(shard_of(path).rows())[-1], Reject)
         with pytest.raises(
             InputError, match=r"shard\.parquet is damaged: .* Run `diptych verify` on its output"
         ):

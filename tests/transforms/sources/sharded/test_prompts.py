@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError, OptionError
-from diptych.transforms.sources.base import ColumnNames, InputFile, Lost, Row
+from diptych.transforms.sources.base import ColumnNames, InputFile, Row
 from diptych.transforms.sources.open import SourceOptions, open_source
 from diptych.transforms.sources.sharded.prompts import PromptsSource
 
@@ -43,7 +44,7 @@ def test_a_line_of_text_is_a_row(tmp_path):
 def test_a_blank_line_is_a_loss_that_names_it(tmp_path):
     first, blank, last = write(tmp_path / "p.txt", "one\n  \r\ntwo\n").rows()
     assert texts([first, last]) == ["one", "two"]
-    assert blank == Lost(
+    assert blank == Reject(
         "p-00000001", 1, "bad_annotation", "p.txt, line 2: expected a prompt, found a blank line"
     )
 

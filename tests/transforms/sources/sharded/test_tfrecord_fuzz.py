@@ -9,7 +9,7 @@ import tfrecord
 from google.protobuf.message import DecodeError
 from tfrecord import example_pb2
 
-from diptych.transforms.sources.base import Lost
+from diptych.transforms.chunk import Reject
 from diptych.transforms.sources.sharded.tfrecord import TfrecordSource
 
 NUM_RECORDS = 8
@@ -85,7 +85,7 @@ def check(tmp_path, seed, count):
         data = mutated(whole, draws)
         path.write_bytes(data)
         records = [
-            record.reason if isinstance(record, Lost) else (record.key, record.image)
+            record.reason if isinstance(record, Reject) else (record.key, record.image)
             for record in shard.records(0)
         ]
         wanted = expected(data)

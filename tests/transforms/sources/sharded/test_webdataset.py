@@ -17,12 +17,13 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError, OptionError
 from diptych.transforms.sources.archives import tar, tar_index
 from diptych.transforms.sources.archives.shard_file import open_shard, unpacked
 from diptych.transforms.sources.archives.tar import TarReader
 from diptych.transforms.sources.archives.tar_index import TarIndex
-from diptych.transforms.sources.base import ColumnNames, InputFile, Lost, Row
+from diptych.transforms.sources.base import ColumnNames, InputFile, Row
 from diptych.transforms.sources.open import SourceOptions, open_source
 from diptych.transforms.sources.sample import split_name
 from diptych.transforms.sources.sharded.webdataset import WebdatasetSource
@@ -280,7 +281,7 @@ def test_not_a_tar(tmp_path, data, packed):
     path = tmp_path / "a.tar"
     path.write_bytes(gzip.compress(data) if packed else data)
     (lost,) = shard_of(path).rows()
-    assert isinstance(lost, Lost)
+    assert isinstance(lost, Reject)
     assert (lost.reason, lost.row, lost.key) == ("shard_corrupt", 0, "")
     assert lost.message.startswith("a.tar, byte 0")
     assert repr(data[:20])[1:-1] in lost.message
@@ -313,7 +314,7 @@ def test_cut_anywhere(path):
         if length in starts:
             # Nothing tells whether the last sample had more members.
             assert [(r.key, r.row) for r in records] == [(r.key, r.row) for r in rows[: len(records)]]
-            assert not any(isinstance(record, Lost) for record in records)
+            assert not any(isinstance(record, Reject) for record in records)
         elif length >= end:
             assert records == rows
         else:
@@ -598,9 +599,9 @@ def test_every_member_is_in_a_record_or_a_counter(tmp_path):
         shard = write_members(tmp_path / "a.tar", [(name, b'{"caption": "x"}') for name in members])
         records = list(shard.rows())
         given = sum(isinstance(record, Row) for record in records)
-        lost = sum(record.reason == "duplicate_key" for record in records if isinstance(record, Lost))
+        lost = sum(record.reason == "duplicate_key" for record in records if isinstance(record, Reject))
         passed_over = sum(record.counters.get("images_passed_over", 0) for record in records)
-        messages = " ".join(record.message for record in records if isinstance(record, Lost))
+        messages = " ".join(record.message for record in records if isinstance(record, Reject))
         num_images = sum(name.endswith(("jpg", "png")) for name in members)
         num_named = given + lost + passed_over + messages.count("jpg") + messages.count("png")
         assert num_images <= num_named, (members, records)
