@@ -182,7 +182,12 @@ def test_a_worker_pool_runs_where_the_names_are_taken(environment: Environment, 
     port = free_port()
     script = tmp_path / "pool.py"
     script.write_text(POOL.format(deploy=str(REPOSITORY / "deploy"), port=port))
-    flags = ["--environment_type=EXTERNAL", f"--environment_config=localhost:{port}"]
+    flags = [
+        "--runner=PortableRunner",
+        "--job_endpoint=embed",
+        "--environment_type=EXTERNAL",
+        f"--environment_config=localhost:{port}",
+    ]
     printed = check_prepare(environment, [environment.bin / "python", script], flags, tmp_path)
     assert "started a worker" in printed
 
