@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -14,10 +15,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from emulators import free_port
+from foreign import FOLDERS, write_foreign_packages
 from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
-FOLDERS = ("pipelines", "transforms", "models")
 PACKAGE_FILES = ("__init__.py", "__main__.py", "py.typed")
 BUILD = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet")
 MULTI_PROCESSING = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
@@ -119,11 +120,7 @@ def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     python = tmp / "venv" / "bin" / "python"
     run([str(python), "-m", "pip", "install", *BUILD, "--ignore-installed", *target], tmp)
     foreign = tmp / "foreign"
-    for folder in FOLDERS:
-        (foreign / folder).mkdir(parents=True)
-        (foreign / folder / "__init__.py").write_text(
-            f"raise ImportError('a foreign {folder} was imported')\n"
-        )
+    write_foreign_packages(foreign)
     (foreign / "photos").mkdir()
     for i in range(6):
         Image.new("RGB", (40, 30), (40 * i, 90, 120)).save(foreign / "photos" / f"{i}.jpg")
@@ -201,3 +198,19 @@ def check_prepare(
     )
     assert sum(pq.read_metadata(path).num_rows for path in output.glob("images/*.parquet")) == 6
     return printed
+
+
+def test_coverage_counts_the_modules_that_users_import(tmp_path: Path) -> None:
+    report = tmp_path / "coverage.json"
+    tests = "tests/models/test_errors.py"
+    flags = ["-q", "-p", "no:cacheprovider", "--cov=diptych", f"--cov-report=json:{report}"]
+    # Its own data file, and none of the settings of a run with coverage that this test may be part of
+    env = {name: value for name, value in os.environ.items() if not name.startswith("COV_CORE")}
+    command = [sys.executable, "-m", "pytest", tests, *flags]
+    env["COVERAGE_FILE"] = str(tmp_path / ".coverage")
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    files = json.loads(report.read_text())["files"]
+    assert files["models/errors.py"]["summary"]["covered_lines"] > 0
