@@ -7,9 +7,8 @@ from setuptools import find_packages, setup
 FOLDERS = ("pipelines", "transforms", "models")
 
 DIFFUSERS = ["diffusers>=0.35"]
-FLINK = [
-    "apache-flink-libraries==1.19.3"
-]  # jars, for a cluster on this machine; Beam's runner here is of 1.19
+# Jars for a cluster on this machine, of the version that Beam's runner is made for
+FLINK = ["apache-flink-libraries==1.19.3"]
 S3 = ["s3fs>=2025.3"]
 GCP = ["apache-beam[gcp]"]  # Dataflow
 HEIF = ["pillow-heif>=1.1"]  # photos of phones
@@ -34,6 +33,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
+    "setuptools>=77",
     "sentence-transformers>=4.0",
     "tifffile>=2024.1",
     "tfrecord>=1.14",

@@ -18,7 +18,7 @@ from diptych.pipelines.terminal.streams import safe_streams, use_utf8
 from diptych.transforms.errors import DiptychError, OptionError
 
 if TYPE_CHECKING:
-    from diptych.pipelines.runners.run_pipeline import Result
+    from diptych.pipelines.lifecycle.result import Result
 
 _START = time.monotonic()  # before the libraries load: that time is the user's as well
 _DESCRIPTION = (
@@ -125,6 +125,10 @@ def _main(argv: list[str], signals: list[int]) -> int:
     from diptych.pipelines.runners.beam_flags import check_beam_args
 
     check_beam_args(rest, [flag for action in parser._actions for flag in action.option_strings])
+    if getattr(args, "gpu", None):
+        from diptych.pipelines.runners.dataflow import gpu_flags
+
+        rest += gpu_flags(rest, args.gpu)
     with console.without_workers():
         return _run_job(
             _part(_identifier(name), _identifier(name)), lambda: make_options(args, rest), args, signals

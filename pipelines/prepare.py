@@ -13,8 +13,9 @@ from apache_beam.pvalue import DoOutputsTuple, PCollection
 
 from diptych.pipelines.lifecycle.launch import DatasetSpec, Job, finish_job, launch, source_options
 from diptych.pipelines.lifecycle.output_folder import refuse_overlap
+from diptych.pipelines.lifecycle.result import Result
 from diptych.pipelines.options.prepare import PrepareOptions
-from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
+from diptych.pipelines.runners.run_pipeline import new_pipeline
 from diptych.transforms.chunk import Chunk
 from diptych.transforms.clean import CleanCaptions
 from diptych.transforms.fingerprint import fingerprint, options_to_json

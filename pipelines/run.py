@@ -16,9 +16,10 @@ from diptych.pipelines.generate import generate_branch
 from diptych.pipelines.lifecycle.launch import DatasetSpec, Job, finish_job, launch
 from diptych.pipelines.lifecycle.model_job import Branch, MakeDataset
 from diptych.pipelines.lifecycle.output_folder import refuse_overlap
+from diptych.pipelines.lifecycle.result import Result
 from diptych.pipelines.options.run import RunOptions
 from diptych.pipelines.prepare import PrepareRows, fingerprint_options, images_schema_of, read_shards
-from diptych.pipelines.runners.run_pipeline import Result, new_pipeline
+from diptych.pipelines.runners.run_pipeline import new_pipeline
 from diptych.transforms.chunk import Chunk
 from diptych.transforms.fingerprint import fingerprint
 from diptych.transforms.sink import Sink, WriteChunks

@@ -6,6 +6,9 @@ from typing import Any
 
 import pyarrow as pa
 
+MAX_IMAGE_BYTES = 64 << 20
+"""The largest file that is read as an image: a larger one costs its row, not the memory of the job."""
+
 REASONS = {
     "read": {
         "missing_image": "the annotation or sample names an image that is not there",

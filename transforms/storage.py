@@ -435,3 +435,16 @@ def write_json(url: str, value: Any) -> None:
     with output_errors(url):
         fs, path = locate(url)
         upload(fs, path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def is_same_place(url: str, other: str) -> bool:
+    """Tells whether two paths or URLs are one folder."""
+    return real_path(url) == _real_path(other)
+
+
+def real_path(url: str) -> str:
+    """Returns a URL by which two places can be compared: of a local path, links are followed."""
+    fs, path = locate(url)
+    return str(
+        fs.unstrip_protocol(os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path)
+    ).rstrip("/")

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from diptych.pipelines.evaluate_captions import read_candidates
-from diptych.transforms.errors import InputError
 from diptych.transforms.output_layout import data_files
 from diptych.transforms.storage import join, locate
 
@@ -89,11 +87,9 @@ def _generated(output: str, number: int) -> list[_Cell]:
 
 
 def _said(output: str, keys: Sequence[str]) -> dict[str, str]:
-    """Returns what a captioner says of images, by key; nothing where none was asked."""
-    try:
-        return {found.key: found.caption for found in read_candidates(output) if found.key in {*keys}}
-    except InputError:
-        return {}
+    """Returns what a captioner says of images, by key; nothing where none has run."""
+    rows = _rows(output, "captions", ["key", "caption"])
+    return {row["key"]: row["caption"] for row in rows if row["key"] in {*keys}}
 
 
 def _rows(output: str, dataset: str, columns: list[str]) -> Iterator[dict[str, Any]]:

@@ -23,9 +23,10 @@ from diptych.pipelines.lifecycle.output_folder import (
     start_writing,
     take_output,
 )
+from diptych.pipelines.lifecycle.result import Result
 from diptych.pipelines.options.base import JobOptions
 from diptych.pipelines.runners.reach import check_reach
-from diptych.pipelines.runners.run_pipeline import Result, run_pipeline
+from diptych.pipelines.runners.run_pipeline import run_pipeline
 from diptych.pipelines.terminal.console import console
 from diptych.transforms.chunk import add_counts
 from diptych.transforms.errors import DiptychError, OutputError

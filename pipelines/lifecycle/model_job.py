@@ -14,10 +14,10 @@ from diptych.models.errors import FlagError, ModelError
 from diptych.models.files.location import redacted
 from diptych.models.spec import MatchOptions, ModelSpec, load_model
 from diptych.pipelines.lifecycle.launch import DatasetSpec, Job, finish_job, launch, source_options
-from diptych.pipelines.lifecycle.output_folder import is_same_place, refuse_overlap
+from diptych.pipelines.lifecycle.output_folder import refuse_overlap
+from diptych.pipelines.lifecycle.result import Result
 from diptych.pipelines.lifecycle.skip_done import check_earlier, find_done
 from diptych.pipelines.options.models import ModelJobOptions
-from diptych.pipelines.runners.run_pipeline import Result
 from diptych.transforms.chunk import Chunk
 from diptych.transforms.errors import InputError, OptionError
 from diptych.transforms.fingerprint import fingerprint
@@ -32,6 +32,7 @@ from diptych.transforms.sources.base import ColumnNames, Shard, Source
 from diptych.transforms.sources.open import open_source, output_of
 from diptych.transforms.sources.sharded.parquet import ParquetSource
 from diptych.transforms.sources.sharded.prepared_captions import TextSource
+from diptych.transforms.storage import is_same_place
 
 # Libraries that decide what a model of a kind gives
 LIBRARIES = {

@@ -5,11 +5,8 @@ import contextlib
 import dataclasses
 import enum
 import json
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-
-from fsspec.implementations.local import LocalFileSystem
 
 from diptych.transforms.errors import OptionError, OutputError
 from diptych.transforms.fingerprint import digest
@@ -36,7 +33,7 @@ from diptych.transforms.output_layout import (
     write_view,
 )
 from diptych.transforms.sink import FOOTERS_AT_ONCE, Claim, has_commit
-from diptych.transforms.storage import delete, delete_empty, is_file, join, locate, output_errors
+from diptych.transforms.storage import delete, delete_empty, is_file, join, locate, output_errors, real_path
 
 _BESIDE = ("rejects", PLAN, SCRATCH)
 
@@ -59,27 +56,15 @@ def refuse_overlap(inputs: Iterable[str], root: str) -> None:
     Raises:
         OptionError: It does.
     """
-    output = _real_path(root)
+    output = real_path(root)
     folders = [join(output, name) for name in (*DATASETS, *_BESIDE)]
     for url in inputs:
-        path = _real_path(url)
+        path = real_path(url)
         if path == output or any(f"{path}/".startswith(f"{folder}/") for folder in folders):
             raise OptionError(
                 f"--output {root} is where {url} is read from. The job would write into its own input: choose another "
                 "--output."
             )
-
-
-def is_same_place(url: str, other: str) -> bool:
-    """Tells whether two paths or URLs are one folder."""
-    return _real_path(url) == _real_path(other)
-
-
-def _real_path(url: str) -> str:
-    fs, path = locate(url)
-    return str(
-        fs.unstrip_protocol(os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path)
-    ).rstrip("/")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from fsspec.core import has_magic
 
 from diptych.models.files.location import redacted
-from diptych.pipelines.lifecycle.output_folder import is_same_place
 from diptych.pipelines.options.models import ModelJobOptions
 from diptych.pipelines.terminal.console import console
 from diptych.transforms.errors import InputError
 from diptych.transforms.finish import read_success
 from diptych.transforms.output_layout import MODEL_STAGES, data_files
 from diptych.transforms.skip_done import write_done_keys
-from diptych.transforms.storage import exists, glob, input_errors, join, locate
+from diptych.transforms.storage import exists, glob, input_errors, is_same_place, join, locate
 
 
 def check_earlier(options: ModelJobOptions, dataset: str, plan_folder: str) -> None:

@@ -5,7 +5,7 @@ import json
 
 from diptych.models.files.location import redacted
 from diptych.pipelines.lifecycle.output_folder import State
-from diptych.pipelines.runners.run_pipeline import Result
+from diptych.pipelines.lifecycle.result import Result
 from diptych.transforms.errors import NothingWritten
 from diptych.transforms.progress import progress
 from diptych.transforms.storage import join

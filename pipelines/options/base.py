@@ -171,10 +171,6 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
 
 def job_values(args: argparse.Namespace, beam_args: Sequence[str]) -> dict[str, Any]:
     """Returns the values of `JobOptions` from the parsed flags."""
-    if getattr(args, "gpu", None):
-        from diptych.pipelines.runners.dataflow import gpu_flags
-
-        beam_args = [*beam_args, *gpu_flags(beam_args, args.gpu)]
     return {
         "inputs": tuple(args.input),
         "output": args.output,

@@ -20,8 +20,7 @@ from diptych.pipelines.options.base import (
 from diptych.transforms.clean import CleanOptions
 from diptych.transforms.images.decode import Limits
 from diptych.transforms.images.resize import ResizeOptions
-from diptych.transforms.schemas import RAW_COLUMNS, images_schema
-from diptych.transforms.sources.base import MAX_IMAGE_BYTES
+from diptych.transforms.schemas import MAX_IMAGE_BYTES, RAW_COLUMNS, images_schema
 
 # Writing a tensor takes some ten times its memory
 _MAX_TENSOR_SAMPLES = MAX_CHUNK_SAMPLES // 10

@@ -11,10 +11,10 @@ from diptych.models.names import TEXT_KINDS, ModelName, is_device
 from diptych.models.training.data import CaptionerTraining
 from diptych.models.training.options import GanTraining, VaeTraining
 from diptych.models.training.word2vec import Word2VecTraining
-from diptych.pipelines.lifecycle.output_folder import is_same_place
 from diptych.pipelines.options.base import add_choice, add_source_flags, add_value, check, source_options
 from diptych.transforms.errors import OptionError
 from diptych.transforms.sources.open import SourceOptions
+from diptych.transforms.storage import is_same_place
 
 SHARE = 0.05
 _SEED_BELOW = 2**32

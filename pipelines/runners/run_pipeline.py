@@ -1,11 +1,10 @@
 """Running a graph: the runner's options, progress on the terminal, errors as one paragraph, the summary."""
 
-import dataclasses
 import os
 import re
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import apache_beam as beam
@@ -15,7 +14,6 @@ from tqdm import tqdm
 
 from diptych.models.errors import one_line
 from diptych.models.files.location import redacted
-from diptych.pipelines.lifecycle.output_folder import State
 from diptych.pipelines.runners.dataflow import dataflow_flags, ended_on_dataflow
 from diptych.pipelines.runners.flink import (
     cancel_on_flink,
@@ -26,40 +24,7 @@ from diptych.pipelines.runners.flink import (
 )
 from diptych.pipelines.terminal.console import console
 from diptych.transforms import errors
-from diptych.transforms.finish import Totals, read_success
 from diptych.transforms.progress import Snapshot, progress
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run left.
-
-    Attributes:
-        output: The output folder.
-        state: What it held before.
-        totals: By data set that the job wrote.
-        ran: Whether the job ran, rather than being translated for a service and not sent (`--dry_run`).
-    """
-
-    output: str
-    state: State
-    totals: dict[str, Totals]
-    ran: bool = True
-
-    @classmethod
-    def of(cls, output: str, state: State, datasets: Collection[str], ran: bool = True) -> "Result":
-        """Returns the result of a job that has finished some data sets.
-
-        Raises:
-            OutputError: It has, but there is no record of it any more.
-        """
-        found = read_success(output) or {}
-        if ran and (gone := [dataset for dataset in datasets if dataset not in found]):
-            raise errors.OutputError(
-                f"{output} was finished by this run, but the record of its {', '.join(gone)} is gone since: another "
-                "run took the output with --overwrite. What is there now is that run's."
-            )
-        return cls(output, state, {dataset: found.get(dataset, Totals()) for dataset in datasets}, ran)
 
 
 def new_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from diptych.transforms.sources.base import MAX_IMAGE_BYTES
+from diptych.transforms.schemas import MAX_IMAGE_BYTES
 
 # The largest profiles of presses have some 3 MB
 MAX_PROFILE_BYTES = 8 << 20

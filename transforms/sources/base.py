@@ -15,10 +15,8 @@ from typing import ClassVar, NamedTuple
 from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError
 
-# The largest file that is read as an image, and as a text that goes with one. A larger one costs its row, not the
-# memory of the job: a text may take twenty times its size while its JSON is parsed.
-MAX_IMAGE_BYTES = 64 << 20
 MAX_TEXT_BYTES = 4 << 20
+"""The largest text that goes with an image; its JSON may take twenty times its size while it is parsed."""
 
 
 class Row(NamedTuple):

@@ -4,11 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from diptych.transforms.schemas import MAX_IMAGE_BYTES
 from diptych.transforms.sources.archives.links import Link, LinkError
 from diptych.transforms.sources.archives.shard_file import encodable
 from diptych.transforms.sources.archives.tar import TarReader
 from diptych.transforms.sources.archives.tar_index import SampleParts, TarIndex
-from diptych.transforms.sources.base import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, ColumnNames
+from diptych.transforms.sources.base import MAX_TEXT_BYTES, ColumnNames
 from diptych.transforms.sources.planned.entries import IMAGE_EXTENSIONS
 from diptych.transforms.sources.text.encoding import decode
 from diptych.transforms.sources.text.json_stream import parse_json

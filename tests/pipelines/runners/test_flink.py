@@ -29,6 +29,7 @@ import pytest
 import worker_pool
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions
 from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
+from foreign import write_foreign_packages
 from kills import files_in
 
 from diptych.pipelines.demo_data import layouts
@@ -68,11 +69,14 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(flink_jar: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A job manager, two task managers and a pool of Python workers."""
+    """A job manager, two task managers and a pool of Python workers, beside packages named like our folders."""
     folder = tmp_path_factory.mktemp("cluster")
+    foreign = tmp_path_factory.mktemp("foreign")
+    write_foreign_packages(foreign)
     command = [sys.executable, str(CLUSTER), f"--folder={folder}"]
     command += [f"--rest_port={free_ports()}", f"--worker_port={free_ports()}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipe, env = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(foreign)}
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=foreign, env=env) as process:
         try:
             assert process.stdout is not None
             line = first_line(process.stdout)
@@ -185,9 +189,11 @@ def test_an_input_that_goes_while_it_runs_ends_the_job_at_once(cluster, scenes, 
 @pytest.mark.timeout(300)
 def test_relative_paths_are_found_by_workers(cluster, scenes, local, tmp_path):
     (tmp_path / "data").symlink_to(scenes)
+    write_foreign_packages(tmp_path)
     argv = command(Path("data"), Path("out"), cluster)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240, check=False
+        argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
     assert files_in(tmp_path / "out") == local

@@ -8,8 +8,9 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from diptych.pipelines.lifecycle.output_folder import State
+from diptych.pipelines.lifecycle.result import Result
 from diptych.pipelines.runners import run_pipeline as runner
-from diptych.pipelines.runners.run_pipeline import Result, new_pipeline, run_pipeline
+from diptych.pipelines.runners.run_pipeline import new_pipeline, run_pipeline
 from diptych.transforms.errors import DiptychError, InputError, OptionError, OutputError
 from diptych.transforms.finish import Expected, Totals, finish
 from diptych.transforms.progress import Snapshot, progress

@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from diptych.models.files.location import redacted
 from diptych.transforms import storage
 from diptych.transforms.errors import InputError
+from diptych.transforms.schemas import MAX_IMAGE_BYTES
 from diptych.transforms.sources.archives.compression import (
     DECOMPRESSION_ERRORS,
     DECOMPRESSORS,
@@ -24,7 +25,7 @@ from diptych.transforms.sources.archives.compression import (
     compression_of,
     is_zlib,
 )
-from diptych.transforms.sources.base import MAX_IMAGE_BYTES, InputFile
+from diptych.transforms.sources.base import InputFile
 
 # The longest record or member that is read as one; Beam and Arrow stop at 2 GiB a buffer.
 MAX_RECORD_BYTES = 1 << 30

@@ -17,11 +17,11 @@ from fsspec.implementations.local import LocalFileSystem
 from diptych.models.files.location import without_query
 from diptych.transforms import storage
 from diptych.transforms.errors import InputError
+from diptych.transforms.schemas import MAX_IMAGE_BYTES
 from diptych.transforms.sources.archives.links import Links, normalise
 from diptych.transforms.sources.archives.shard_file import ShardDamage, open_shard
 from diptych.transforms.sources.archives.tar import TarReader
 from diptych.transforms.sources.archives.zip import ZipError, unpack_entry, zip_entries
-from diptych.transforms.sources.base import MAX_IMAGE_BYTES
 from diptych.transforms.sources.planned.prefetch import Get, fetch_ahead
 
 # Of files that are asked for by name to see whether their folder is there

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from diptych.transforms.schemas import MAX_IMAGE_BYTES
 from diptych.transforms.sources.archives.shard_file import to_text
-from diptych.transforms.sources.base import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from diptych.transforms.sources.base import MAX_TEXT_BYTES
 from diptych.transforms.sources.sharded.columns import (
     CAPTION_FIELDS,
     FILE_NAME_COLUMNS,

@@ -8,13 +8,14 @@ import pyarrow.parquet as pq
 
 from diptych.models.errors import one_line
 from diptych.transforms.chunk import Reject
+from diptych.transforms.schemas import MAX_IMAGE_BYTES
 from diptych.transforms.sources.archives.shard_file import (
     MAX_RECORD_BYTES,
     ShardDamage,
     image_name,
     metadata_text,
 )
-from diptych.transforms.sources.base import MAX_IMAGE_BYTES, Record, Row
+from diptych.transforms.sources.base import Record, Row
 from diptych.transforms.sources.sharded.column_values import Image, captions, images, keys, metadata, validate
 from diptych.transforms.sources.sharded.columns import Columns
 from diptych.transforms.sources.sharded.joined import numbered_key

@@ -17,6 +17,7 @@ import google_crc32c
 from diptych.models.files.location import redacted
 from diptych.transforms.chunk import Reject
 from diptych.transforms.errors import InputError, OptionError
+from diptych.transforms.schemas import MAX_IMAGE_BYTES
 from diptych.transforms.sources.archives.shard_file import (
     ShardDamage,
     image_name,
@@ -25,14 +26,7 @@ from diptych.transforms.sources.archives.shard_file import (
     read_up_to,
     unpacked,
 )
-from diptych.transforms.sources.base import (
-    MAX_IMAGE_BYTES,
-    ColumnNames,
-    InputFile,
-    Record,
-    Row,
-    Shard,
-)
+from diptych.transforms.sources.base import ColumnNames, InputFile, Record, Row, Shard
 from diptych.transforms.sources.sharded.columns import captions_note
 from diptych.transforms.sources.sharded.example_features import (
     captions_of,
