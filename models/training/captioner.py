@@ -29,7 +29,8 @@ from diptych.models.metrics.caption_scores import score_captions
 from diptych.models.training.cache import CaptionCache, open_cache
 from diptych.models.training.captioner_batches import Pictures, Step, Steps
 from diptych.models.training.checkpoint import Checkpoint, Checkpoints, flatten_optimizer, restore_optimizer
-from diptych.models.training.data import SCORES, CaptionData, CaptionerTraining, History, Progress
+from diptych.models.training.data import SCORES, CaptionData, History, Progress
+from diptych.models.training.options import CaptionerTraining
 from diptych.models.training.self_critical import CiderReward, advantages, sample_captions
 
 _CHECKPOINT_S = 120.0

@@ -12,7 +12,7 @@ from diptych.models.captioning.encoder import Encoder
 from diptych.models.captioning.vocabulary import END, PAD, START, Vocabulary
 from diptych.models.pixels import decode_pixels
 from diptych.models.training.cache import CaptionCache, Layout
-from diptych.models.training.data import CaptionerTraining
+from diptych.models.training.options import CaptionerTraining
 
 _BATCH_ROWS = 64  # where no gradient is wanted
 

@@ -13,16 +13,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gensim.models
 import numpy as np
 import torch
-from gensim.models import Word2Vec as Trainer
 
 from diptych.models.base import TextOptions
 from diptych.models.errors import ModelError
 from diptych.models.text.word2vec import Word2Vec, tokenize
 from diptych.models.text.word_vectors import Vectors
 from diptych.models.training.checkpoint import Checkpoint, Checkpoints
-from diptych.models.training.data import Progress
+from diptych.models.training.data import OnProgress, Progress
+from diptych.models.training.options import Word2VecTraining
 
 # Captions that a loss is measured on: the first of each set
 _NUM_SCORED = 2000
@@ -31,63 +32,8 @@ _REPORTED = 5000
 _NUM_PAIRS_AT_ONCE = 16_384
 _SAMPLING_POWER = 0.75
 
-OnProgress = Callable[[Progress], None]
 Captions = Callable[[], Iterable[str]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
-
-
-_MAX_VECTOR_SIZE = 10_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Word2VecTraining:
-    """Options of a training.
-
-    Attributes:
-        vector_size: Length of the vectors.
-        window: Words on each side that a word is learnt with.
-        min_count: Words that occur less often are left out.
-        epochs: Most passes over the captions.
-        skip_gram: Learn a word from each of its neighbours (skip-gram) rather than from their mean (CBOW).
-        negative: Random words that each is told from.
-        sample: Words of a greater share of the text than about this are thinned out; 0 keeps all.
-        alpha: Learning rate at the start; it falls to `min_alpha` in a line.
-        min_alpha: Learning rate at the end.
-        patience: Epochs without a lower validation loss after which training stops; 0 never stops early.
-        seed: Of all that is drawn.
-    """
-
-    vector_size: int = 100
-    window: int = 5
-    min_count: int = 2
-    epochs: int = 20
-    skip_gram: bool = True
-    negative: int = 5
-    sample: float = 1e-3
-    alpha: float = 0.025
-    min_alpha: float = 1e-4
-    patience: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ModelError: One cannot be.
-        """
-        for name in ("vector_size", "window", "min_count", "epochs", "negative"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"{name} is {getattr(self, name)}. Expected 1 or more.")
-        if self.vector_size > _MAX_VECTOR_SIZE:
-            raise ModelError(f"vector_size is {self.vector_size}. Expected {_MAX_VECTOR_SIZE:,} or less.")
-        for name in ("sample", "alpha", "min_alpha"):
-            if not math.isfinite(getattr(self, name)):
-                raise ModelError(f"{name} is {getattr(self, name)}. Expected a number.")
-        for name in ("sample", "patience", "seed", "min_alpha"):
-            if getattr(self, name) < 0:
-                raise ModelError(f"{name} is {getattr(self, name)}. Expected 0 or more.")
-        if not self.min_alpha <= self.alpha:
-            raise ModelError(f"alpha is {self.alpha}. Expected min_alpha, {self.min_alpha}, or more.")
 
 
 def train_word2vec(
@@ -180,7 +126,7 @@ def _count_words(captions: Captions, min_count: int, on_progress: OnProgress) ->
 
 
 def _new_trainer(vocabulary: _Vocabulary, options: Word2VecTraining) -> Any:
-    trainer = Trainer(
+    trainer = gensim.models.Word2Vec(
         vector_size=options.vector_size,
         window=options.window,
         min_count=1,  # applied already

@@ -6,9 +6,7 @@ import re
 
 from diptych.models.generation.generator import SIZES, is_size
 from diptych.models.text.text_model import TEXT_KINDS
-from diptych.models.training.data import CaptionerTraining
-from diptych.models.training.options import GanTraining, VaeTraining
-from diptych.models.training.word2vec import Word2VecTraining
+from diptych.models.training.options import CaptionerTraining, GanTraining, VaeTraining, Word2VecTraining
 from diptych.pipelines.options.base import check
 from diptych.transforms.sources.open import SourceOptions
 

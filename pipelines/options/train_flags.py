@@ -5,9 +5,7 @@ import dataclasses
 from typing import Any
 
 from diptych.models.errors import ModelError
-from diptych.models.training.data import CaptionerTraining
-from diptych.models.training.options import GanTraining, VaeTraining
-from diptych.models.training.word2vec import Word2VecTraining
+from diptych.models.training.options import CaptionerTraining, GanTraining, VaeTraining, Word2VecTraining
 from diptych.pipelines.lifecycle.output_folder import is_same_place
 from diptych.pipelines.options.prepare import add_source_flags
 from diptych.pipelines.options.train import SHARE, RowSource, Training, TrainOptions

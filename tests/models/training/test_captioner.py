@@ -15,7 +15,8 @@ from diptych.models.captioning.encoder import create_encoder
 from diptych.models.errors import ModelError
 from diptych.models.training import captioner
 from diptych.models.training.captioner import train_captioner
-from diptych.models.training.data import Batch, CaptionData, CaptionerTraining
+from diptych.models.training.data import Batch, CaptionData
+from diptych.models.training.options import CaptionerTraining
 
 COLOURS = {"red": (0, 0, 255), "green": (0, 255, 0), "blue": (255, 0, 0), "white": (255, 255, 255)}
 OPTIONS = CaptionerTraining(
