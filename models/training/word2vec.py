@@ -191,19 +191,19 @@ class _Corpus:
             self._error = error
 
     def check(self) -> None:
-        """Raises what reading has raised."""
+        """Raises the error that reading raised, if any."""
         if self._error is not None:
             raise self._error
 
 
 @dataclasses.dataclass
 class _Run:
-    """How far a training has come.
+    """The progress of a training.
 
     Attributes:
-        history: A record an epoch.
-        best: Vectors of the best epoch.
-        best_epoch: Which that was; 0 before the first.
+        history: A record for each epoch.
+        best: The vectors of the best epoch.
+        best_epoch: The number of that epoch, from 1; 0 before the first.
     """
 
     history: list[dict[str, float]]
@@ -211,7 +211,7 @@ class _Run:
     best_epoch: int
 
     def add(self, record: dict[str, float], vectors: Vectors) -> None:
-        """Takes in an epoch."""
+        """Adds an epoch."""
         least = min((before.get("validation_loss", math.inf) for before in self.history), default=math.inf)
         self.history.append(record)
         if record.get("validation_loss", -math.inf) < least:
@@ -249,19 +249,19 @@ def _has_stopped(run: _Run, patience: int) -> bool:
 
 
 def _fingerprint(vocabulary: _Vocabulary, options: Word2VecTraining) -> str:
-    told = repr(
+    identity = repr(
         (sorted(dataclasses.asdict(options).items()), list(vocabulary.counts.items()), vocabulary[1:])
     )
-    return hashlib.sha256(told.encode("utf-8", "replace")).hexdigest()[:16]
+    return hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 class _Loss(NamedTuple):
-    """Pairs to measure by, P of them.
+    """The P pairs of words and contexts that the loss is measured on.
 
     Attributes:
         contexts: (P, C) rows of the words that each is predicted from; skip-gram has one, CBOW up to two windows.
         weights: (P, C) 1 / their number; 0 fills up.
-        targets: (P, 1 + negative) rows: the word itself, then what it is told from.
+        targets: (P, 1 + negative) rows: the word itself, then the negatives.
     """
 
     contexts: Ids
@@ -281,9 +281,9 @@ class _Loss(NamedTuple):
                     known[max(0, place - options.window) : place]
                     + known[place + 1 : place + 1 + options.window]
                 )
-                found = [[other] for other in around] if options.skip_gram else [around] if around else []
-                contexts += found
-                words += [word] * len(found)
+                pairs = [[other] for other in around] if options.skip_gram else [around] if around else []
+                contexts += pairs
+                words += [word] * len(pairs)
         sizes = np.fromiter(map(len, contexts), np.int64, len(contexts))
         filled = np.arange(sizes.max(initial=0)) < sizes[:, None]  # (P, C)
         ids = np.zeros(filled.shape, np.int64)
