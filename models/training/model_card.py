@@ -15,7 +15,7 @@ from diptych.models.spec import IMAGE_KINDS, TEXT_KINDS
 CARD = "model_card.json"
 README = "README.md"
 CURVES = "loss.png"
-# Scores that are drawn, in this order; more lines than these few cannot be told apart
+# Scores that are plotted, in this order: more lines than these could not be told apart.
 _DRAWN = ("CIDEr", "BLEU-4", "top1_accuracy", "recall_at_1", "sample_distance", "text_distance")
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b")
 

@@ -54,7 +54,7 @@ def train_word2vec(
         validation: Gives captions to measure by; there may be none, and then the last epoch is the best.
         output: Local folder.
         options: What and how to learn.
-        on_progress: Is told how far it is: `reading` for the vocabulary, `training` in each epoch (from a thread of
+        on_progress: Receives the progress: `reading` for the vocabulary, `training` in each epoch (from a thread of
             its own), and `validating` with the epoch's entry of `history` at the end of one.
 
     Returns:
