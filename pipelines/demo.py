@@ -16,9 +16,7 @@ from typing import Any
 
 from diptych.models.base import CaptionOptions, ImageOptions, TextOptions
 from diptych.models.spec import ModelSpec
-from diptych.models.training.data import CaptionerTraining
-from diptych.models.training.options import GanTraining, VaeTraining
-from diptych.models.training.word2vec import Word2VecTraining
+from diptych.models.training.options import CaptionerTraining, GanTraining, VaeTraining, Word2VecTraining
 from diptych.pipelines.demo_data.contact_sheet import contact_sheet
 from diptych.pipelines.demo_data.efficientnet_lite0 import ENCODER, write_lite0_weights
 from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set

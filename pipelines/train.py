@@ -20,10 +20,9 @@ from diptych.models.files.location import redacted
 from diptych.models.files.weights import digest as digest_of
 from diptych.models.files.weights import to_local_path
 from diptych.models.names import ModelName
-from diptych.models.training.data import SCORES, CaptionData, CaptionerTraining, Progress
+from diptych.models.training.data import SCORES, CaptionData, Progress
 from diptych.models.training.model_card import CURVES, README, draw_curves, write_card
-from diptych.models.training.options import GanTraining, VaeTraining
-from diptych.models.training.word2vec import Word2VecTraining
+from diptych.models.training.options import CaptionerTraining, GanTraining, VaeTraining, Word2VecTraining
 from diptych.pipelines.lifecycle.output_folder import State
 from diptych.pipelines.options.base import check
 from diptych.pipelines.options.train import TrainOptions

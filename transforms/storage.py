@@ -439,7 +439,7 @@ def write_json(url: str, value: Any) -> None:
 
 def is_same_place(url: str, other: str) -> bool:
     """Tells whether two paths or URLs are one folder."""
-    return real_path(url) == _real_path(other)
+    return real_path(url) == real_path(other)
 
 
 def real_path(url: str) -> str:

@@ -1,16 +1,12 @@
 """Training of a captioner: word by word against the captions that people wrote (cross entropy, teacher forcing).
 
-The encoder is frozen, its features made once, or trained along. Every draw follows from the seed and the step, so a
-training that was killed and goes on from its checkpoint ends, on a CPU, with the same weights to the last bit.
+The encoder is frozen, with features computed once, or fine-tuned. The last epochs can reward whole captions.
 """
 
 import collections
-import dataclasses
 import hashlib
-import json
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +22,24 @@ from diptych.models.device import choose_device, training_precision
 from diptych.models.errors import ModelError
 from diptych.models.files.weights import digest, read_tensors, to_local_path
 from diptych.models.metrics.caption_scores import score_captions
-from diptych.models.training.cache import CaptionCache, open_cache
-from diptych.models.training.captioner_batches import Pictures, Step, Steps
-from diptych.models.training.checkpoint import Checkpoint, Checkpoints, flatten_optimizer, restore_optimizer
-from diptych.models.training.data import SCORES, CaptionData, CaptionerTraining, History, Progress
+from diptych.models.training.cache import CaptionCache, SplitRows, open_cache, open_splits
+from diptych.models.training.captioner_batches import BatchLoader, CaptionBatch, ImageEncoder
+from diptych.models.training.data import SCORES, CaptionData, History, OnProgress
+from diptych.models.training.options import CaptionerTraining
 from diptych.models.training.self_critical import CiderReward, advantages, sample_captions
+from diptych.models.training.trainer import (
+    Diverged,
+    Metrics,
+    Objective,
+    Phase,
+    Trainer,
+    Validation,
+    cosine,
+    descend,
+    warm_up,
+)
 
-_CHECKPOINT_S = 120.0
 _WARMUP_STEPS = 200
-_MAX_GRADIENT = 5.0
-_OnProgress = Callable[[Progress], None]
 
 
 def train_captioner(
@@ -43,59 +47,45 @@ def train_captioner(
     output: Path,
     options: CaptionerTraining,
     device: str,
-    on_progress: _OnProgress,
+    on_progress: OnProgress,
     cache: Path | None = None,
 ) -> History:
-    """Trains a captioner, or goes on with one, and writes it to a folder.
+    """Trains a captioner, or resumes one, and writes it to a folder.
 
     Args:
-        data: To train on, and to choose the best epoch by.
-        output: Local folder for the model; the checkpoint is left in it, for who calls to delete.
-        options: What to train, and how.
+        data: The rows to train on, and to choose the best epoch by.
+        output: The local folder of the model; the checkpoint stays in it, the caller deletes it.
+        options: The options of the training.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        on_progress: Is told how far it is.
-        cache: Where the pictures are cached; None puts them below `output`.
+        on_progress: Receives the progress.
+        cache: The folder of cached images; None is a folder below `output`.
 
     Returns:
-        Losses and scores by epoch; the model of the best CIDEr is the one that is saved.
+        Losses and scores by epoch; the weights of the best CIDEr are saved.
 
     Raises:
         ModelError: The data or the options cannot be trained with, or a file cannot be written.
     """
-    chosen = choose_device(device)
+    torch_device = choose_device(device)
     torch.manual_seed(options.seed)
     encoder, source = _make_encoder(options)
-    pictures = Pictures(encoder.to(chosen), options, chosen)
-    identity = f"{data.fingerprint} {source}"
-    splits = []
-    for name, batches, num_rows in (
-        ("train", data.train, data.num_train),
-        ("validation", data.validation, data.num_validation),
-    ):
+    images = ImageEncoder(encoder.to(torch_device), options, torch_device)
 
-        def on_rows(done: int, total: int = num_rows) -> None:
-            on_progress(Progress("reading", 0, done, total))
+    def open_split(folder: Path, rows: SplitRows) -> CaptionCache:
+        return open_cache(folder, f"{data.fingerprint} {source}", rows, images.encoding)
 
-        folder = (cache or output / "_cache") / name
-        split = open_cache(folder, identity, pictures.layout, num_rows, batches, pictures.encode, on_rows)
-        if not len(split):
-            raise ModelError(
-                f"none of the {num_rows} {name} rows has a caption. A captioner learns from images with captions: "
-                "give some, or another --validation."
-            )
-        splits.append(split)
-    counts = collections.Counter(w for texts in splits[0].all_captions() for text in texts for w in text)
+    train, validation = open_splits(data, cache or output / "_cache", open_split, on_progress)
+    counts = collections.Counter(
+        word for captions in train.all_captions() for caption in captions for word in caption
+    )
     vocabulary = Vocabulary.build(counts, options.min_word_count)
     torch.manual_seed(options.seed)
     decoder = Decoder(_decoder_config(options, encoder, vocabulary))
-    network = CaptionNetwork(encoder, decoder, vocabulary).to(chosen)
-    training = _Training(network, pictures, splits[0], splits[1], options, chosen, on_progress)
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads or before)
-    try:
-        return training.run(output)
-    finally:
-        torch.set_num_threads(before)
+    network = CaptionNetwork(encoder, decoder, vocabulary).to(torch_device)
+    objective = CaptionerObjective(network, images, (train, validation), options, torch_device)
+    history = Trainer(objective, options, torch_device, on_progress).run(output)
+    network.save(output)
+    return history
 
 
 def _make_encoder(options: CaptionerTraining) -> tuple[Encoder, str]:
@@ -136,264 +126,152 @@ def _decoder_config(options: CaptionerTraining, encoder: Encoder, vocabulary: Vo
     )
 
 
-@dataclasses.dataclass
-class _Position:
-    """Where a training is; with the tensors, all that it goes on from."""
+class CaptionerObjective(Objective[CaptionBatch]):
+    """Cross entropy of the next word; in the second phase, the reward of whole captions.
 
-    step: int = 0
-    loss_sum: float = 0.0
-    best: float = -math.inf
-    best_loss: float = math.inf
-    best_epoch: int = -1
-    rewarded_from: int | None = None
-    seconds: float = 0.0
-    history: History = dataclasses.field(default_factory=list)
+    Args:
+        captioner: The network that is trained, or whose decoder is.
+        images: Loads and encodes the images.
+        splits: The rows to train on and the rows to validate by.
+        options: The options of the training.
+        device: The device of the network.
+    """
 
-
-class _Training:
     def __init__(
         self,
-        network: CaptionNetwork,
-        pictures: Pictures,
-        train: CaptionCache,
-        validation: CaptionCache,
+        captioner: CaptionNetwork,
+        images: ImageEncoder,
+        splits: tuple[CaptionCache, CaptionCache],
         options: CaptionerTraining,
         device: torch.device,
-        on_progress: _OnProgress,
     ) -> None:
-        self._network, self._pictures, self._options, self._device = network, pictures, options, device
-        self._train, self._validation, self._on_progress = train, validation, on_progress
-        self._steps = math.ceil(len(train) / options.batch_size)
-        encoder_rate = (
-            options.learning_rate if options.encoder_weights == "none" else options.encoder_learning_rate
-        )
-        groups = [{"params": list(network.decoder.parameters()), "peak": options.learning_rate}]
-        if options.fine_tune:
-            groups.append({"params": list(network.encoder.parameters()), "peak": encoder_rate})
-        self._optimizer = torch.optim.AdamW(groups, options.learning_rate, weight_decay=options.weight_decay)
-        self._average = {name: value.clone() for name, value in self._trained().items()}
-        self._best = dict(self._average)
-        self._at = _Position()
+        self._captioner, self._images, self._options, self._device = captioner, images, options, device
+        self._train, self._validation = splits
         self._precision = training_precision(options.precision, device)
-        self._make = Steps(pictures, network.vocabulary, options)
-        self._reward = (
-            CiderReward(map(self._make.number, train.all_captions())) if options.cider_epochs else None
-        )
+        self._loader = BatchLoader(images, captioner.vocabulary, options)
+        self.network = self.averaged = captioner if options.fine_tune else captioner.decoder
+        self._optimizer = self._make_optimizer()
+        self.optimizers = {"optimizer": self._optimizer}
+        self.batch_size, self.num_rows = options.batch_size, len(self._train)
+        self.num_validation = len(self._validation)
+        self.phases = [Phase(options.epochs, options.patience)]
+        if options.cider_epochs:
+            self.phases.append(Phase(options.cider_epochs))
+            self._reward = CiderReward(map(self._loader.number, self._train.all_captions()))
 
-    def run(self, output: Path) -> History:
-        checkpoints = Checkpoints(output)
-        if checkpoint := checkpoints.latest():
-            self._restore(checkpoint)
-        begun = last_saved = time.monotonic() - self._at.seconds
-        while not self._is_over():
-            epoch, at = divmod(self._at.step, self._steps)
-            if not self._rewarded and not at and self._has_converged(epoch):
-                self._begin_rewards(epoch)
-            self._set_training(True)
-            num_captions = 0 if self._rewarded else self._options.captions_per_image
-            for step in self._make.epoch(self._train, epoch, at, num_captions):
-                self._at.loss_sum += self._update(step)
-                self._at.step += 1
-                self._report("training", epoch, self._at.step - epoch * self._steps)
-                if time.monotonic() - last_saved > _CHECKPOINT_S and self._at.step % self._steps:
-                    self._at.seconds = time.monotonic() - begun
-                    self._save(checkpoints)
-                    last_saved = time.monotonic()
-            self._at.seconds = time.monotonic() - begun
-            self._validate(epoch)
-            self._save(checkpoints)
-            last_saved = time.monotonic()
-        self._put(self._best)
-        self._set_training(False)
-        self._network.save(output)
-        return self._at.history
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        options, captioner = self._options, self._captioner
+        groups = [{"params": list(captioner.decoder.parameters()), "lr": options.learning_rate}]
+        if options.fine_tune:
+            is_new = options.encoder_weights == "none"
+            rate = options.learning_rate if is_new else options.encoder_learning_rate
+            groups.append({"params": list(captioner.encoder.parameters()), "lr": rate})
+        return torch.optim.AdamW(groups, options.learning_rate, weight_decay=options.weight_decay)
 
     @property
-    def _rewarded(self) -> bool:
-        return self._at.rewarded_from is not None
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of the current phase."""
+        name = "cider_learning_rate" if self.phase else "learning_rate"
+        return {name: getattr(self._options, name)}
 
-    def _is_over(self) -> bool:
-        epoch, at = divmod(self._at.step, self._steps)
-        if self._at.rewarded_from is not None:
-            return epoch >= self._at.rewarded_from + self._options.cider_epochs
-        return not at and not self._options.cider_epochs and self._has_converged(epoch)
+    def batches(self, epoch: int, first: int) -> Iterator[CaptionBatch]:
+        """Yields the batches of an epoch from one on; those of the second phase have all captions."""
+        num_captions = 0 if self.phase else self._options.captions_per_image
+        return self._loader.epoch(self._train, epoch, first, num_captions)
 
-    def _has_converged(self, epoch: int) -> bool:
-        waited = epoch - 1 - self._at.best_epoch if epoch else 0
-        return epoch >= self._options.epochs or waited >= self._options.patience
+    def lr_scale(self, step: int) -> float:
+        """Returns a warm-up followed by a cosine; in the second phase, a constant."""
+        options = self._options
+        if self.phase:
+            return options.cider_learning_rate / options.learning_rate
+        total = options.epochs * self.num_steps
+        return warm_up(step, min(_WARMUP_STEPS, max(1, total // 10))) * cosine(step, total)
 
-    def _begin_rewards(self, epoch: int) -> None:
-        """Goes on from the best weights so far, to learn from whole captions."""
-        self._at.rewarded_from = epoch
-        self._put(self._best)
-        self._average = {name: value.clone() for name, value in self._best.items()}
-        self._optimizer.state.clear()
+    def step(self, batch: CaptionBatch, step: int) -> Metrics:
+        """Learns from a batch."""
+        if self.phase:
+            loss, metrics = self._reward_loss(batch)
+        else:
+            loss = self._loss(batch, self._options.label_smoothing)
+            metrics = {"train_loss": float(loss.detach())}
+        descend(self._optimizer, loss)
+        if not math.isfinite(float(loss.detach())):
+            raise Diverged(f"the loss is {float(loss.detach())}")
+        return metrics
 
-    def _loss(self, step: Step, label_smoothing: float, reduction: str = "mean") -> Tensor:
-        words = step.words.to(self._device, non_blocking=True)
-        owners = step.owners.to(self._device, non_blocking=True)
+    def _loss(self, batch: CaptionBatch, label_smoothing: float, reduction: str = "mean") -> Tensor:
+        words = batch.words.to(self._device, non_blocking=True)
+        image_index = batch.image_index.to(self._device, non_blocking=True)
         with self._precision:
-            logits, targets, _ = self._network.decoder(self._pictures.regions(step.pictures), owners, words)
+            regions = self._images.regions(batch.images)
+            logits, targets, _ = self._captioner.decoder(regions, image_index, words)
         return torch.nn.functional.cross_entropy(
             logits.float(), targets, label_smoothing=label_smoothing, reduction=reduction
         )
 
-    def _update(self, step: Step) -> float:
-        options, at = self._options, self._at.step
-        torch.manual_seed(options.seed * 1_000_003 + at)
-        rate = options.cider_learning_rate / options.learning_rate if self._rewarded else self._share(at)
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        if self._rewarded:
-            try:
-                loss, found = self._reward_loss(step)
-            except FloatingPointError as error:
-                raise self._diverged(str(error)) from error
-        else:
-            loss = self._loss(step, options.label_smoothing)
-            found = float(loss.detach())
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT)
-        self._optimizer.step()
-        age = at - (self._at.rewarded_from or 0) * self._steps
-        decay = min(options.ema, (1 + age) / (10 + age))
-        with torch.no_grad():
-            for name, value in self._trained().items():
-                if value.is_floating_point():
-                    self._average[name].lerp_(value, 1 - decay)
-                else:
-                    self._average[name].copy_(value)
-        if not math.isfinite(float(loss.detach())):
-            raise self._diverged(f"the loss is {float(loss.detach())}")
-        return found
-
-    def _diverged(self, what: str) -> ModelError:
-        flag = "cider_learning_rate" if self._rewarded else "learning_rate"
-        return ModelError(
-            f"the training diverged: {what} at step {self._at.step}. Lower --{flag} (it is "
-            f"{getattr(self._options, flag)}), and start anew with --overwrite."
-        )
-
-    def _share(self, at: int) -> float:
-        """Returns the share of the highest learning rate at a step: warmed up, then a cosine."""
-        total = self._options.epochs * self._steps
-        warmup = min(_WARMUP_STEPS, max(1, total // 10))
-        return min(1.0, (at + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * at / total))
-
-    def _reward_loss(self, step: Step) -> tuple[Tensor, float]:
-        """Returns a loss whose gradient is that of the reward of captions drawn for a batch, and minus the reward."""
-        options, decoder = self._options, self._network.decoder
-        num, most = options.cider_samples, options.max_words
+    def _reward_loss(self, batch: CaptionBatch) -> tuple[Tensor, dict[str, float]]:
+        """Returns a loss with the gradient of minus the reward of captions drawn for a batch, and the mean reward."""
+        decoder, num = self._captioner.decoder, self._options.cider_samples
         with self._precision:
-            regions = self._pictures.regions(step.pictures)
-            decoder.eval()  # the gradient must be that of the model that the captions are drawn from
+            regions = self._images.regions(batch.images)
+            # The gradient must be that of the model that the captions are drawn from: without dropout.
+            decoder.eval()
             with torch.no_grad():
-                words = sample_captions(decoder, decoder.look(regions), num, most)
-            owners = torch.arange(len(regions), device=self._device).repeat_interleave(num)
-            logits, targets, captions = decoder(regions, owners, words)
-        reward = self._reward
-        assert reward is not None
-        drawn = words.view(len(regions), num, -1)
-        wanted = (step.words[step.owners == i] for i in range(len(regions)))
+                try:
+                    words = sample_captions(decoder, decoder.look(regions), num, self._options.max_words)
+                except FloatingPointError as error:
+                    raise Diverged(str(error)) from error
+            image_index = torch.arange(len(regions), device=self._device).repeat_interleave(num)
+            logits, targets, captions = decoder(regions, image_index, words)
+        samples = words.view(len(regions), num, -1)
+        references = [batch.words[batch.image_index == i] for i in range(len(regions))]
         rewards = np.array(
-            [reward(_plain(own), _plain(texts)) for own, texts in zip(drawn, wanted, strict=True)], np.float32
+            [
+                self._reward(_plain(own), _plain(people))
+                for own, people in zip(samples, references, strict=True)
+            ],
+            np.float32,
         )
         weights = torch.from_numpy(advantages(rewards).ravel()).to(self._device)
         surprise = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        return (surprise * weights[captions]).mean(), -float(rewards.mean())
+        return (surprise * weights[captions]).mean(), {"reward": float(rewards.mean())}
 
-    def _validate(self, epoch: int) -> None:
-        """Scores the averaged weights, and keeps them where they are the best so far."""
-        current = {name: value.clone() for name, value in self._trained().items()}
-        self._put(self._average)
-        self._set_training(False)
+    def loss(self, metrics: Metrics) -> Tensor | float | None:
+        """Returns the cross entropy, or minus the reward."""
+        return -metrics["reward"] if "reward" in metrics else super().loss(metrics)
+
+    def validate(self, epoch: int, on_rows: Callable[[int], None]) -> Validation:
+        """Ranks the weights by CIDEr, then by the loss: the first CIDErs may all be 0."""
         with torch.inference_mode():
-            losses, candidates, references = self._caption_validation(epoch)
+            loss, candidates, references = self._caption_validation(on_rows)
         scores = score_captions(candidates, references)
         named = dict(zip(SCORES, (scores["bleu_1"], scores["bleu_4"], scores["cider"]), strict=True))
-        # of equals, such as CIDErs of 0 at the beginning, the one that is less surprised
-        if (named["CIDEr"], -losses) > (self._at.best, -self._at.best_loss):
-            self._at.best, self._at.best_loss, self._at.best_epoch = named["CIDEr"], losses, epoch
-            self._best = {name: value.clone() for name, value in self._average.items()}
-        self._at.history.append(
-            {
-                "epoch": epoch + 1,
-                **self._mean_loss(),
-                "validation_loss": losses,
-                "seconds": round(self._at.seconds, 1),
-                **named,
-            }
-        )
-        self._at.loss_sum = 0.0
-        self._put(current)
-        num_rows = len(self._validation)
-        self._on_progress(Progress("validating", epoch, num_rows, num_rows, entry=self._at.history[-1]))
+        return Validation({"validation_loss": loss, **named}, [named["CIDEr"], -loss])
 
-    def _mean_loss(self) -> dict[str, float]:
-        mean = self._at.loss_sum / self._steps
-        return {"reward": -mean} if self._rewarded else {"train_loss": mean}
-
-    def _caption_validation(self, epoch: int) -> tuple[float, list[list[str]], list[list[list[str]]]]:
-        options, split, network = self._options, self._validation, self._network
-        asked = CaptionOptions(options.beam_width, 1, options.max_words)
-        total, count = 0.0, 0
+    def _caption_validation(
+        self, on_rows: Callable[[int], None]
+    ) -> tuple[float, list[list[str]], list[list[list[str]]]]:
+        """Returns the mean loss a word, and the words of captions and references."""
+        options, captioner = self._options, self._captioner
+        caption_options = CaptionOptions(options.beam_width, 1, options.max_words)
+        total, num_words, done = 0.0, 0, 0
         candidates: list[list[str]] = []
         references: list[list[list[str]]] = []
-        done = 0
-        for step, captions in self._make.validation(split):
-            total += float(self._loss(step, 0.0, "sum"))
-            count += int((step.words[:, 1:] != PAD).sum())
+        for batch, captions in self._loader.validation(self._validation):
+            total += float(self._loss(batch, 0.0, "sum"))
+            num_words += int((batch.words[:, 1:] != PAD).sum())
             if done < options.max_scored:
-                found = network.search(self._pictures.regions(step.pictures), asked)
-                candidates += [network.vocabulary.decode(best[0].words).split() for best in found]
+                results = captioner.search(self._images.regions(batch.images), caption_options)
+                candidates += [captioner.vocabulary.decode(best[0].words).split() for best in results]
                 references += captions
             done += len(captions)
-            if done < len(split):  # the last comes with the scores
-                self._report("validating", epoch, done)
-        return total / count, candidates, references
+            on_rows(done)
+        return total / num_words, candidates, references
 
-    def _report(self, phase: str, epoch: int, done: int) -> None:
-        if phase == "validating":
-            self._on_progress(Progress(phase, epoch, done, len(self._validation)))
-            return
-        rows = min(done * self._options.batch_size, len(self._train))
-        self._on_progress(Progress(phase, epoch, rows, len(self._train), self._at.loss_sum / max(1, done)))
-
-    def _set_training(self, training: bool) -> None:
-        self._network.decoder.train(training)
-        # statistics of an encoder that knows ImageNet are better than those of small batches
-        self._network.encoder.train(training and self._options.encoder_weights == "none")
-
-    def _trained(self) -> dict[str, Tensor]:
-        """Returns what training changes, by name: all, or the decoder alone."""
-        module = self._network if self._options.fine_tune else self._network.decoder
-        return module.state_dict()
-
-    def _put(self, values: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in self._trained().items():
-                value.copy_(values[name])
-
-    def _save(self, checkpoints: Checkpoints) -> None:
-        optimizer_tensors, optimizer_state = flatten_optimizer(self._optimizer)
-        tensors = dict(optimizer_tensors)
-        for prefix, values in (("now", self._trained()), ("average", self._average), ("best", self._best)):
-            tensors |= {f"{prefix}.{name}": value for name, value in values.items()}
-        state = {**dataclasses.asdict(self._at), **optimizer_state}
-        checkpoints.save(self._at.step, tensors, json.loads(json.dumps(state)))
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        def values(prefix: str) -> dict[str, Tensor]:
-            found = {n: v for n, v in checkpoint.tensors.items() if n.startswith(f"{prefix}.")}
-            return {n.removeprefix(f"{prefix}."): v.to(self._device) for n, v in found.items()}
-
-        state = dict(checkpoint.state)
-        restore_optimizer(self._optimizer, checkpoint.tensors, {"optimizer": state.pop("optimizer")})
-        self._at = _Position(**state)
-        self._average, self._best = values("average"), values("best")
-        self._put(values("now"))
+    def set_training(self, training: bool) -> None:
+        """Puts the networks into training mode; a pretrained encoder keeps the statistics of its own training."""
+        self._captioner.decoder.train(training)
+        self._captioner.encoder.train(training and self._options.encoder_weights == "none")
 
 
 def _plain(words: Tensor) -> list[list[int]]:

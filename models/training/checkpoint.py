@@ -1,4 +1,4 @@
-"""What a training that was killed goes on from: one file, whole or not at all.
+"""The checkpoint that a killed training resumes from: one file, whole or not at all.
 
 A checkpoint is a safetensors file whose metadata hold the rest of the state as JSON, so that nothing is unpickled
 when it is read.
@@ -27,8 +27,8 @@ class Checkpoint:
 
     Attributes:
         step: Steps (or epochs) done, as the training counts them.
-        tensors: By name, on the CPU.
-        state: Everything else, as JSON values.
+        tensors: The tensors by name, on the CPU.
+        state: The rest of the training's state, as JSON values.
     """
 
     step: int
@@ -84,30 +84,19 @@ class Checkpoints:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     return None
-                # cloned: the file is mapped, and its disk space would not come free when the next one takes its place
+                # Cloned: a mapped file would keep its disk space after the next checkpoint replaces it.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 return Checkpoint(int(metadata["step"]), tensors, json.loads(metadata["state"]))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (safetensors.SafetensorError, KeyError, ValueError):
-            return (
-                None  # cut short by a disk that lied about being synced: to start again is all that is left
-            )
+            # The file was cut short by a disk that lied about being synced: nothing is left but to start again.
+            return None
         except OSError as error:
             raise ModelError(
                 f"{self._path} cannot be read: {error.strerror or error}. Give this user the right to read it, or "
                 "delete it to train from the start."
             ) from error
-
-    def clear(self) -> None:
-        """Deletes the checkpoint; there may be none.
-
-        Raises:
-            ModelError: It cannot be deleted.
-        """
-        with _write_errors(self._path):
-            for path in (self._path, self._temporary):
-                path.unlink(missing_ok=True)
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,9 +117,9 @@ def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        what = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
         raise ModelError(
-            f"{path} cannot be written: {what}. The checkpoint before it, if any, is still there: free some space or "
+            f"{path} cannot be written: {reason}. The checkpoint before it, if any, is still there: free some space or "
             "give this user the right to write, and run the same command again; it goes on from there."
         ) from error
 
@@ -142,19 +131,19 @@ def flatten_optimizer(
 
     Args:
         optimizer: The optimizer.
-        name: Its own among those of the checkpoint.
+        name: The optimizer's name in the checkpoint.
 
     Returns:
         Tensors whose names begin with its name, and a state with its name as the one key.
     """
-    found = optimizer.state_dict()
+    state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     parameters = {
         str(index): _split(values, f"{name}.state.{index}", tensors)
-        for index, values in found["state"].items()
+        for index, values in state["state"].items()
     }
     groups = [
-        _split(group, f"{name}.groups.{index}", tensors) for index, group in enumerate(found["param_groups"])
+        _split(group, f"{name}.groups.{index}", tensors) for index, group in enumerate(state["param_groups"])
     ]
     return tensors, {name: {"state": parameters, "groups": groups}}
 
@@ -176,13 +165,13 @@ def restore_optimizer(
     state: Mapping[str, Any],
     name: str = "optimizer",
 ) -> None:
-    """Puts back what `flatten_optimizer` returned; training goes on as if it had never stopped.
+    """Restores what `flatten_optimizer` returned; training continues as if it had never stopped.
 
     Args:
-        optimizer: Made as the other one was, over the same parameters in the same order.
-        tensors: Of a checkpoint; those of other names are passed over.
-        state: Of the same checkpoint.
-        name: As `flatten_optimizer` was given it.
+        optimizer: An optimizer made like the saved one, over the same parameters in the same order.
+        tensors: The checkpoint's tensors; those of other names are ignored.
+        state: The checkpoint's state.
+        name: The optimizer's name in the checkpoint.
 
     Raises:
         ModelError: The state is of an optimizer over other parameters.
@@ -211,12 +200,12 @@ def restore_optimizer(
 
 def _join(values: Mapping[str, Any], name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     prefix = f"{name}."
-    found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return {**values, **found}
+    joined = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return {**values, **joined}
 
 
 def _lay_out(optimizer: torch.optim.Optimizer, parameters: dict[int, dict[str, Any]]) -> None:
-    """Brings moments into the strides of their parameters: fused kernels take both by their place in memory."""
+    """Gives moments the strides of their parameters: fused kernels read both in the order of memory."""
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in parameters.items():
         for key, value in values.items():

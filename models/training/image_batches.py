@@ -1,9 +1,9 @@
-"""What the training of a VAE or a GAN reads again and again, on disk: small pictures, and vectors of their captions.
+"""What the training of a VAE or a GAN reads again and again, on disk: small images, and vectors of their captions.
 
-N pictures, M captions of all, S side in pixels, T text vector.
+N images, M captions in all, S side in pixels, T text vector.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,7 @@ from torch import Tensor
 from diptych.models.base import TextModel
 from diptych.models.errors import ModelError
 from diptych.models.pixels import decode_pixels
-from diptych.models.training.cache import CaptionCache, Layout, open_cache
-from diptych.models.training.data import Batch
+from diptych.models.training.cache import CaptionCache, Encoding, Layout, SplitRows, open_cache
 
 _Array = np.ndarray[Any, Any]
 
@@ -25,8 +24,8 @@ class ImageData:
     """The rows of one split.
 
     Attributes:
-        mean: (T,) of the vectors.
-        whitening: (T, T), by which what is off the mean is multiplied to be of variance 1 in all directions.
+        mean: (T,) mean of the text vectors.
+        whitening: (T, T) matrix that gives vectors less the mean a variance of 1 in all directions.
     """
 
     def __init__(self, cache: CaptionCache, folder: Path, dim: int) -> None:
@@ -71,7 +70,7 @@ class ImageData:
             draws: From 0 to 1, which caption of each.
             mirrored: Which are mirrored.
         """
-        pixels = self._cache.pictures[0][np.asarray(rows)]
+        pixels = self._cache.images[0][np.asarray(rows)]
         for i in np.flatnonzero(mirrored):
             pixels[i] = pixels[i, :, ::-1].copy()
         starts, ends = self._starts[rows], self._ends[rows]
@@ -83,7 +82,7 @@ class ImageData:
         return [words[0] for words in self._cache.captions([row])[0]]
 
 
-# Of the largest deviation: directions in which vectors vary less say nothing, and are not blown up
+# Directions in which vectors vary less than this share of the largest deviation say nothing: they are not enlarged.
 _LEAST_DEVIATION = 0.02
 
 
@@ -110,11 +109,11 @@ class ImageBatch(NamedTuple):
 
     Attributes:
         pixels: (N, S, S, 3) uint8.
-        texts: (N, T) float32.
+        text_vectors: (N, T) float32.
     """
 
     pixels: Tensor
-    texts: Tensor
+    text_vectors: Tensor
 
 
 def open_image_data(
@@ -122,20 +121,16 @@ def open_image_data(
     identity: str,
     size_px: int,
     text: TextModel,
-    num_rows: int,
-    batches: Callable[[], Iterable[Batch]],
-    on_rows: Callable[[int], None],
+    rows: SplitRows,
 ) -> ImageData:
-    """Returns a split's pictures and vectors, made first where they are not there yet.
+    """Returns a split's images and text vectors, and caches them first where they are not cached yet.
 
     Args:
-        folder: Its own.
-        identity: Stands for the data.
+        folder: The split's own folder, named like the split.
+        identity: Identifies the data.
         size_px: S.
-        text: Makes the vectors.
-        num_rows: Rows that there may be.
-        batches: Yields the rows.
-        on_rows: Is told how many rows have been read.
+        text: The text model that makes the vectors.
+        rows: The rows of the split.
 
     Raises:
         ModelError: There is no room for it, it cannot be written, or no row has a caption.
@@ -145,14 +140,8 @@ def open_image_data(
         def encode(images: Sequence[bytes]) -> list[_Array]:
             return [np.stack(list(pool.map(lambda data: decode_pixels(data, size_px), images)))]
 
-        layout = Layout((size_px, size_px, 3), "uint8")
-        identity = f"{identity} {text.digest}"
-        cache = open_cache(folder, identity, layout, num_rows, batches, encode, on_rows, _whole)
-    if not len(cache):
-        raise ModelError(
-            f"none of the {num_rows} {folder.name} rows has a caption. A model learns to draw from images with "
-            "captions: give some, or another --validation."
-        )
+        encoding = Encoding(Layout((size_px, size_px, 3), "uint8"), encode, _whole)
+        cache = open_cache(folder, f"{identity} {text.digest}", rows, encoding)
     data = ImageData(cache, folder, text.dim)
     data.write_vectors(text)
     return data
@@ -174,17 +163,17 @@ def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def epoch_batches(
-    data: ImageData, epoch: int, at: int, batch_size: int, seed: int, flips: bool
+    data: ImageData, epoch: int, first: int, batch_size: int, seed: int, flips: bool
 ) -> Iterator[ImageBatch]:
-    """Yields the whole batches of an epoch of training from one on, the next one made ready in the background.
+    """Yields the full batches of an epoch from one on; a thread prepares the next one.
 
     Args:
-        data: To train on.
-        epoch: From 0; the order and all that is drawn follow from it and the seed.
-        at: The first batch.
+        data: The rows to train on.
+        epoch: The ordinal of the epoch; it decides every draw, together with the seed.
+        first: The ordinal of the first batch.
         batch_size: N.
-        seed: Of all that is drawn.
-        flips: Mirror half of the pictures.
+        seed: The seed of every draw.
+        flips: Mirror half of the images.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(data))
     size = min(batch_size, len(data))
@@ -197,7 +186,7 @@ def epoch_batches(
 
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         ahead = None
-        for number in range(at, len(data) // size):
+        for number in range(first, len(data) // size):
             ready, ahead = ahead, pool.submit(load, number)
             if ready is not None:
                 yield ready.result()

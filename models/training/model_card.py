@@ -1,4 +1,4 @@
-"""What a trained model says of itself: a model card for programs and for people, and a picture of its training."""
+"""The description of a trained model: a model card for programs and for people, and a plot of its training."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from diptych.models.names import IMAGE_KINDS, TEXT_KINDS
 CARD = "model_card.json"
 README = "README.md"
 CURVES = "loss.png"
-# Scores that are drawn, in this order; more lines than these few cannot be told apart
+# Scores that are plotted, in this order: more lines than these could not be told apart.
 _DRAWN = ("CIDEr", "BLEU-4", "top1_accuracy", "recall_at_1", "sample_distance", "text_distance")
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b")
 
@@ -102,8 +102,8 @@ def _front_matter(card: Mapping[str, Any], title: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     kind = str(card["kind"])
-    made = "text-to-image" if kind in IMAGE_KINDS else "image-to-text"
-    task = "feature-extraction" if kind in TEXT_KINDS else made
+    image_task = "text-to-image" if kind in IMAGE_KINDS else "image-to-text"
+    task = "feature-extraction" if kind in TEXT_KINDS else image_task
     scores = [
         (name, value) for name, value in card.get("scores", {}).items() if isinstance(value, int | float)
     ]
@@ -158,13 +158,13 @@ def draw_curves(history: Sequence[Mapping[str, float]], path: Path, title: str) 
     Args:
         history: An entry an epoch: `epoch` (its ordinal is taken where it is missing), whatever ends in `loss`, and
             scores: CIDEr, BLEU-4, … Other entries, and values that are not finite, are not drawn.
-        path: Of the PNG.
-        title: Above the picture.
+        path: The path of the PNG.
+        title: The title above the plot.
 
     Raises:
         ModelError: The file cannot be written.
     """
-    # not pyplot: its figures are global, and it looks for a display
+    # Not pyplot, whose figures are global and which needs a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""A picture of how far a training is: prompts, what is real of them, and what is drawn."""
+"""A sheet of samples that shows the progress of a training: prompts, their real images, and the drawn ones."""
 
 import io
 import textwrap
@@ -18,9 +18,9 @@ class SheetRow(NamedTuple):
     """A row of the sheet.
 
     Attributes:
-        prompt: Written on the left.
-        real: The image that came with it, (S, S, 3).
-        samples: What is drawn of it.
+        prompt: The prompt, written on the left.
+        real: The image of the prompt's row, (S, S, 3).
+        samples: The images drawn from the prompt, (S, S, 3) each.
     """
 
     prompt: str
@@ -44,7 +44,7 @@ def write_sheet(path: Path, rows: Sequence[SheetRow]) -> None:
         for line, text in enumerate(textwrap.wrap(row.prompt, _LINE_CHARS)[: side // _LINE_PX]):
             draw.text((_GAP_PX, top + line * _LINE_PX), text, "black", font)
         for column, pixels in enumerate((row.real, *row.samples)):
-            # the real one stands a little apart
+            # The real image stands a little apart.
             left = _TEXT_PX + column * (side + _GAP_PX) + (_GAP_PX if column else 0)
             image = Image.fromarray(pixels)
             if image.width != side:

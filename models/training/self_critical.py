@@ -1,7 +1,7 @@
 """Learning from whole captions: self-critical training (Rennie et al. 2017), each sample against the others.
 
 Captions are drawn from the model, and each is rewarded by its CIDEr-D (Vedantam et al. 2015) against those that people
-wrote. What it is worth is measured against the other samples of its picture (Luo 2020, "A better variant of
+wrote. Its advantage is measured against the other samples of its image (Luo 2020, "A better variant of
 self-critical sequence training"), so that no second search is needed.
 """
 
@@ -29,28 +29,28 @@ class CiderReward:
     """CIDEr-D of one caption at a time, with the document frequencies of a whole training set.
 
     Args:
-        corpus: The captions of each picture, as numbers; read once.
+        corpus: The captions of each image, as numbers; read once.
     """
 
     def __init__(self, corpus: Iterable[Sequence[_Caption]]) -> None:
-        pictures = 0
-        found: _Counts = collections.Counter()
+        num_images = 0
+        frequency: _Counts = collections.Counter()
         for captions in corpus:
-            pictures += 1
-            found.update(set().union(*(_ngrams(caption) for caption in captions)))
-        self._log_pictures = math.log(max(1, pictures))
-        # one that occurs once weighs what one weighs that does not occur: most of them, and no need to keep them
-        self._log_frequency = {ngram: math.log(count) for ngram, count in found.items() if count > 1}
+            num_images += 1
+            frequency.update(set().union(*(_ngrams(caption) for caption in captions)))
+        self._log_images = math.log(max(1, num_images))
+        # Most n-grams occur once, and weigh as much as one that never occurs: they need not be kept.
+        self._log_frequency = {ngram: math.log(count) for ngram, count in frequency.items() if count > 1}
 
     def __call__(self, candidates: Sequence[_Caption], references: Sequence[_Caption]) -> list[float]:
-        """Returns the CIDEr-D, 0 to 10, of each candidate against the references of one picture."""
+        """Returns the CIDEr-D, 0 to 10, of each candidate against the references of one image."""
         wanted = [self._weigh(reference) for reference in references]
         return [self._score(self._weigh(candidate), wanted) for candidate in candidates]
 
     def _weigh(self, caption: _Caption) -> "_Weighed":
         weights: list[dict[tuple[int, ...], float]] = [{} for _ in range(_ORDERS)]
         for ngram, count in _ngrams(caption).items():
-            rarity = self._log_pictures - self._log_frequency.get(ngram, 0.0)
+            rarity = self._log_images - self._log_frequency.get(ngram, 0.0)
             weights[len(ngram) - 1][ngram] = count * rarity
         norms = [math.sqrt(sum(value * value for value in by.values())) for by in weights]
         return len(caption), weights, norms
@@ -88,30 +88,31 @@ def sample_captions(decoder: Decoder, picture: Picture, num_samples: int, max_wo
     """Draws captions from a decoder, as it is: `eval` draws from the model that is searched.
 
     Args:
-        decoder: Whose words.
+        decoder: The decoder to draw from, in its present mode.
         picture: N pictures.
-        num_samples: Captions of each.
-        max_words: Longest caption; what has not ended is ended there.
+        num_samples: The captions drawn of each image.
+        max_words: The most words of a caption, which is ended there.
 
     Returns:
-        (N * num_samples, T + 1) numbers from `START` to `END`, then `PAD`; those of a picture one after the other.
+        (N * num_samples, T + 1) numbers from `START` to `END`, then `PAD`; those of an image one after the other.
 
     Raises:
-        FloatingPointError: The decoder's weights are out of all bounds.
+        FloatingPointError: The decoder's probabilities are not finite.
     """
     device = picture.values.device
-    owners = torch.arange(len(picture.values), device=device).repeat_interleave(num_samples)
-    picture = picture.select(owners)
+    image_index = torch.arange(len(picture.values), device=device).repeat_interleave(num_samples)
+    picture = picture.select(image_index)
     state = decoder.begin(picture)
-    words = [torch.full((len(owners),), START, device=device)]
-    ended = torch.zeros(len(owners), dtype=torch.bool, device=device)
+    words = [torch.full((len(image_index),), START, device=device)]
+    ended = torch.zeros(len(image_index), dtype=torch.bool, device=device)
     never = torch.tensor([PAD, START, UNKNOWN], device=device)
     for length in range(max_words):
         output, state = decoder.step(words[-1], state, picture)
         logits = decoder.logits(output).float()
         logits[:, never] = -math.inf
         if not length:
-            logits[:, END] = -math.inf  # a caption has a word
+            # A caption has at least one word.
+            logits[:, END] = -math.inf
         probabilities = torch.softmax(logits, dim=-1)
         if not torch.isfinite(probabilities.sum()):
             raise FloatingPointError("the probabilities of the next word are not finite")
@@ -124,6 +125,6 @@ def sample_captions(decoder: Decoder, picture: Picture, num_samples: int, max_wo
 
 
 def advantages(rewards: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Returns how much better each of (N, K) samples is than the mean of the others of its picture."""
+    """Returns how much better each of (N, K) samples is than the mean of the others of its image."""
     count = rewards.shape[1]
     return (rewards - rewards.mean(axis=1, keepdims=True)) * np.float32(count / (count - 1))

@@ -13,16 +13,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gensim.models
 import numpy as np
 import torch
-from gensim.models import Word2Vec as Trainer
 
 from diptych.models.base import TextOptions
 from diptych.models.errors import ModelError
 from diptych.models.text.word2vec import Word2Vec, tokenize
 from diptych.models.text.word_vectors import Vectors
 from diptych.models.training.checkpoint import Checkpoint, Checkpoints
-from diptych.models.training.data import Progress
+from diptych.models.training.data import OnProgress, Progress
+from diptych.models.training.options import Word2VecTraining
 
 # Captions that a loss is measured on: the first of each set
 _NUM_SCORED = 2000
@@ -31,63 +32,8 @@ _REPORTED = 5000
 _NUM_PAIRS_AT_ONCE = 16_384
 _SAMPLING_POWER = 0.75
 
-OnProgress = Callable[[Progress], None]
 Captions = Callable[[], Iterable[str]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
-
-
-_MAX_VECTOR_SIZE = 10_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Word2VecTraining:
-    """Options of a training.
-
-    Attributes:
-        vector_size: Length of the vectors.
-        window: Words on each side that a word is learnt with.
-        min_count: Words that occur less often are left out.
-        epochs: Most passes over the captions.
-        skip_gram: Learn a word from each of its neighbours (skip-gram) rather than from their mean (CBOW).
-        negative: Random words that each is told from.
-        sample: Words of a greater share of the text than about this are thinned out; 0 keeps all.
-        alpha: Learning rate at the start; it falls to `min_alpha` in a line.
-        min_alpha: Learning rate at the end.
-        patience: Epochs without a lower validation loss after which training stops; 0 never stops early.
-        seed: Of all that is drawn.
-    """
-
-    vector_size: int = 100
-    window: int = 5
-    min_count: int = 2
-    epochs: int = 20
-    skip_gram: bool = True
-    negative: int = 5
-    sample: float = 1e-3
-    alpha: float = 0.025
-    min_alpha: float = 1e-4
-    patience: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ModelError: One cannot be.
-        """
-        for name in ("vector_size", "window", "min_count", "epochs", "negative"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"{name} is {getattr(self, name)}. Expected 1 or more.")
-        if self.vector_size > _MAX_VECTOR_SIZE:
-            raise ModelError(f"vector_size is {self.vector_size}. Expected {_MAX_VECTOR_SIZE:,} or less.")
-        for name in ("sample", "alpha", "min_alpha"):
-            if not math.isfinite(getattr(self, name)):
-                raise ModelError(f"{name} is {getattr(self, name)}. Expected a number.")
-        for name in ("sample", "patience", "seed", "min_alpha"):
-            if getattr(self, name) < 0:
-                raise ModelError(f"{name} is {getattr(self, name)}. Expected 0 or more.")
-        if not self.min_alpha <= self.alpha:
-            raise ModelError(f"alpha is {self.alpha}. Expected min_alpha, {self.min_alpha}, or more.")
 
 
 def train_word2vec(
@@ -108,7 +54,7 @@ def train_word2vec(
         validation: Gives captions to measure by; there may be none, and then the last epoch is the best.
         output: Local folder.
         options: What and how to learn.
-        on_progress: Is told how far it is: `reading` for the vocabulary, `training` in each epoch (from a thread of
+        on_progress: Receives the progress: `reading` for the vocabulary, `training` in each epoch (from a thread of
             its own), and `validating` with the epoch's entry of `history` at the end of one.
 
     Returns:
@@ -180,7 +126,7 @@ def _count_words(captions: Captions, min_count: int, on_progress: OnProgress) ->
 
 
 def _new_trainer(vocabulary: _Vocabulary, options: Word2VecTraining) -> Any:
-    trainer = Trainer(
+    trainer = gensim.models.Word2Vec(
         vector_size=options.vector_size,
         window=options.window,
         min_count=1,  # applied already
@@ -245,19 +191,19 @@ class _Corpus:
             self._error = error
 
     def check(self) -> None:
-        """Raises what reading has raised."""
+        """Raises the error that reading raised, if any."""
         if self._error is not None:
             raise self._error
 
 
 @dataclasses.dataclass
 class _Run:
-    """How far a training has come.
+    """The progress of a training.
 
     Attributes:
-        history: A record an epoch.
-        best: Vectors of the best epoch.
-        best_epoch: Which that was; 0 before the first.
+        history: A record for each epoch.
+        best: The vectors of the best epoch.
+        best_epoch: The number of that epoch, from 1; 0 before the first.
     """
 
     history: list[dict[str, float]]
@@ -265,7 +211,7 @@ class _Run:
     best_epoch: int
 
     def add(self, record: dict[str, float], vectors: Vectors) -> None:
-        """Takes in an epoch."""
+        """Adds an epoch."""
         least = min((before.get("validation_loss", math.inf) for before in self.history), default=math.inf)
         self.history.append(record)
         if record.get("validation_loss", -math.inf) < least:
@@ -303,19 +249,19 @@ def _has_stopped(run: _Run, patience: int) -> bool:
 
 
 def _fingerprint(vocabulary: _Vocabulary, options: Word2VecTraining) -> str:
-    told = repr(
+    identity = repr(
         (sorted(dataclasses.asdict(options).items()), list(vocabulary.counts.items()), vocabulary[1:])
     )
-    return hashlib.sha256(told.encode("utf-8", "replace")).hexdigest()[:16]
+    return hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 class _Loss(NamedTuple):
-    """Pairs to measure by, P of them.
+    """The P pairs of words and contexts that the loss is measured on.
 
     Attributes:
         contexts: (P, C) rows of the words that each is predicted from; skip-gram has one, CBOW up to two windows.
         weights: (P, C) 1 / their number; 0 fills up.
-        targets: (P, 1 + negative) rows: the word itself, then what it is told from.
+        targets: (P, 1 + negative) rows: the word itself, then the negatives.
     """
 
     contexts: Ids
@@ -335,9 +281,9 @@ class _Loss(NamedTuple):
                     known[max(0, place - options.window) : place]
                     + known[place + 1 : place + 1 + options.window]
                 )
-                found = [[other] for other in around] if options.skip_gram else [around] if around else []
-                contexts += found
-                words += [word] * len(found)
+                pairs = [[other] for other in around] if options.skip_gram else [around] if around else []
+                contexts += pairs
+                words += [word] * len(pairs)
         sizes = np.fromiter(map(len, contexts), np.int64, len(contexts))
         filled = np.arange(sizes.max(initial=0)) < sizes[:, None]  # (P, C)
         ids = np.zeros(filled.shape, np.int64)

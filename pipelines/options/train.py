@@ -8,9 +8,7 @@ from typing import Any
 from diptych.models.errors import ModelError
 from diptych.models.generation.generator import SIZES, is_size
 from diptych.models.names import TEXT_KINDS, ModelName, is_device
-from diptych.models.training.data import CaptionerTraining
-from diptych.models.training.options import GanTraining, VaeTraining
-from diptych.models.training.word2vec import Word2VecTraining
+from diptych.models.training.options import CaptionerTraining, GanTraining, VaeTraining, Word2VecTraining
 from diptych.pipelines.options.base import add_choice, add_source_flags, add_value, check, source_options
 from diptych.transforms.errors import OptionError
 from diptych.transforms.sources.open import SourceOptions

@@ -19,7 +19,8 @@ from diptych.models.captioning.captioner import Captioner
 from diptych.models.errors import ModelError
 from diptych.models.text.word2vec import Word2Vec
 from diptych.models.training import captioner
-from diptych.models.training.data import CaptionData, CaptionerTraining, History, Progress
+from diptych.models.training.data import CaptionData, History, Progress
+from diptych.models.training.options import CaptionerTraining
 from diptych.pipelines import train as train_module
 from diptych.pipelines.cli import main
 from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set

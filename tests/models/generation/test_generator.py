@@ -1,5 +1,6 @@
-import contextlib
 import dataclasses
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from diptych.models.generation.generator import (
     to_pixels,
 )
 from diptych.models.generation.vae import Bound, Vae, squared_bands, vae_loss
-from diptych.models.training.image_objectives import GanObjective, Texts
+from diptych.models.training.image_objectives import GanObjective, ImageSplits
 from diptych.models.training.options import GanTraining
 
 CONFIG = GeneratorConfig(size_px=32, text_dim=6, latent_dim=8, condition_dim=10, channels=4, max_channels=12)
@@ -157,12 +158,14 @@ class TestPrior:
 
     def test_a_gan_leaves_it_alone(self):
         generator = Generator(self.PRIOR)
-        texts = Texts(torch.zeros(6), torch.eye(6))
+        rows = mock.MagicMock(mean=torch.zeros(6), whitening=torch.eye(6))
+        rows.__len__.return_value = 64
         options = GanTraining(generator="vae:x")
-        objective = GanObjective(generator, texts, options, torch.device("cpu"), contextlib.nullcontext)
+        splits = ImageSplits(rows, rows, Path("samples.png"))
+        objective = GanObjective(generator, splits, options, torch.device("cpu"))
         before = {name: value.clone() for name, value in generator.state_dict().items()}
         images, told, _ = inputs()
-        objective.step(images, told, 0, 0.0)
+        objective.learn(images, told, 0)
         changed = {
             name for name, value in generator.state_dict().items() if not torch.equal(value, before[name])
         }

@@ -13,9 +13,10 @@ from diptych.models.base import CaptionOptions
 from diptych.models.captioning.captioner import Captioner
 from diptych.models.captioning.encoder import create_encoder
 from diptych.models.errors import ModelError
-from diptych.models.training import captioner
+from diptych.models.training import trainer
 from diptych.models.training.captioner import train_captioner
-from diptych.models.training.data import Batch, CaptionData, CaptionerTraining
+from diptych.models.training.data import Batch, CaptionData
+from diptych.models.training.options import CaptionerTraining
 
 COLOURS = {"red": (0, 0, 255), "green": (0, 255, 0), "blue": (255, 0, 0), "white": (255, 255, 255)}
 OPTIONS = CaptionerTraining(
@@ -142,7 +143,7 @@ def test_goes_on_to_the_same_weights(tmp_path, monkeypatch, encoder_weights, fin
     )
     num_steps = 5 * (options.epochs + options.cider_epochs)
     undisturbed = train(tmp_path / "undisturbed", options)
-    monkeypatch.setattr(captioner, "_CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(trainer, "_CHECKPOINT_S", 0.0)
     steps = 0
 
     def kill(progress):

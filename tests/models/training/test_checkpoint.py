@@ -42,15 +42,6 @@ class TestCheckpoints:
         assert files(tmp_path) == ["_checkpoint.safetensors"]
         assert checkpoints.latest().step == 2
 
-    def test_clear(self, tmp_path):
-        (tmp_path / "model.safetensors").touch()
-        checkpoints = Checkpoints(tmp_path)
-        checkpoints.save(1, TENSORS, {})
-        checkpoints.clear()
-        checkpoints.clear()
-        assert files(tmp_path) == ["model.safetensors"]
-        assert checkpoints.latest() is None
-
     def test_tensors_that_share_memory_or_are_views(self, tmp_path):
         whole = torch.arange(12.0).reshape(3, 4)
         tensors = {"tied": whole, "same": whole, "turned": whole.T, "part": whole[:, 1]}

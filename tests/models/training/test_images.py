@@ -12,7 +12,8 @@ from diptych.models.base import ImageOptions, Prompt, TextOptions
 from diptych.models.errors import ModelError
 from diptych.models.generation.image_generator import ImageGenerator
 from diptych.models.text.word2vec import Word2Vec
-from diptych.models.training import images
+from diptych.models.training import image_objectives, images, trainer
+from diptych.models.training.cache import SplitRows
 from diptych.models.training.data import Batch, CaptionData
 from diptych.models.training.image_batches import epoch_batches, open_image_data
 from diptych.models.training.images import train_image_model
@@ -119,7 +120,7 @@ class Killed(Exception):
 def test_killed_and_gone_on_with(tmp_path, options, at, monkeypatch):
     """A checkpoint at each step; the end is the same to the last bit."""
     train(tmp_path / "undisturbed", options)
-    monkeypatch.setattr(images, "_CHECKPOINT_S", -1.0)
+    monkeypatch.setattr(trainer, "_CHECKPOINT_S", -1.0)
     steps = 0
 
     def kill(progress):
@@ -180,7 +181,7 @@ def test_a_training_that_diverges_says_so(tmp_path, options, rate):
 
 
 def test_a_generator_that_ignores_its_noise_has_collapsed(tmp_path, words, monkeypatch):
-    monkeypatch.setattr(images, "_COLLAPSED", 1e6)
+    monkeypatch.setattr(image_objectives, "_COLLAPSED", 1e6)
     with pytest.raises(ModelError, match="the generator has collapsed, two samples of one prompt are 0"):
         train(tmp_path, GanTraining(text_model=words, **{**SMALL, "epochs": 4}))
 
@@ -205,7 +206,9 @@ def test_no_captions(tmp_path, options):
 class TestData:
     def open(self, folder, words, rows=40, size_px=16):
         text = Word2Vec.load(words.partition(":")[2], TextOptions())
-        return open_image_data(folder, "squares", size_px, text, rows, batches(rows), lambda _: None)
+        return open_image_data(
+            folder, "squares", size_px, text, SplitRows(batches(rows), rows, lambda _: None)
+        )
 
     def test_an_epoch_is_every_row_once(self, tmp_path, words):
         found = self.open(tmp_path, words)
@@ -217,7 +220,7 @@ class TestData:
     def test_texts_are_those_of_the_pictures(self, tmp_path, words):
         found = self.open(tmp_path, words)
         for batch in epoch_batches(found, 1, 0, 8, seed=3, flips=False):
-            for pixels, vector in zip(batch.pixels.numpy(), batch.texts.numpy(), strict=True):
+            for pixels, vector in zip(batch.pixels.numpy(), batch.text_vectors.numpy(), strict=True):
                 name = [*COLOURS][int(vector[:4].argmax())]
                 assert tuple(pixels[0, 0]) == COLOURS[name]
 
@@ -227,7 +230,7 @@ class TestData:
         rest = list(epoch_batches(found, 2, 3, 8, seed=3, flips=True))
         for one, other in zip(whole[3:], rest, strict=True):
             assert one.pixels.equal(other.pixels)
-            assert one.texts.equal(other.texts)
+            assert one.text_vectors.equal(other.text_vectors)
 
     def test_texts_are_whitened(self, tmp_path, words):
         found = self.open(tmp_path, words)

@@ -13,7 +13,8 @@ from diptych.models.errors import ModelError
 from diptych.models.text.word2vec import Word2Vec
 from diptych.models.training import word2vec
 from diptych.models.training.checkpoint import Checkpoints
-from diptych.models.training.word2vec import Word2VecTraining, train_word2vec
+from diptych.models.training.options import Word2VecTraining
+from diptych.models.training.word2vec import train_word2vec
 
 COLOURS, SHAPES, PLACES = ["red", "green", "blue"], ["ball", "cube", "cone"], ["left", "right", "top"]
 OPTIONS = Word2VecTraining(vector_size=12, window=3, min_count=1, epochs=4, sample=0, alpha=0.05, patience=0)

@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 
-from diptych.models.training.data import CaptionerTraining
-from diptych.models.training.options import GanTraining, VaeTraining
-from diptych.models.training.word2vec import Word2VecTraining
+from diptych.models.training.options import CaptionerTraining, GanTraining, VaeTraining, Word2VecTraining
 from diptych.pipelines.options.train import RowSource, TrainOptions, add_train_flags, train_options
 from diptych.transforms.errors import OptionError
 from diptych.transforms.sources.base import ColumnNames
@@ -105,7 +103,15 @@ class TestFlags:
         flags = (
             "--vector_size=1 --window=2 --min_count=3 --epochs=4 --cbow --negative=5 --sample=0.1 --alpha=0.2"
         )
-        expected = Word2VecTraining(1, 2, 3, 4, False, 5, 0.1, 0.2, patience=6, seed=7)
+        values = {
+            "vector_size": 1,
+            "window": 2,
+            "min_count": 3,
+            "epochs": 4,
+            "skip_gram": False,
+            "negative": 5,
+        }
+        expected = Word2VecTraining(**values, sample=0.1, alpha=0.2, patience=6, seed=7)
         assert parse("word2vec", *flags.split(), "--patience=6", "--seed=7").training == expected
         assert parse("word2vec", "--sg").training == Word2VecTraining()
 

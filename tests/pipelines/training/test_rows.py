@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diptych.models.training.word2vec import Word2VecTraining
+from diptych.models.training.options import Word2VecTraining
 from diptych.pipelines.demo_data.layouts import SceneFolders, write_data_set
 from diptych.pipelines.options.train import RowSource, TrainOptions
 from diptych.pipelines.training.rows import Rows, describe, is_held_out, open_rows
