@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diptych.models.captioning.decoder import Decoder, Picture
+from diptych.models.captioning.decoder import Decoder, ImageFeatures
 from diptych.models.captioning.vocabulary import END, PAD, START, UNKNOWN
 
 
@@ -24,7 +24,7 @@ class Hypothesis(NamedTuple):
 
 def search(
     decoder: Decoder,
-    picture: Picture,
+    features: ImageFeatures,
     *,
     beam_width: int,
     num_captions: int,
@@ -35,31 +35,31 @@ def search(
     """Finds likely captions: the usual beam search (Graves 2012; Wu et al. 2016, 7, with their plain length norm).
 
     Hypotheses compare by log-probability / length ** length_penalty, where the length counts the end. What has not
-    ended after `max_words` is ended there. A picture's captions do not depend on the others in the batch.
+    ended after `max_words` is ended there. A image's captions do not depend on the others in the batch.
 
     Args:
         decoder: In `eval` mode.
-        picture: N pictures.
-        beam_width: K hypotheses kept a picture; 1 is greedy search.
-        num_captions: Captions wanted a picture, at most K.
+        features: N images.
+        beam_width: K hypotheses kept a image; 1 is greedy search.
+        num_captions: Captions wanted of an image, at most K.
         max_words: Longest caption.
         length_penalty: 0 compares plain log-probabilities.
         no_repeat_ngram: No n-gram of this many words occurs twice in a caption; 0 allows any.
 
     Returns:
-        For each picture `num_captions` hypotheses, the best first; fewer only where no more exist.
+        For each image `num_captions` hypotheses, the best first; fewer only where no more exist.
     """
-    num_pictures, device = len(picture.values), picture.values.device
-    owners = torch.arange(num_pictures, device=device).repeat_interleave(beam_width)  # (N K,)
-    picture = picture.select(owners)
-    state = decoder.begin(picture)
-    words = torch.full((len(owners), 1), START, device=device)
-    scores = torch.full((num_pictures, beam_width), -math.inf, device=device)
+    num_images, device = len(features.values), features.values.device
+    image_index = torch.arange(num_images, device=device).repeat_interleave(beam_width)  # (N K,)
+    features = features.select(image_index)
+    state = decoder.init_state(features)
+    words = torch.full((len(image_index), 1), START, device=device)
+    scores = torch.full((num_images, beam_width), -math.inf, device=device)
     scores[:, 0] = 0  # all K are equal at first: one stands for them
-    found = [_Found(beam_width, num_captions, length_penalty, max_words) for _ in range(num_pictures)]
+    found = [_Found(beam_width, num_captions, length_penalty, max_words) for _ in range(num_images)]
     never = torch.tensor([PAD, START, UNKNOWN], device=device)
     for length in range(1, max_words + 2):
-        outputs, state = decoder.step(words[:, -1], state, picture)
+        outputs, state = decoder.step(words[:, -1], state, features)
         log_probabilities = torch.log_softmax(decoder.logits(outputs).float(), dim=-1)  # (N K, V)
         log_probabilities[:, never] = -math.inf
         if length == 1:
@@ -69,7 +69,7 @@ def search(
         if no_repeat_ngram:
             _ban_repeats(log_probabilities, words, no_repeat_ngram)
         vocab = log_probabilities.shape[1]
-        total = (scores.view(-1, 1) + log_probabilities).view(num_pictures, -1)  # (N, K V)
+        total = (scores.view(-1, 1) + log_probabilities).view(num_images, -1)  # (N, K V)
         best, place = total.topk(min(2 * beam_width, total.shape[1]), dim=1)  # half of them may be ends
         parents, tokens = place // vocab, place % vocab
         _collect(found, words, best, parents, tokens)
@@ -77,7 +77,7 @@ def search(
             break
         best = best.masked_fill(tokens == END, -math.inf)
         scores, order = best.topk(beam_width, dim=1)
-        rows = parents.gather(1, order) + torch.arange(num_pictures, device=device)[:, None] * beam_width
+        rows = parents.gather(1, order) + torch.arange(num_images, device=device)[:, None] * beam_width
         rows = rows.view(-1)
         words = torch.cat([words[rows], tokens.gather(1, order).view(-1, 1)], dim=1)
         state = state.select(rows)
@@ -85,7 +85,7 @@ def search(
 
 
 class _Found:
-    """The finished hypotheses of one picture."""
+    """The finished hypotheses of one features."""
 
     def __init__(self, beam_width: int, num_captions: int, length_penalty: float, max_words: int) -> None:
         self._beam_width, self._num_captions, self._penalty = beam_width, num_captions, length_penalty
@@ -131,10 +131,10 @@ def _collect(found: list[_Found], words: Tensor, best: Tensor, parents: Tensor, 
     """Adds the hypotheses that end here, where they are among the K best candidates.
 
     Args:
-        found: Of N pictures.
+        found: Of N images.
         words: (N K, T) the hypotheses so far, from `START` on.
         best: (N, 2 K) log-probabilities of the best continuations, in order.
-        parents: (N, 2 K) which of a picture's hypotheses each goes on from.
+        parents: (N, 2 K) which of a image's hypotheses each goes on from.
         tokens: (N, 2 K) with which word.
     """
     beam_width = len(words) // len(found)

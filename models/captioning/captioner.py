@@ -101,7 +101,7 @@ class CaptionNetwork(nn.Module):
         """Returns the captions of (N, L, D) regions, the best first."""
         return search(
             self.decoder,
-            self.decoder.look(regions),
+            self.decoder.encode_image(regions),
             beam_width=options.beam_width,
             num_captions=options.num_captions,
             max_words=options.max_words,

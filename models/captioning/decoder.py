@@ -1,12 +1,12 @@
-"""The language half of a captioner: a recurrent network over words that looks at the picture.
+"""The language half of a captioner: a recurrent network over words that looks at the image.
 
 With attention it is the soft model of "Show, Attend and Tell" (Xu et al. 2015, 3.1.2 and 4.2.1: additive attention, the
-gate beta, the deep output layer); without, "Show and Tell" (Vinyals et al. 2015, 3.1: the pooled picture is the first
-input). Other than there, the annotation vectors are projected once a picture, each with a learnt place (as in ViT,
+gate beta, the deep output layer); without, "Show and Tell" (Vinyals et al. 2015, 3.1: the pooled image is the first
+input). Other than there, the annotation vectors are projected once an image, each with a learnt place (as in ViT,
 Dosovitskiy et al. 2021); the attention also knows the word that was just read; and the output layer shares its weights
 with the word embedding (Press and Wolf 2017).
 
-B captions, N pictures, T words, M words of all captions, L regions, D encoder channels, E embedding, H hidden,
+B captions, N images, T words, M words of all captions, L regions, D encoder channels, E embedding, H hidden,
 A attention, V vocabulary.
 """
 
@@ -25,14 +25,14 @@ class DecoderConfig:
 
     Attributes:
         cell: `lstm` (Hochreiter and Schmidhuber 1997), `gru` (Cho et al. 2014) or `rnn` (Elman 1990, tanh).
-        attention: Attend to the regions at each word; else the pooled picture is the first input.
+        attention: Attend to the regions at each word; else the pooled image is the first input.
         vocab_size: V, with the special words.
         feature_dim: D.
         num_regions: L.
         embedding_dim: E.
         hidden_dim: H.
         attention_dim: A.
-        dropout: Share of units dropped in training, of words, pictures and outputs.
+        dropout: Share of units dropped in training, of words, images and outputs.
     """
 
     cell: Literal["lstm", "gru", "rnn"]
@@ -46,8 +46,8 @@ class DecoderConfig:
     dropout: float = 0.5
 
 
-class Picture(NamedTuple):
-    """What the decoder keeps of each picture.
+class ImageFeatures(NamedTuple):
+    """What the decoder keeps of each image.
 
     Attributes:
         values: (N, L, E) projected regions; (N, 1, E), their mean, without attention.
@@ -57,13 +57,13 @@ class Picture(NamedTuple):
     values: Tensor
     keys: Tensor
 
-    def select(self, index: Tensor) -> "Picture":
-        """Returns the pictures at (B,) ordinals."""
-        return Picture(self.values.index_select(0, index), self.keys.index_select(0, index))
+    def select(self, index: Tensor) -> "ImageFeatures":
+        """Returns the images at (B,) ordinals."""
+        return ImageFeatures(self.values.index_select(0, index), self.keys.index_select(0, index))
 
-    def first(self, count: int) -> "Picture":
-        """Returns the first so many pictures."""
-        return Picture(self.values[:count], self.keys[:count])
+    def first(self, count: int) -> "ImageFeatures":
+        """Returns the first so many images."""
+        return ImageFeatures(self.values[:count], self.keys[:count])
 
 
 class Predictions(NamedTuple):
@@ -96,13 +96,14 @@ class State(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Words from pictures."""
+    """Words from images."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         embedding, hidden, attention = config.embedding_dim, config.hidden_dim, config.attention_dim
         self.words = nn.Embedding(config.vocab_size, embedding, padding_idx=PAD)
+        # The names of layers are those of saved weights, so this one stays
         self.picture = nn.Linear(config.feature_dim, embedding)
         self.start = nn.Linear(embedding, 2 * hidden)
         inputs = embedding
@@ -124,45 +125,45 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.words.weight, std=embedding**-0.5)
 
-    def look(self, regions: Tensor) -> Picture:
+    def encode_image(self, regions: Tensor) -> ImageFeatures:
         """Returns what is kept of (N, L, D) regions."""
         if self.config.attention:
             values = torch.relu(self.picture(self.dropout(regions)) + self.places)  # (N, L, E)
-            return Picture(values, self.keys(values))
+            return ImageFeatures(values, self.keys(values))
         values = torch.relu(self.picture(self.dropout(regions.mean(dim=1, keepdim=True))))  # (N, 1, E)
-        return Picture(values, values.new_empty(len(values), 0, 0))
+        return ImageFeatures(values, values.new_empty(len(values), 0, 0))
 
-    def begin(self, picture: Picture) -> State:
+    def init_state(self, features: ImageFeatures) -> State:
         """Returns the state before the first word."""
-        pooled = picture.values.mean(dim=1)  # (B, E)
+        pooled = features.values.mean(dim=1)  # (B, E)
         hidden, cell = torch.tanh(self.start(pooled)).chunk(2, dim=1)
         if self.config.attention:
             return State(hidden, cell)
         nothing = torch.zeros_like(hidden)
         return self._advance(pooled, State(nothing, nothing))
 
-    def step(self, words: Tensor, state: State, picture: Picture) -> tuple[Tensor, State]:
+    def step(self, words: Tensor, state: State, features: ImageFeatures) -> tuple[Tensor, State]:
         """Reads a word.
 
         Args:
             words: (B,) numbers.
             state: Before the word.
-            picture: Of each caption.
+            features: Of each caption.
 
         Returns:
             (B, E) outputs, for `logits`, and the state after the word.
         """
         embedded = self.words(words)
-        state, context = self._read(embedded, state, picture)
+        state, context = self._read(embedded, state, features)
         return self._output(embedded, state.hidden, context), state
 
-    def _read(self, embedded: Tensor, state: State, picture: Picture) -> tuple[State, Tensor]:
+    def _read(self, embedded: Tensor, state: State, features: ImageFeatures) -> tuple[State, Tensor]:
         """Returns the state after a word, and the (B, E) context that it was read in: none without attention."""
         if not self.config.attention:
             return self._advance(embedded, state), embedded.new_empty(len(embedded), 0)
         query = self.query(torch.cat([embedded, state.hidden], dim=1))[:, None]  # (B, 1, A)
-        weights = torch.softmax(self.score(torch.tanh(picture.keys + query)), dim=1)  # (B, L, 1)
-        context = torch.bmm(weights.transpose(1, 2), picture.values)[:, 0]  # (B, E)
+        weights = torch.softmax(self.score(torch.tanh(features.keys + query)), dim=1)  # (B, L, 1)
+        context = torch.bmm(weights.transpose(1, 2), features.values)[:, 0]  # (B, E)
         context = torch.sigmoid(self.gate(state.hidden)) * context
         return self._advance(torch.cat([embedded, context], dim=1), state), context
 
@@ -179,14 +180,14 @@ class Decoder(nn.Module):
         """Returns (…, V) logits of the next word for (…, E) outputs."""
         return nn.functional.linear(self.dropout(torch.tanh(outputs)), self.words.weight, self.bias)
 
-    def forward(self, regions: Tensor, owners: Tensor, words: Tensor) -> Predictions:
+    def forward(self, regions: Tensor, image_index: Tensor, words: Tensor) -> Predictions:
         """Predicts every next word, the words before it given.
 
         Captions that have ended are left out of the steps that others still take: M is the number of words and ends.
 
         Args:
             regions: (N, L, D).
-            owners: (B,) ordinal of each caption's picture.
+            image_index: (B,) ordinal of each caption's features.
             words: (B, T + 1) numbers, from `START` to `END`, then `PAD`.
         """
         lengths = (words[:, 1:] != PAD).sum(dim=1)
@@ -195,15 +196,15 @@ class Decoder(nn.Module):
         alive = (
             (words[:, 1:] != PAD).sum(dim=0).tolist()
         )  # captions that have a word there: the first so many
-        picture = self.look(regions).select(owners[order])
-        state = self.begin(picture)
+        features = self.encode_image(regions).select(image_index[order])
+        state = self.init_state(features)
         embedded = self.dropout(self.words(words[:, :-1]))  # (B, T, E)
         read, targets, captions = [], [], []
         for at, count in enumerate(alive):
             if not count:
                 break
-            picture, state = picture.first(count), state.first(count)
-            state, context = self._read(embedded[:count, at], state, picture)
+            features, state = features.first(count), state.first(count)
+            state, context = self._read(embedded[:count, at], state, features)
             read.append((embedded[:count, at], state.hidden, context))
             targets.append(words[:count, at + 1])
             captions.append(order[:count])

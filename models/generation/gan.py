@@ -28,15 +28,15 @@ class Discriminator(nn.Module):
         self.joint = convolution(channels + config.condition_dim, channels, 3, spectral=True)
         self.last = nn.Linear(channels * config.grids[0] ** 2, 1)
 
-    def look(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """Returns the grid (N, C, G, G) of images (N, 3, S, S), from -1 to 1."""
         grid: Tensor = self.trunk(images)
         return grid
 
-    def judge(self, grid: Tensor, texts: Tensor) -> Tensor:
+    def score(self, grid: Tensor, texts: Tensor) -> Tensor:
         """Returns how much (N,) grids look like real images of their texts (N, T)."""
-        told = self.condition(texts)[:, :, None, None].expand(-1, -1, *grid.shape[2:])
-        joined = functional.leaky_relu(self.joint(torch.cat([grid, told], 1)), _SLOPE)
+        conditioning = self.condition(texts)[:, :, None, None].expand(-1, -1, *grid.shape[2:])
+        joined = functional.leaky_relu(self.joint(torch.cat([grid, conditioning], 1)), _SLOPE)
         verdict: Tensor = self.last(joined.flatten(1)).float().squeeze(1)
         return verdict
 

@@ -78,7 +78,7 @@ def is_size(size_px: int) -> bool:
 
 
 class Condition(nn.Module):
-    """Text vectors to what the blocks are told of the text.
+    """Projects a text vector to the conditioning vector.
 
     They are whitened first, by the principal axes of the training's texts: what tells captions from one another, such
     as their colours, may be a small part of what is in a vector. Long ones are shortened then, or each of Adam's steps,
@@ -121,8 +121,8 @@ class Prior(nn.Module):
 
     def forward(self, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and logarithm of the variance, (N, Z) each, of (N, T)."""
-        told = functional.leaky_relu(self.condition(texts), _SLOPE)
-        mean, log_variance = self.last(told).float().chunk(2, 1)
+        conditioning = functional.leaky_relu(self.condition(texts), _SLOPE)
+        mean, log_variance = self.last(conditioning).float().chunk(2, 1)
         return mean, log_variance.clamp(*_LOG_VARIANCES)
 
 
@@ -136,13 +136,13 @@ class Generator(nn.Module):
         self.condition = Condition(config)
         sides = config.grids
         self._shape = config.channels_at(sides[0]), sides[0], sides[0]
-        told = config.condition_dim + config.latent_dim
+        conditioning = config.condition_dim + config.latent_dim
         channels = [config.channels_at(side) for side in sides]
-        self.first = nn.Linear(told, channels[0] * sides[0] ** 2)
+        self.first = nn.Linear(conditioning, channels[0] * sides[0] ** 2)
         self.blocks = nn.ModuleList(
-            _UpBlock(before, after, told) for before, after in itertools.pairwise(channels)
+            _UpBlock(before, after, conditioning) for before, after in itertools.pairwise(channels)
         )
-        self.last_affine = _Affine(channels[-1], told)
+        self.last_affine = _Affine(channels[-1], conditioning)
         self.last = nn.Conv2d(channels[-1], 12, 3, padding=1)
 
     def forward(self, texts: Tensor, noise: Tensor) -> Tensor:
@@ -154,42 +154,44 @@ class Generator(nn.Module):
 
     def decode(self, texts: Tensor, latent: Tensor) -> Tensor:
         """Returns images (N, 3, S, S), from -1 to 1, of (N, T) and a latent (N, Z)."""
-        told = torch.cat([self.condition(texts), latent], 1)  # (N, E + Z)
-        grid = self.first(told).view(-1, *self._shape).contiguous(memory_format=torch.channels_last)
+        conditioning = torch.cat([self.condition(texts), latent], 1)  # (N, E + Z)
+        grid = self.first(conditioning).view(-1, *self._shape).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
-            grid = block(grid, told)
-        grid = self.last(functional.leaky_relu(self.last_affine(grid, told), _SLOPE))  # (N, 12, S/2, S/2)
+            grid = block(grid, conditioning)
+        grid = self.last(
+            functional.leaky_relu(self.last_affine(grid, conditioning), _SLOPE)
+        )  # (N, 12, S/2, S/2)
         return torch.tanh(functional.pixel_shuffle(grid, 2))
 
 
 class _Affine(nn.Module):
-    """Scales and shifts channels by what it is told."""
+    """Scales and shifts channels by the conditioning vector."""
 
-    def __init__(self, channels: int, told: int) -> None:
+    def __init__(self, channels: int, conditioning: int) -> None:
         super().__init__()
-        self.layer = nn.Linear(told, 2 * channels)
+        self.layer = nn.Linear(conditioning, 2 * channels)
         nn.init.normal_(self.layer.weight, std=0.02)
         nn.init.zeros_(self.layer.bias)
 
-    def forward(self, grid: Tensor, told: Tensor) -> Tensor:
-        scale, shift = self.layer(told)[:, :, None, None].chunk(2, 1)
+    def forward(self, grid: Tensor, conditioning: Tensor) -> Tensor:
+        scale, shift = self.layer(conditioning)[:, :, None, None].chunk(2, 1)
         return grid * (1 + scale) + shift
 
 
 class _UpBlock(nn.Module):
     """Doubles a grid."""
 
-    def __init__(self, before: int, after: int, told: int) -> None:
+    def __init__(self, before: int, after: int, conditioning: int) -> None:
         super().__init__()
-        self.affine1, self.affine2 = _Affine(before, told), _Affine(after, told)
+        self.affine1, self.affine2 = _Affine(before, conditioning), _Affine(after, conditioning)
         self.conv1 = nn.Conv2d(before, after, 3, padding=1)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1)
         self.skip = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
 
-    def forward(self, grid: Tensor, told: Tensor) -> Tensor:
-        new = functional.leaky_relu(self.affine1(grid, told), _SLOPE)
+    def forward(self, grid: Tensor, conditioning: Tensor) -> Tensor:
+        new = functional.leaky_relu(self.affine1(grid, conditioning), _SLOPE)
         new = self.conv1(functional.interpolate(new, scale_factor=2.0))
-        new = self.conv2(functional.leaky_relu(self.affine2(new, told), _SLOPE))
+        new = self.conv2(functional.leaky_relu(self.affine2(new, conditioning), _SLOPE))
         return new + functional.interpolate(self.skip(grid), scale_factor=2.0)
 
 

@@ -36,7 +36,7 @@ class Encoder(nn.Module):
         return mean, log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
 
 
-class Bound(NamedTuple):
+class ElboTerms(NamedTuple):
     """What a bound is made of, over a batch.
 
     Attributes:
@@ -56,23 +56,23 @@ class Vae(nn.Module):
         self.generator, self.encoder = Generator(config), Encoder(config)
         self._levels = min(_MAX_LEVELS, len(config.grids))
 
-    def forward(self, images: Tensor, texts: Tensor, noise: Tensor, by_text: bool = False) -> Bound:
+    def forward(self, images: Tensor, texts: Tensor, noise: Tensor, text_only: bool = False) -> ElboTerms:
         """Encodes images, and decodes a sample of what comes of it.
 
         Args:
             images: (N, 3, S, S), from -1 to 1.
             texts: (N, T).
             noise: (N, Z), standard normal: the sample's.
-            by_text: Leaves out encoder and prior: the latent is the noise, and only the text tells of the image.
+            text_only: Leaves out encoder and prior: the latent is the noise, and only the text tells of the image.
         """
-        if by_text:
+        if text_only:
             latent, divergence = noise, noise.new_zeros(())
         else:
             mean, log_variance = self.encoder(images, texts)
             latent = mean + noise * torch.exp(log_variance / 2)  # (N, Z)
             divergence = self._divergence(mean, log_variance, texts)
         errors = squared_bands(self.generator.decode(texts, latent).float() - images, self._levels)
-        return Bound(errors, divergence)
+        return ElboTerms(errors, divergence)
 
     def _divergence(self, mean: Tensor, log_variance: Tensor, texts: Tensor) -> Tensor:
         """Returns the mean divergence of normal distributions (N, Z) from the prior, in nats."""
@@ -97,7 +97,7 @@ def squared_bands(images: Tensor, levels: int) -> Tensor:
     return torch.stack([*squares, images.square().mean()])
 
 
-def vae_loss(bound: Bound, num_values: int, divergence_weight: float = 1.0) -> Tensor:
+def vae_loss(bound: ElboTerms, num_values: int, divergence_weight: float = 1.0) -> Tensor:
     """Returns minus the evidence lower bound, in nats a value, but for a constant and the weights.
 
     In each band the values are normal around the image that is decoded. Their scale is the one under which the batch

@@ -218,7 +218,9 @@ class CaptionerObjective(Objective[CaptionBatch]):
             decoder.eval()
             with torch.no_grad():
                 try:
-                    words = sample_captions(decoder, decoder.look(regions), num, self._options.max_words)
+                    words = sample_captions(
+                        decoder, decoder.encode_image(regions), num, self._options.max_words
+                    )
                 except FloatingPointError as error:
                     raise Diverged(str(error)) from error
             image_index = torch.arange(len(regions), device=self._device).repeat_interleave(num)

@@ -196,7 +196,7 @@ class VaeObjective(ImageObjective):
         noise = torch.randn(len(images), self.generator.config.latent_dim, device=images.device)
         text_first = step / (self._options.epochs * self.num_steps) < self._options.text_first
         with self._precision:
-            bound = self._vae(images, texts, noise, by_text=text_first)
+            bound = self._vae(images, texts, noise, text_only=text_first)
         loss = vae_loss(bound, self._num_values, self._options.divergence_weight)
         norm = descend(self._optimizer, loss)
         return {"train_loss": loss.detach(), "gradient_norm": norm}
@@ -264,7 +264,7 @@ class GanObjective(ImageObjective):
         discriminator = self._discriminator
         with self._precision:
             fake_images = self.generator(texts, noise[1])
-            loss = -discriminator.judge(discriminator.look(fake_images), texts).mean()
+            loss = -discriminator.score(discriminator.features(fake_images), texts).mean()
         norm = descend(self.optimizers["generator"], loss)
         return {"generator_loss": loss.detach(), **metrics, "gradient_norm": norm}
 
@@ -274,14 +274,14 @@ class GanObjective(ImageObjective):
         with self._precision:
             with torch.no_grad():
                 fake_images = self.generator(texts, noise)
-            real_grid, fake_grid = discriminator.look(torch.cat([images, fake_images])).chunk(2)
+            real_grid, fake_grid = discriminator.features(torch.cat([images, fake_images])).chunk(2)
             grids = torch.cat([real_grid, real_grid, fake_grid])
-            scores = discriminator.judge(grids, torch.cat([texts, texts.roll(1, 0), texts]))
+            scores = discriminator.score(grids, torch.cat([texts, texts.roll(1, 0), texts]))
         real, mismatched, fake = scores.chunk(3)
         loss = penalised = discriminator_loss(real, mismatched, fake)
         if options.r1_weight and step % options.r1_every == 0:
             real_images = images.detach().requires_grad_(True)
-            real_scores = discriminator.judge(discriminator.look(real_images), texts)
+            real_scores = discriminator.score(discriminator.features(real_images), texts)
             penalty = r1_penalty(real_scores, real_images)
             penalised = loss + options.r1_weight / 2 * options.r1_every * penalty
         norm = descend(self.optimizers["discriminator"], penalised)

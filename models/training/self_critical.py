@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diptych.models.captioning.decoder import Decoder, Picture
+from diptych.models.captioning.decoder import Decoder, ImageFeatures
 from diptych.models.captioning.vocabulary import END, PAD, START, UNKNOWN
 
 _ORDERS = 4
@@ -84,12 +84,12 @@ def _ngrams(caption: _Caption) -> _Counts:
 
 
 @torch.no_grad()
-def sample_captions(decoder: Decoder, picture: Picture, num_samples: int, max_words: int) -> Tensor:
+def sample_captions(decoder: Decoder, features: ImageFeatures, num_samples: int, max_words: int) -> Tensor:
     """Draws captions from a decoder, as it is: `eval` draws from the model that is searched.
 
     Args:
         decoder: The decoder to draw from, in its present mode.
-        picture: N pictures.
+        features: N images.
         num_samples: The captions drawn of each image.
         max_words: The most words of a caption, which is ended there.
 
@@ -99,15 +99,15 @@ def sample_captions(decoder: Decoder, picture: Picture, num_samples: int, max_wo
     Raises:
         FloatingPointError: The decoder's probabilities are not finite.
     """
-    device = picture.values.device
-    image_index = torch.arange(len(picture.values), device=device).repeat_interleave(num_samples)
-    picture = picture.select(image_index)
-    state = decoder.begin(picture)
+    device = features.values.device
+    image_index = torch.arange(len(features.values), device=device).repeat_interleave(num_samples)
+    features = features.select(image_index)
+    state = decoder.init_state(features)
     words = [torch.full((len(image_index),), START, device=device)]
     ended = torch.zeros(len(image_index), dtype=torch.bool, device=device)
     never = torch.tensor([PAD, START, UNKNOWN], device=device)
     for length in range(max_words):
-        output, state = decoder.step(words[-1], state, picture)
+        output, state = decoder.step(words[-1], state, features)
         logits = decoder.logits(output).float()
         logits[:, never] = -math.inf
         if not length:

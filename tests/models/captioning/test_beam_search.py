@@ -26,8 +26,8 @@ def decoder():
 
 
 def log_probability(decoder, region, words):
-    picture = decoder.look(REGIONS[region : region + 1])
-    state, total = decoder.begin(picture), 0.0
+    picture = decoder.encode_image(REGIONS[region : region + 1])
+    state, total = decoder.init_state(picture), 0.0
     for word, following in itertools.pairwise((START, *words, END)):
         output, state = decoder.step(torch.tensor([word]), state, picture)
         total += torch.log_softmax(decoder.logits(output), 1)[0, following].item()
@@ -47,7 +47,7 @@ def every_caption(decoder, region, length_penalty):
 def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(decoder, length_penalty):
     found = search(
         decoder,
-        decoder.look(REGIONS),
+        decoder.encode_image(REGIONS),
         beam_width=130,
         num_captions=5,
         max_words=MAX_WORDS,
@@ -61,8 +61,8 @@ def test_a_beam_as_wide_as_there_are_captions_finds_the_best_of_all(decoder, len
 
 
 def greedy(decoder, region):
-    picture = decoder.look(REGIONS[region : region + 1])
-    state, words = decoder.begin(picture), [START]
+    picture = decoder.encode_image(REGIONS[region : region + 1])
+    state, words = decoder.init_state(picture), [START]
     while len(words) <= MAX_WORDS:
         output, state = decoder.step(torch.tensor(words[-1:]), state, picture)
         logits = decoder.logits(output)[0]
@@ -76,16 +76,16 @@ def greedy(decoder, region):
 
 
 def test_a_beam_of_one_is_greedy(decoder):
-    found = search(decoder, decoder.look(REGIONS), beam_width=1, num_captions=1, max_words=MAX_WORDS)
+    found = search(decoder, decoder.encode_image(REGIONS), beam_width=1, num_captions=1, max_words=MAX_WORDS)
     assert [hypotheses[0].words for hypotheses in found] == [greedy(decoder, i) for i in range(len(REGIONS))]
 
 
 @pytest.mark.parametrize("beam_width", [1, 2, 3, 8])
 def test_a_picture_is_not_moved_by_its_neighbours(decoder, beam_width):
     asked = {"beam_width": beam_width, "num_captions": beam_width, "max_words": 9, "length_penalty": 0.5}
-    together = search(decoder, decoder.look(REGIONS), **asked)
+    together = search(decoder, decoder.encode_image(REGIONS), **asked)
     for region in range(len(REGIONS)):
-        (alone,) = search(decoder, decoder.look(REGIONS[region : region + 1]), **asked)
+        (alone,) = search(decoder, decoder.encode_image(REGIONS[region : region + 1]), **asked)
         assert [h.words for h in alone] == [h.words for h in together[region]]
         assert [h.log_probability for h in alone] == pytest.approx(
             [h.log_probability for h in together[region]], abs=1e-4
@@ -93,7 +93,7 @@ def test_a_picture_is_not_moved_by_its_neighbours(decoder, beam_width):
 
 
 def test_scores_are_those_of_the_words(decoder):
-    found = search(decoder, decoder.look(REGIONS), beam_width=4, num_captions=4, max_words=6)
+    found = search(decoder, decoder.encode_image(REGIONS), beam_width=4, num_captions=4, max_words=6)
     for region, hypotheses in enumerate(found):
         for hypothesis in hypotheses:
             expected = log_probability(decoder, region, hypothesis.words)
@@ -105,8 +105,8 @@ def test_scores_are_those_of_the_words(decoder):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_no_ngram_twice(decoder, size):
     asked = {"beam_width": 3, "num_captions": 3, "max_words": 8, "length_penalty": 2.0}
-    free = search(decoder, decoder.look(REGIONS), **asked)
-    found = search(decoder, decoder.look(REGIONS), no_repeat_ngram=size, **asked)
+    free = search(decoder, decoder.encode_image(REGIONS), **asked)
+    found = search(decoder, decoder.encode_image(REGIONS), no_repeat_ngram=size, **asked)
 
     def repeats(hypothesis):
         grams = [hypothesis.words[i : i + size] for i in range(len(hypothesis.words) - size + 1)]

@@ -38,12 +38,12 @@ class TestDecoder:
         found = -torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         expected = 0.0
         for owner, words in zip(OWNERS.tolist(), WORDS.tolist(), strict=True):
-            picture = model.look(REGIONS[owner : owner + 1])
-            state = model.begin(picture)
+            features = model.encode_image(REGIONS[owner : owner + 1])
+            state = model.init_state(features)
             for word, following in itertools.pairwise(words):
                 if following == PAD:
                     break
-                output, state = model.step(torch.tensor([word]), state, picture)
+                output, state = model.step(torch.tensor([word]), state, features)
                 expected += torch.log_softmax(model.logits(output), 1)[0, following].item()
         assert found.item() == pytest.approx(expected, abs=1e-4)
 
@@ -57,10 +57,10 @@ class TestDecoder:
         logits, targets, _ = model(REGIONS, OWNERS, WORDS)
         torch.nn.functional.cross_entropy(logits, targets).backward()
         silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-        # a GRU or RNN has no cell state to begin with, and Show and Tell begins from the picture alone
+        # a GRU or RNN has no cell state to begin with, and Show and Tell begins from the image alone
         assert silent == ([] if attention else ["start.weight", "start.bias"])
 
-    def test_the_picture_matters(self, cell, attention):
+    def test_the_image_matters(self, cell, attention):
         model = decoder(cell, attention)
         one, *_ = model(REGIONS, OWNERS, WORDS)
         other, *_ = model(REGIONS.roll(1, 0), OWNERS, WORDS)

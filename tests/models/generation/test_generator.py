@@ -15,7 +15,7 @@ from diptych.models.generation.generator import (
     is_size,
     to_pixels,
 )
-from diptych.models.generation.vae import Bound, Vae, squared_bands, vae_loss
+from diptych.models.generation.vae import ElboTerms, Vae, squared_bands, vae_loss
 from diptych.models.training.image_objectives import GanObjective, ImageSplits
 from diptych.models.training.options import GanTraining
 
@@ -113,14 +113,14 @@ class TestVae:
     def test_the_text_alone(self):
         vae = Vae(CONFIG)
         images, texts, noise = inputs()
-        bound = vae(images, texts, noise, by_text=True)
+        bound = vae(images, texts, noise, text_only=True)
         assert bound.divergence.item() == 0
         made = vae.generator(texts, noise)
         assert bound.errors.sum().item() == pytest.approx((made - images).square().mean().item(), rel=1e-5)
 
     def test_loss_of_known_values(self):
         # shares of 3/4, 3/16 and 1/16 of the values, whose roots are as 2√3, √3 and 1
-        bound = Bound(torch.tensor([0.25, 0.04, 0.01]), torch.tensor(30.0))
+        bound = ElboTerms(torch.tensor([0.25, 0.04, 0.01]), torch.tensor(30.0))
         logs = np.log(np.array([0.25, 0.04, 0.01]) + 127.5**-2) / 2
         error = logs @ [12**0.5, 3**0.5, 1] / (27**0.5 + 1)
         assert vae_loss(bound, 300).item() == pytest.approx(error + 0.1, rel=1e-4)
@@ -200,10 +200,10 @@ class TestGan:
     def test_verdicts_know_the_text(self):
         discriminator = Discriminator(CONFIG)
         images, texts, _ = inputs()
-        grid = discriminator.look(images)
-        assert discriminator.judge(grid, texts).shape == (3,)
+        grid = discriminator.features(images)
+        assert discriminator.score(grid, texts).shape == (3,)
         assert not torch.allclose(
-            discriminator.judge(grid, texts), discriminator.judge(grid, texts.roll(1, 0))
+            discriminator.score(grid, texts), discriminator.score(grid, texts.roll(1, 0))
         )
 
     def test_layers_are_bounded_by_their_spectral_norm(self):
@@ -213,7 +213,7 @@ class TestGan:
                 parameter.mul_(50)
         images, _, _ = inputs(8)
         for _ in range(50):  # power iterations
-            discriminator.look(images)
+            discriminator.features(images)
         discriminator.eval()
         for layer in (discriminator.trunk.first, discriminator.trunk.blocks[0].conv2):
             norm = torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item()

@@ -57,7 +57,7 @@ def decoder(request):
 
 
 def test_samples_are_captions(decoder):
-    picture = decoder.look(torch.randn(3, 4, 3))
+    picture = decoder.encode_image(torch.randn(3, 4, 3))
     found = sample_captions(decoder, picture, 50, 6)
     assert found.shape[0] == 150
     assert found.shape[1] <= 8
@@ -73,10 +73,10 @@ def test_samples_are_captions(decoder):
 
 
 def test_samples_come_as_often_as_the_decoder_says(decoder):
-    picture = decoder.look(torch.randn(1, 4, 3))
+    picture = decoder.encode_image(torch.randn(1, 4, 3))
     found = sample_captions(decoder, picture, 20_000, 1)
     assert found.shape == (20_000, 3)
-    output, _ = decoder.step(torch.tensor([START]), decoder.begin(picture), picture)
+    output, _ = decoder.step(torch.tensor([START]), decoder.init_state(picture), picture)
     logits = decoder.logits(output)[0]
     logits[[PAD, START, END, UNKNOWN]] = -math.inf
     shares = torch.bincount(found[:, 1], minlength=7) / 20_000
