@@ -29,12 +29,14 @@ class FlakyProxy:
         failing: Share that is refused (503 or 429), reset, or cut off in mid-answer.
         hanging: Share that is never answered.
         requests: What became of each, and its method and path.
+        listings: The prefixes that were listed; the second and later pages of a listing do not count.
         target: Address of the store.
     """
 
     def __init__(self, target: str, failing: float = 0.0, hanging: float = 0.0, seed: int = 0) -> None:
         self.failing, self.hanging = failing, hanging
         self.requests: list[tuple[str, str, str]] = []
+        self.listings: list[str] = []
         self.target, self._random = target, random.Random(seed)
 
     @property
@@ -51,6 +53,10 @@ class FlakyProxy:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         fate = self._fate()
         self.requests.append((fate, request.method, request.path))
+        query = request.query
+        is_listing = "list-type" in query or request.path.endswith("/o")
+        if request.method == "GET" and is_listing and not {"pageToken", "continuation-token"} & query.keys():
+            self.listings.append(query.get("prefix", ""))
         body = await request.read()
         if fate == "hanging":
             await asyncio.sleep(3600)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.pvalue import PCollection
@@ -267,7 +268,16 @@ def read_success(root: str) -> dict[str, Totals] | None:
         raise OutputError(
             f"{root} holds a model that `diptych train` wrote, not data sets. Name another folder."
         )
+    return None if values is None else totals_of(root, values)
+
+
+def totals_of(root: str, records: Mapping[str, Any]) -> dict[str, Totals]:
+    """Returns the totals that the records of an output say, by data set.
+
+    Raises:
+        OutputError: They say something else.
+    """
     try:
-        return None if values is None else {dataset: Totals(**total) for dataset, total in values.items()}
+        return {dataset: Totals(**totals) for dataset, totals in records.items()}
     except TypeError as error:
         raise damaged_json(root, SUCCESS, error) from error

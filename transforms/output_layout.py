@@ -9,7 +9,7 @@ import enum
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from diptych.transforms.errors import InputError, OutputError
@@ -104,12 +104,26 @@ def read_records(root: str, kind: RecordKind) -> dict[str, Any] | None:
         OutputError: One is damaged.
         InputError: One cannot be read.
     """
-    if not (names := _record_names(root)):
-        return read_view(root, kind)
+    names = list_names(join(root, RECORDS))
+    return read_named_records(root, names, kind) if _are_records(names) else read_view(root, kind)
+
+
+def read_named_records(root: str, names: Iterable[str], kind: RecordKind) -> dict[str, Any] | None:
+    """Returns the records of one kind by data set, or None where there are none.
+
+    Args:
+        root: The output folder.
+        names: The names of what is in the folder of records.
+        kind: Which records.
+
+    Raises:
+        OutputError: One is damaged.
+        InputError: One cannot be read.
+    """
     records: dict[str, Any] = {}
-    for name in names:
+    for name in (f"{RECORDS}/{name}" for name in names if name.endswith(kind.value)):
         # one that was deleted since the listing is none
-        if name.endswith(kind.value) and (values := read_json(root, name)) is not None:
+        if (values := read_json(root, name)) is not None:
             records |= _mapping(root, name, values)
     return records or None
 
@@ -159,7 +173,7 @@ def write_view(root: str, kind: RecordKind, scratch: str) -> None:
         shown = read_json(root, view)
     except OutputError:
         shown = ""  # damaged: nothing that could be right
-    while (records := read_records(root, kind) if _record_names(root) else None) != shown:
+    while (records := _records_alone(root, kind)) != shown:
         if records is None:
             delete(root, (view,))
         else:
@@ -167,13 +181,13 @@ def write_view(root: str, kind: RecordKind, scratch: str) -> None:
         shown = records
 
 
-def _record_names(root: str) -> list[str]:
-    """Returns the places of all records, below the output folder."""
-    return [
-        f"{RECORDS}/{name}"
-        for name in list_names(join(root, RECORDS))
-        if name.endswith((RecordKind.JOB.value, RecordKind.SUCCESS.value))
-    ]
+def _are_records(names: Iterable[str]) -> bool:
+    return any(name.endswith(tuple(kind.value for kind in RecordKind)) for name in names)
+
+
+def _records_alone(root: str, kind: RecordKind) -> dict[str, Any] | None:
+    """Returns the records of one kind, and nothing in their place where an earlier version left none."""
+    return read_named_records(root, list_names(join(root, RECORDS)), kind)
 
 
 def list_names(url: str) -> list[str]:

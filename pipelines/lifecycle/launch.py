@@ -14,6 +14,7 @@ from apache_beam.options.pipeline_options import TestOptions
 from apache_beam.pvalue import PCollection
 
 from diptych.models.files.location import redacted
+from diptych.pipelines.lifecycle.output_contents import OutputContents
 from diptych.pipelines.lifecycle.output_folder import (
     DatasetClaim,
     State,
@@ -152,13 +153,14 @@ def launch(
     """
     check_reach(job.options, pipeline)
     _print_notes(job, source.notes)
-    state = _state(job)
+    contents = OutputContents.read(job.options.output)
+    state = _state(job, contents)
     if state is State.DONE:
         return _done(job)
     # Before anything is touched: what cannot be planned must not cost the old output, nor claim a new one
     shards = source.shards(job.plan_folder, job.rows_per_chunk * _CHUNKS_A_SHARD)
     _print_notes(job, plan_notes(shards))
-    sinks = _claimed_sinks(job, shards)
+    sinks = _claimed_sinks(job, shards, contents)
     shards = select(shards)
     graph(pipeline, shards, sinks)
     try:
@@ -177,7 +179,7 @@ def _print_notes(job: Job, notes: Iterable[str]) -> None:
             console.line(redacted(note))
 
 
-def _state(job: Job) -> State:
+def _state(job: Job, contents: OutputContents) -> State:
     """Returns what there is of all data sets of a job.
 
     Raises:
@@ -185,7 +187,8 @@ def _state(job: Job) -> State:
     """
     options, claims = job.options, list(job.claims().values())
     # what is deleted for the first is deleted for all
-    states = {check_output(options.output, claim) for claim in (claims[:1] if options.overwrite else claims)}
+    checked = claims[:1] if options.overwrite else claims
+    states = {check_output(options.output, claim, contents) for claim in checked}
     if states == {State.DONE}:
         totals = Result.of(options.output, State.DONE, job.datasets).totals.values()
         has_work = any(total.has_rejects(options.retry_rejects) for total in totals)
@@ -201,7 +204,7 @@ def _done(job: Job) -> Result:
     return result
 
 
-def _claimed_sinks(job: Job, shards: Sequence[Shard]) -> dict[str, Sink]:
+def _claimed_sinks(job: Job, shards: Sequence[Shard], contents: OutputContents) -> dict[str, Sink]:
     """Makes the data sets of a job its own, and returns where each goes.
 
     Raises:
@@ -209,7 +212,7 @@ def _claimed_sinks(job: Job, shards: Sequence[Shard]) -> dict[str, Sink]:
     """
     output, wanted = job.options.output, job.claims()
     try:
-        claims = {dataset: take_output(output, claim) for dataset, claim in wanted.items()}
+        claims = {dataset: take_output(output, claim, contents) for dataset, claim in wanted.items()}
     except OutputError:
         with contextlib.suppress(OutputError):
             delete(output, (job.plan_folder.removeprefix(f"{output.rstrip('/')}/"),))
@@ -225,16 +228,18 @@ def _claimed_sinks(job: Job, shards: Sequence[Shard]) -> dict[str, Sink]:
             )
     names = [shard.name for shard in shards]
     sinks = job.sinks(claims)
+    if job.options.overwrite:
+        contents = OutputContents.read(output)
     for dataset, sink in sinks.items():
-        found = start_writing(output, wanted[dataset], names, claims[dataset].taken_over)
-        sinks[dataset] = dataclasses.replace(sink, **found._asdict())
+        left = start_writing(output, wanted[dataset], names, claims[dataset].taken_over, contents)
+        sinks[dataset] = dataclasses.replace(sink, **left._asdict())
     return sinks
 
 
 def _is_done_by_another(job: Job) -> bool:
     """Tells whether the same command, which ran at the same time, has come to its end and left nothing to do."""
     try:
-        return _state(job) is State.DONE
+        return _state(job, OutputContents.read(job.options.output)) is State.DONE
     except DiptychError:
         return False
 

@@ -5,9 +5,10 @@ import contextlib
 import dataclasses
 import enum
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from diptych.pipelines.lifecycle.output_contents import OutputContents
 from diptych.transforms.errors import OptionError, OutputError
 from diptych.transforms.fingerprint import digest
 from diptych.transforms.finish import delete_working, read_success
@@ -22,8 +23,6 @@ from diptych.transforms.output_layout import (
     RecordKind,
     claim,
     claim_name,
-    data_file_sizes,
-    data_files,
     forget_success,
     list_names,
     read_json,
@@ -33,7 +32,7 @@ from diptych.transforms.output_layout import (
     write_view,
 )
 from diptych.transforms.sink import FOOTERS_AT_ONCE, Claim, has_commit
-from diptych.transforms.storage import delete, delete_empty, is_file, join, locate, output_errors, real_path
+from diptych.transforms.storage import delete, delete_empty, join, real_path
 
 _BESIDE = ("rejects", PLAN, SCRATCH)
 
@@ -98,61 +97,102 @@ class DatasetClaim:
         return join(SCRATCH, digest(self.fingerprint))
 
 
-def check_output(root: str, wanted: DatasetClaim) -> State:
+def check_output(root: str, wanted: DatasetClaim, contents: OutputContents | None = None) -> State:
     """Finds out whether a job may write a data set to a folder, and what of it is there; changes nothing.
 
     Args:
         root: The output folder.
         wanted: The data set and the run.
+        contents: What the folder holds; None reads it.
 
     Raises:
         OutputError: The folder belongs to another run, or holds files that no run wrote.
     """
-    with output_errors(root):
-        fs, path = locate(root)
-        if is_file(fs, path):
-            raise OutputError(f"{root} is a file. --output must be a folder; it is made where there is none.")
-    jobs, dataset = read_jobs(root), wanted.dataset
-    if jobs and (others := sorted(set(jobs) - set(DATASETS))):
+    contents = contents or OutputContents.read(root)
+
+    def written(dataset: str) -> set[str]:
+        return _written_by_diptych(root, dataset, contents.files_of(dataset))
+
+    try:
+        return open_output(root, contents, wanted, written)
+    except _OwnerlessError:
+        again = OutputContents.read(root)
+        if again.jobs == contents.jobs:
+            raise
+        return check_output(root, wanted, again)  # a job has begun since
+
+
+def open_output(
+    root: str, contents: OutputContents, wanted: DatasetClaim, written: Callable[[str], Collection[str]]
+) -> State:
+    """Decides whether a job may write a data set to a folder, and says what of it is there.
+
+    Args:
+        root: The output folder, for messages.
+        contents: What it holds.
+        wanted: The data set and the run.
+        written: Returns the files of a data set that jobs wrote; asked only before they are deleted.
+
+    Raises:
+        OutputError: The folder belongs to another run, or holds files that no run wrote.
+    """
+    jobs, dataset = contents.jobs, wanted.dataset
+    if jobs and (models := sorted(set(jobs) - set(DATASETS))):
         raise OutputError(
-            f"{root} is where `diptych train` wrote a model, or is at it ({join(root, JOB)} names {_listed(others)}). "
+            f"{root} is where `diptych train` wrote a model, or is at it ({join(root, JOB)} names {_some(models)}). "
             "Choose another --output."
         )
     if jobs is None:
-        if not (files := _first_files(root, (*DATASETS, "rejects"))):
-            return State.FRESH
-        if read_jobs(root) is not None:  # of a job that began since
-            return check_output(root, wanted)
-        raise _ownerless(*files, f"{root} has no {JOB}")
+        _refuse_ownerless(root, contents, (*DATASETS, "rejects"), f"{root} has no {JOB}")
+        return State.FRESH
     if wanted.overwrite and dataset == "images":
         for name in DATASETS:
-            names = data_files(root, name)
-            _refuse_foreign(root, name, names, _written_by_diptych(root, name, names))
+            _refuse_foreign(root, name, contents.files_of(name), written(name))
         return State.FRESH
-    if not wanted.reads_own_images and (others := _others(root, jobs, dataset)):
-        raise OutputError(
-            f"{root} holds {_listed(others)}, made from another input than this. Only data sets that are made from its "
-            f"own images may lie beside them: choose another --output, or give --input {root}."
-        )
+    if not wanted.reads_own_images and (others := contents.others_than(dataset)):
+        raise _made_from_another_input(root, others)
     if dataset not in jobs:
-        if not (files := _first_files(root, (dataset,))):
-            return State.FRESH
-        if dataset in (read_jobs(root) or {}):
-            return check_output(root, wanted)
-        raise _ownerless(*files, f"{join(root, JOB)} does not name it")
-    if wanted.overwrite:
-        names = data_files(root, dataset)
-        _refuse_foreign(root, dataset, names, _written_by_diptych(root, dataset, names))
+        _refuse_ownerless(root, contents, (dataset,), f"{join(root, JOB)} does not name it")
         return State.FRESH
-    _refuse_other_run(root, dataset, jobs[dataset], wanted.fingerprint)
-    return _state(root, dataset)
+    if wanted.overwrite:
+        _refuse_foreign(root, dataset, contents.files_of(dataset), written(dataset))
+        return State.FRESH
+    _refuse_other_run(root, contents, dataset, jobs[dataset], wanted.fingerprint)
+    return State.DONE if contents.is_complete(dataset) else State.RESUMED
 
 
-def take_output(root: str, wanted: DatasetClaim) -> Claim:
+class _OwnerlessError(OutputError):
+    """Files of a data set that no job owns, unless one has begun since."""
+
+
+def _refuse_ownerless(root: str, contents: OutputContents, folders: Iterable[str], reason: str) -> None:
+    """Checks that some folders of an output are empty, since no job owns them."""
+    for folder in folders:
+        names = [*contents.rejects] if folder == "rejects" else [*contents.files_of(folder)]
+        if names:
+            raise _OwnerlessError(
+                f"{join(root, folder)} holds {_some(names)}, but {reason}, so no job of Diptych owns it. Choose "
+                "another --output, or move it away."
+            )
+
+
+def _made_from_another_input(root: str, datasets: Sequence[str]) -> OutputError:
+    return OutputError(
+        f"{root} holds {_some(datasets)}, made from another input than this. Only data sets that are made from its own "
+        f"images may lie beside them: choose another --output, or give --input {root}."
+    )
+
+
+def take_output(root: str, wanted: DatasetClaim, contents: OutputContents | None = None) -> Claim:
     """Makes a data set the job's own: deletes what `check_output` said may go, and claims what is left.
 
     Of two jobs that come this far at the same moment, the one whose record is there first goes on, and the other only
     if it is the same run.
+
+    Args:
+        root: The output folder.
+        wanted: The data set and the run.
+        contents: What the folder held when it was checked; None reads it.
 
     Returns:
         The record by which it is the job's own.
@@ -160,20 +200,21 @@ def take_output(root: str, wanted: DatasetClaim) -> Claim:
     Raises:
         OutputError: Another run was faster, or the folder cannot be written.
     """
-    _adopt_earlier_version(root, wanted.scratch)
-    taken_over = wanted.overwrite and _state(root, wanted.dataset) is not State.DONE
+    contents = contents or OutputContents.read(root)
+    if contents.is_of_earlier_version:
+        _adopt_earlier_version(root, contents, wanted.scratch)
+    taken_over = wanted.overwrite and not contents.is_complete(wanted.dataset)
     if wanted.overwrite:
         _delete_dataset(root, wanted)
     record = claim(root, wanted.name, wanted.dataset, _as_json(wanted.fingerprint), wanted.scratch)
-    # another's too, where this run deleted the file just now
-    write_view(root, RecordKind.JOB, wanted.scratch)
+    is_resumed = not wanted.overwrite and wanted.dataset in (contents.jobs or {})
+    if not is_resumed or contents.jobs != contents.shown_jobs:
+        # another's too, where this run deleted the file just now
+        write_view(root, RecordKind.JOB, wanted.scratch)
     try:
         if wanted.dataset not in record:
-            raise OutputError(
-                f"{root} holds {_listed(sorted(record))}, made from another input than this. Only data sets that are "
-                f"made from its own images may lie beside them: choose another --output, or give --input {root}."
-            )
-        _refuse_other_run(root, wanted.dataset, record[wanted.dataset], wanted.fingerprint)
+            raise _made_from_another_input(root, sorted(record))
+        _refuse_other_run(root, contents, wanted.dataset, record[wanted.dataset], wanted.fingerprint)
     except OutputError:
         delete(root, (wanted.scratch,))
         delete_empty(root, (SCRATCH,))
@@ -187,10 +228,12 @@ def clean_up(root: str, wanted: DatasetClaim) -> None:
         delete_working(root, digest(wanted.fingerprint))
 
 
-def _refuse_other_run(root: str, dataset: str, there: Any, fingerprint: Mapping[str, Any]) -> None:
+def _refuse_other_run(
+    root: str, contents: OutputContents, dataset: str, there: Any, fingerprint: Mapping[str, Any]
+) -> None:
     if there == _as_json(fingerprint):
         return
-    is_empty = not any(data_files(root, name) for name in _made_from(dataset))
+    is_empty = not any(contents.files_of(name) for name in _made_from(dataset))
     state = " (which has not written a file yet, and may be at work)" if is_empty else ""
     raise OutputError(
         f"{root} holds the {dataset} of another run{state}: {'; '.join(_differences(there, fingerprint))}. Choose "
@@ -202,15 +245,14 @@ def _as_json(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(fingerprint)))
 
 
-def _adopt_earlier_version(root: str, scratch: str) -> None:
+def _adopt_earlier_version(root: str, contents: OutputContents, scratch: str) -> None:
     """Makes the records of an output that an earlier version wrote, which had one file for all of them."""
-    if list_names(join(root, RECORDS)):
-        return
-    for dataset, fingerprint in (read_jobs(root) or {}).items():
-        reads_own_images = dataset != "images" and "images" in (read_jobs(root) or {})
+    jobs = contents.jobs or {}
+    for dataset, fingerprint in jobs.items():
+        reads_own_images = dataset != "images" and "images" in jobs
         claim(root, claim_name(dataset, reads_own_images), dataset, fingerprint, scratch)
-    for dataset, totals in (read_json(root, SUCCESS) or {}).items():
-        write_success(root, dataset, totals, scratch)
+    for dataset, totals in contents.success.items():
+        write_success(root, dataset, dataclasses.asdict(totals), scratch)
 
 
 def read_jobs(root: str) -> dict[str, Any] | None:
@@ -225,33 +267,6 @@ def read_jobs(root: str) -> dict[str, Any] | None:
 def _made_from(dataset: str) -> tuple[str, ...]:
     """Returns a data set with those that may be made from it."""
     return DATASETS if dataset == "images" else (dataset,)
-
-
-def _others(root: str, jobs: Mapping[str, Any], dataset: str) -> list[str]:
-    """Returns the other data sets that an output holds, without those whose runs wrote nothing.
-
-    Where its images are the data set in question, the others are made from them.
-    """
-    if dataset == "images" and "images" in jobs:
-        return []
-    return [name for name in jobs if name != dataset and (data_files(root, name) or _own_rejects(root, name))]
-
-
-def _own_rejects(root: str, dataset: str) -> list[str]:
-    """Returns the files of rejects, below `root`, that belong to a data set.
-
-    Those of its model are in a folder of their own. Of the others, what shares its name with a data file of another
-    data set is that one's.
-    """
-    others = {name for other in DATASETS if other != dataset for name in data_files(root, other)}
-    own = []
-    for stage in data_files(root, "rejects"):
-        folder = join("rejects", stage)
-        if stage == MODEL_STAGES.get(dataset):
-            own += [join(folder, name) for name in data_files(root, folder)]
-        elif stage not in MODEL_STAGES.values():
-            own += [join(folder, name) for name in data_files(root, folder) if name not in others]
-    return own
 
 
 def _delete_dataset(root: str, wanted: DatasetClaim) -> None:
@@ -271,7 +286,8 @@ def _delete_dataset(root: str, wanted: DatasetClaim) -> None:
         if not kept:
             delete(root, (JOB,))
         return
-    rejects = _own_rejects(root, dataset)
+    # as it is now: another run may have written since
+    rejects = OutputContents.read(root).rejects_of(dataset)
     forget_success(root, dataset, wanted.scratch)
     delete(root, (dataset, *rejects))
     record = read_json(root, wanted.name) or {}
@@ -279,13 +295,6 @@ def _delete_dataset(root: str, wanted: DatasetClaim) -> None:
         for fingerprint in record.values():
             delete_working(root, digest(fingerprint))
         delete(root, (wanted.name,))
-
-
-def _state(root: str, dataset: str) -> State:
-    """Returns what is there of a data set that is the job's own."""
-    totals = read_success(root) or {}
-    is_done = dataset in totals and totals[dataset].are_of(data_file_sizes(root, dataset))
-    return State.DONE if is_done else State.RESUMED
 
 
 class Leftovers(NamedTuple):
@@ -316,7 +325,11 @@ def forget_derived(root: str) -> list[str]:
 
 
 def start_writing(
-    root: str, claim: DatasetClaim, shards: Iterable[str], taken_over: bool = False
+    root: str,
+    claim: DatasetClaim,
+    shards: Iterable[str],
+    taken_over: bool = False,
+    contents: OutputContents | None = None,
 ) -> Leftovers:
     """Makes sure that a data set holds no files but those of these shards, before a run adds to it.
 
@@ -325,30 +338,32 @@ def start_writing(
         claim: The data set and the run.
         shards: Names of all the shards of the run.
         taken_over: Whether the output may have been taken from a run at work, whose last files are deleted.
+        contents: What the folder held when it was checked, where nothing of it was deleted since; None reads it.
 
     Raises:
         OutputError: There is a file of something else.
     """
     own = set(shards)
-    files = data_files(root, claim.dataset)
+    contents = contents or OutputContents.read(root)
+    files = set(contents.files_of(claim.dataset))
     if taken_over and (strays := [name for name in files if shard_of(name) not in own]):
         strays = sorted(_written_by_diptych(root, claim.dataset, strays))
         delete(root, (join(claim.dataset, name) for name in strays))
-        files = data_files(root, claim.dataset)
-    _refuse_foreign(root, claim.dataset, files, {name for name in files if shard_of(name) in own})
+        files -= {*strays}
+    _refuse_foreign(root, claim.dataset, sorted(files), {name for name in files if shard_of(name) in own})
     # there where somebody deleted a data file of a finished output
-    forget_success(root, claim.dataset, claim.scratch)
-    return Leftovers(bool(files), frozenset(_orphans(root, claim, {*files})))
+    if claim.dataset in contents.success_records:
+        forget_success(root, claim.dataset, claim.scratch)
+    return Leftovers(bool(files), frozenset(_orphans(contents, claim, files)))
 
 
-def _orphans(root: str, claim: DatasetClaim, files: Collection[str]) -> Iterator[str]:
-    """Yields the files of a data set's rejects, below `root`, that have no data file beside them."""
+def _orphans(contents: OutputContents, claim: DatasetClaim, files: Collection[str]) -> Iterator[str]:
+    """Yields the files of a data set's rejects, below the output folder, that have no data file beside them."""
     own = MODEL_STAGES.get(claim.dataset)
-    for stage in list_names(join(root, "rejects")):
+    for stage, names in contents.rejects.items():
         # what is made from images that are prepared has no rejects but its model's
         if stage == own or not (claim.reads_own_images or stage in MODEL_STAGES.values()):
-            folder = join("rejects", stage)
-            yield from (join(folder, name) for name in data_files(root, folder) if name not in files)
+            yield from (join("rejects", stage, name) for name in names if name not in files)
 
 
 def _written_by_diptych(root: str, dataset: str, files: Iterable[str]) -> set[str]:
@@ -367,27 +382,14 @@ def _refuse_foreign(root: str, dataset: str, files: Iterable[str], own: Collecti
     foreign = [name for name in files if name not in own]
     if foreign:
         raise OutputError(
-            f"{join(root, dataset)} holds {_listed(foreign)}, which this job did not write (or which was damaged "
+            f"{join(root, dataset)} holds {_some(foreign)}, which this job did not write (or which was damaged "
             "since). Readers of the folder would take that for its data: move it away, and run again."
         )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _first_files(root: str, folders: Iterable[str]) -> tuple[str, list[str]] | None:
-    """Returns the first of some folders that has files, with their names; None where none has."""
-    listed = ((join(root, folder), data_files(root, folder)) for folder in folders)
-    return next(((folder, names) for folder, names in listed if names), None)
-
-
-def _ownerless(folder: str, names: Sequence[str], why: str) -> OutputError:
-    return OutputError(
-        f"{folder} holds {_listed(names)}, but {why}, so no job of Diptych owns it. Choose another --output, or move "
-        "it away."
-    )
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from kills import files_in
 
+from diptych.pipelines.lifecycle.output_contents import OutputContents
 from diptych.pipelines.lifecycle.output_folder import (
     DatasetClaim,
     State,
@@ -108,7 +109,7 @@ def steps_of(scheduler: Scheduler) -> Iterator[None]:
         for module in (storage, output_layout):
             patch.setattr(module, "locate", step_and_locate)
         patch.setattr("diptych.transforms.sink.locate", step_and_locate)
-        patch.setattr("diptych.pipelines.lifecycle.output_folder.locate", step_and_locate)
+        patch.setattr("diptych.pipelines.lifecycle.output_contents.locate", step_and_locate)
         for name in ("_replace", "_link"):
             place = getattr(storage, name)
 
@@ -135,10 +136,11 @@ def job(
     def run() -> None:
         fingerprint = {"job": dataset, "options": {"size_px": size_px}}
         claim = DatasetClaim(dataset, fingerprint, overwrite, reads_own_images)
-        if check_output(root, claim) is State.DONE:
+        contents = OutputContents.read(root)
+        if check_output(root, claim, contents) is State.DONE:
             return
-        record = take_output(root, claim)
-        left = start_writing(root, claim, ["a", "b"])
+        record = take_output(root, claim, contents)
+        left = start_writing(root, claim, ["a", "b"], contents=None if overwrite else contents)
         name = record.fingerprint
         sink = Sink(root, dataset, {"fingerprint": name}, SCHEMAS[dataset], record, (), *left)
         writer = WriteChunks(sink).dofn()
