@@ -147,7 +147,7 @@ def _hub_models(home: Path) -> dict[str, str]:
         runpy.run_path(str(REPOSITORY / "tests/models/captioning/test_huggingface.py"))["save_blip"](blip)
     turbo = home / "tiny-turbo"
     if not turbo.exists():
-        made = runpy.run_path(str(REPOSITORY / "tests/models/test_diffusion.py"))
+        made = runpy.run_path(str(REPOSITORY / "tests/models/generation/test_diffusion.py"))
         made["tiny_pipeline"](home / "tokenizer").save_pretrained(turbo)
     return {
         "stabilityai/sd-turbo": str(turbo),

@@ -212,7 +212,11 @@ def _claimed_sinks(job: Job, shards: Sequence[Shard], contents: OutputContents) 
     """
     output, wanted = job.options.output, job.claims()
     try:
-        claims = {dataset: take_output(output, claim, contents) for dataset, claim in wanted.items()}
+        claims = {}
+        for dataset, claim in wanted.items():
+            # the first deletes all that is made from it: nothing is as it was read
+            is_as_read = claim.overwrite or not job.options.overwrite
+            claims[dataset] = take_output(output, claim, contents if is_as_read else None)
     except OutputError:
         with contextlib.suppress(OutputError):
             delete(output, (job.plan_folder.removeprefix(f"{output.rstrip('/')}/"),))
