@@ -80,7 +80,7 @@ def _inception(device: torch.device) -> nn.Module:
         raise ModelError(
             f"the Inception network of the FID cannot be had "
             f"({one_line(error, 200, with_type=True)}). It comes with `pip install torch-fidelity`, its weights over "
-            "the network; without, name other --features, as resnet50."
+            "the network; without, name other `features`, as resnet50."
         ) from error
     return network
 

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from diptych.models.base import TextModel, TextOptions, TextVector
 from diptych.models.device import choose_device, half_precision
-from diptych.models.errors import FlagError, ModelError, one_line
+from diptych.models.errors import ModelError, ModelOptionError, one_line
 from diptych.models.files.pretrained import quiet_transformers
 from diptych.models.files.weights import digest, to_local_path
 from diptych.models.text.pooling import SentenceConfig, pool, read_sentence_config
@@ -95,7 +95,7 @@ class Bert(TextModel):
                 own pooling is not the one that is asked for.
         """
         if options.pooling not in _POOLING_OPTIONS:
-            raise FlagError(f"--pooling {options.pooling!r} is not known. Expected mean or cls.")
+            raise ModelOptionError(f"`pooling` {options.pooling!r} is not known. Expected mean or cls.")
         where = choose_device(device)
         folder = to_local_path(location, hub=True)
         try:
@@ -106,9 +106,9 @@ class Bert(TextModel):
                 "the model again."
             ) from error
         if options.pooling and config.pooling and config.pooling != (options.pooling,):
-            raise FlagError(
-                f"--pooling {options.pooling} is not what {location} was trained with: its own files say "
-                f"{' and '.join(config.pooling)}. Leave the flag out; it is for models that say nothing of pooling."
+            raise ModelOptionError(
+                f"`pooling` {options.pooling} is not what {location} was trained with: its own files say "
+                f"{' and '.join(config.pooling)}. Leave it out; it is for models that say nothing of pooling."
             )
         _check_kind(config.transformer, of_sentences=config.pooling is not None)
         with quiet_transformers():

@@ -93,7 +93,7 @@ def _make_encoder(options: CaptionerTraining) -> tuple[Encoder, str]:
     weights = options.encoder_weights
     if weights == "none" and not options.fine_tune:
         raise ModelError(
-            "--encoder_weights none without --fine_tune would caption from random features. Add --fine_tune to train "
+            "`encoder_weights` none without `fine_tune` would caption from random features. Add `fine_tune` to train "
             "the encoder from scratch, or give weights."
         )
     size_px, stride_px = options.encoder_size_px, options.encoder_stride_px

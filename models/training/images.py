@@ -102,8 +102,8 @@ def make_generator(options: VaeTraining | GanTraining, source: TextSource, text_
         generator, own = read_generator(to_local_path(location), (kind,))
         if own.digest != source.digest:
             raise ModelError(
-                f"--generator {options.generator} was trained with the text model {own.model} (digest {own.digest}), "
-                f"and --text_model is {source.model} (digest {source.digest}). Give the one that it knows."
+                f"`generator` {options.generator} was trained with the text model {own.model} (digest {own.digest}), "
+                f"and `text_model` is {source.model} (digest {source.digest}). Give the one that it knows."
             )
         return generator.train().requires_grad_(True)
     return Generator(
