@@ -21,12 +21,12 @@ from diptych.models.captioning.encoder import Encoder, EncoderConfig, restore_en
 from diptych.models.captioning.vocabulary import Vocabulary
 from diptych.models.device import choose_device, half_precision
 from diptych.models.errors import ModelError, ModelOptionError, one_line
+from diptych.models.files.cache import to_local_path
 from diptych.models.files.weights import (
     digest,
     load_state,
     read_config,
     read_tensors,
-    to_local_path,
     write_file,
     write_tensors,
 )

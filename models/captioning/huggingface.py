@@ -20,8 +20,9 @@ from diptych.models.base import CaptionModel, CaptionOptions, Captions, tuples_t
 from diptych.models.captioning.huggingface_files import EXPECTED, load_parts
 from diptych.models.device import choose_device, half_precision
 from diptych.models.errors import ModelError, ModelOptionError, one_line
+from diptych.models.files.cache import to_local_path
 from diptych.models.files.pretrained import quiet_transformers
-from diptych.models.files.weights import digest, to_local_path
+from diptych.models.files.weights import digest
 
 _BATCH_SIZE = {"cpu": 8, "cuda": 64}
 # What encoders of images are called in transformers

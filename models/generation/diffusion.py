@@ -17,8 +17,9 @@ import torch
 from diptych.models.base import GeneratedImage, ImageModel, ImageOptions, Prompt, tuples_to_lists
 from diptych.models.device import choose_device
 from diptych.models.errors import ModelError, ModelOptionError, one_line
+from diptych.models.files.cache import to_local_path
 from diptych.models.files.pretrained import quiet_transformers
-from diptych.models.files.weights import digest, to_local_path
+from diptych.models.files.weights import digest
 from diptych.models.generation.image_generator import encode_pixels
 from diptych.models.pixels import Pixels
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from diptych.models.captioning.encoder import create_encoder, load_weights
 from diptych.models.device import choose_device
 from diptych.models.errors import ModelError, one_line
-from diptych.models.files.weights import digest, read_tensors, to_local_path
+from diptych.models.files.cache import to_local_path
+from diptych.models.files.weights import digest, read_tensors
 
 INCEPTION = "inception"
 _INCEPTION_PX, _INCEPTION_DIM = 299, 2048

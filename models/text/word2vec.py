@@ -15,7 +15,8 @@ import torch
 
 from diptych.models.base import TextModel, TextOptions, TextVector
 from diptych.models.errors import ModelError, ModelOptionError, one_line
-from diptych.models.files.weights import read_config, read_tensors, to_local_path, write_file, write_tensors
+from diptych.models.files.cache import to_local_path
+from diptych.models.files.weights import read_config, read_tensors, write_file, write_tensors
 from diptych.models.text.word_vectors import Vectors, read_word_vectors
 
 KIND = "word2vec"

@@ -10,7 +10,8 @@ import torch
 from diptych.models.base import TextModel, TextOptions
 from diptych.models.device import choose_device
 from diptych.models.errors import ModelError
-from diptych.models.files.weights import to_local_path, write_tensors
+from diptych.models.files.cache import to_local_path
+from diptych.models.files.weights import write_tensors
 from diptych.models.generation.generator import Generator, GeneratorConfig
 from diptych.models.generation.image_generator import read_generator, save_generator
 from diptych.models.names import ModelName

@@ -391,7 +391,7 @@ class TestErrors:
         write_tensors(
             folder / "model.safetensors", {**whole, "encoder.layer.7.output.dense.weight": whole[name]}
         )
-        with pytest.raises(ModelError, match=r"1 are foreign \(encoder\.layer\.7"):
+        with pytest.raises(ModelError, match=r"1 tensors are foreign \(encoder\.layer\.7"):
             load(folder)
         write_tensors(folder / "model.safetensors", {k: v for k, v in whole.items() if k != name})
         with pytest.raises(
