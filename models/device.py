@@ -19,7 +19,7 @@ def choose_device(name: str) -> torch.device:
         ModelError: The name says nothing, or this machine has no such device.
     """
     if not is_device(name):
-        raise ModelError(f"--device {name!r} is no device. Expected auto, cpu, cuda or cuda:N.")
+        raise ModelError(f"`device` {name!r} is no device. Expected auto, cpu, cuda or cuda:N.")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -27,7 +27,7 @@ def choose_device(name: str) -> torch.device:
     if (device.index or 0) >= count:
         there = f"CUDA devices 0 to {count - 1}" if count else "no CUDA device that PyTorch can use"
         raise ModelError(
-            f"--device {name} is not there: this machine has {there}. Use another, or --device auto."
+            f"`device` {name} is not there: this machine has {there}. Use another, or `device` auto."
         )
     return device
 

@@ -8,6 +8,8 @@ from diptych.models.files.location import redacted
 class ModelError(Exception):
     """A model, or a file of one, that cannot be used: one paragraph with the value, what is expected, the remedy.
 
+    Messages name options in backquotes (`device`); a command shows them as its flags.
+
     Args:
         message: The paragraph; URLs in it lose their users, passwords and signatures.
     """
@@ -20,8 +22,8 @@ class ModelOutageError(ModelError):
     """A model that its storage does not give now, and may give at a second try."""
 
 
-class FlagError(ModelError):
-    """A flag that the model does not take: the command line is wrong, not the model."""
+class ModelOptionError(ModelError):
+    """An option that the model does not take: the choice is wrong, not the model."""
 
 
 # What differs between two runs that go wrong in the same way: addresses in memory, and the random names of `tempfile`

@@ -120,5 +120,5 @@ def _load(spec: ModelSpec) -> Model[Any, Any]:
 
             return DiffusionPipeline.load(spec.location, spec.options, spec.device)
     raise ModelError(
-        f"--model {spec} is of kind {spec.kind!r}. Expected KIND:LOCATION with one of {', '.join(kinds)}."
+        f"`model` {spec} is of kind {spec.kind!r}. Expected KIND:LOCATION with one of {', '.join(kinds)}."
     )

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -114,10 +115,15 @@ def _main(argv: list[str], signals: list[int]) -> int:
     args, rest = parser.parse_known_args(argv)
     command, parser = _COMMANDS[name], commands[name]
     make_options = _part(f"options.{command.options}", f"{_identifier(name)}_options")
+
+    @_naming_flags(parser)
+    def run(options: Any) -> Any:
+        return _part(_identifier(name), _identifier(name))(options)
+
     if not command.is_job:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        result = _part(_identifier(name), _identifier(name))(make_options(args))
+        result = run(make_options(args))
         report = getattr(importlib.import_module(f"diptych.pipelines.{_identifier(name)}"), "report", None)
         if report and not getattr(args, "quiet", False):
             print(report(result, args, time.monotonic() - _START))
@@ -130,9 +136,18 @@ def _main(argv: list[str], signals: list[int]) -> int:
 
         rest += gpu_flags(rest, args.gpu)
     with console.without_workers():
-        return _run_job(
-            _part(_identifier(name), _identifier(name)), lambda: make_options(args, rest), args, signals
-        )
+        return _run_job(run, lambda: make_options(args, rest), args, signals)
+
+
+@contextlib.contextmanager
+def _naming_flags(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Runs the body; an error of it that names options in backquotes is worded with the flags of the command."""
+    try:
+        yield
+    except DiptychError as error:
+        names = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
+        error.args = (re.sub(rf"`({'|'.join(names)})`", r"--\1", str(error)),)
+        raise
 
 
 def _parser(argv: list[str]) -> tuple[str, argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -16,9 +16,9 @@ from typing import Any
 
 from diptych.models.device import choose_device
 from diptych.models.errors import ModelError
+from diptych.models.files.cache import to_local_path
 from diptych.models.files.location import redacted
 from diptych.models.files.weights import digest as digest_of
-from diptych.models.files.weights import to_local_path
 from diptych.models.names import ModelName
 from diptych.models.training.data import SCORES, CaptionData, Progress
 from diptych.models.training.model_card import CURVES, README, draw_curves, write_card

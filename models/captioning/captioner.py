@@ -20,13 +20,13 @@ from diptych.models.captioning.decoder import Decoder, DecoderConfig
 from diptych.models.captioning.encoder import Encoder, EncoderConfig, restore_encoder
 from diptych.models.captioning.vocabulary import Vocabulary
 from diptych.models.device import choose_device, half_precision
-from diptych.models.errors import FlagError, ModelError, one_line
+from diptych.models.errors import ModelError, ModelOptionError, one_line
+from diptych.models.files.cache import to_local_path
 from diptych.models.files.weights import (
     digest,
     load_state,
     read_config,
     read_tensors,
-    to_local_path,
     write_file,
     write_tensors,
 )
@@ -144,8 +144,8 @@ class Captioner(CaptionModel):
         """
         if options.generation:
             names = ", ".join(name for name, _ in options.generation)
-            raise FlagError(
-                f"--generation {names}: these flags go with kind hf; {kind} has no others than its own."
+            raise ModelOptionError(
+                f"`generation` {names}: these flags go with kind hf; {kind} has no others than its own."
             )
         chosen = choose_device(device)
         folder = to_local_path(location)

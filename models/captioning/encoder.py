@@ -110,7 +110,7 @@ def _create(name: str, size_px: int, stride_px: int, pretrained: bool) -> tuple[
             raise ModelError(f"the encoder {name} cannot be made: {what}. Choose another.") from error
         raise ModelError(
             f"the ImageNet weights of {name} cannot be had ({one_line(error)}). Give a file with "
-            "them (--encoder_weights FILE.safetensors), or check the network."
+            "them (`encoder_weights` FILE.safetensors), or check the network."
         ) from error
 
 
@@ -120,7 +120,7 @@ def _encoder(config: EncoderConfig, network: nn.Module) -> Encoder:
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise ModelError(
             f"the encoder {config.name!r} cannot read pictures of {config.size_px} pixels as a grid: "
-            f"{one_line(error)}. Choose a convolutional network, or another --encoder_size."
+            f"{one_line(error)}. Choose a convolutional network, or another `encoder_size`."
         ) from error
 
 
@@ -212,6 +212,6 @@ def _from_timm(name: str, size_px: int, stride_px: int, pretrained: bool) -> tup
 def _no_stride(name: str, stride_px: int, strides: list[int]) -> ModelError:
     known = ", ".join(str(stride) for stride in sorted(set(strides))) or "none that can be chosen"
     return ModelError(
-        f"the encoder {name} has no grid with a region every {stride_px} pixels. Expected --encoder_stride of {known}, "
+        f"the encoder {name} has no grid with a region every {stride_px} pixels. Expected `encoder_stride` of {known}, "
         "or none for its last."
     )

@@ -19,21 +19,22 @@ from torch import Tensor, nn
 from diptych.models.base import CaptionModel, CaptionOptions, Captions, tuples_to_lists
 from diptych.models.captioning.huggingface_files import EXPECTED, load_parts
 from diptych.models.device import choose_device, half_precision
-from diptych.models.errors import FlagError, ModelError, one_line
+from diptych.models.errors import ModelError, ModelOptionError, one_line
+from diptych.models.files.cache import to_local_path
 from diptych.models.files.pretrained import quiet_transformers
-from diptych.models.files.weights import digest, to_local_path
+from diptych.models.files.weights import digest
 
 _BATCH_SIZE = {"cpu": 8, "cuda": 64}
 # What encoders of images are called in transformers
 _ENCODERS = ("vision_model", "vision_tower", "image_encoder", "visual", "vision_encoder", "image_tower")
 # Flags of `generate` that have a name of their own here
 _NAMED = {
-    "num_beams": "--beam_width",
-    "num_return_sequences": "--num_captions",
-    "max_new_tokens": "--max_words",
-    "max_length": "--max_words",
-    "length_penalty": "--length_penalty",
-    "no_repeat_ngram_size": "--no_repeat_ngram",
+    "num_beams": "beam_width",
+    "num_return_sequences": "num_captions",
+    "max_new_tokens": "max_words",
+    "max_length": "max_words",
+    "length_penalty": "length_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram",
 }
 # Flags that shape a draw, and one by which a caption depends on how busy the machine is
 _SAMPLING = frozenset(
@@ -185,22 +186,24 @@ class HuggingFaceCaptioner(CaptionModel):
 
 def _check_options(options: CaptionOptions) -> None:
     if not 1 <= options.num_captions <= options.beam_width:
-        raise FlagError(
-            f"--num_captions is {options.num_captions}. It must be between 1 and --beam_width {options.beam_width}."
+        raise ModelOptionError(
+            f"`num_captions` is {options.num_captions}. It must be between 1 and `beam_width` {options.beam_width}."
         )
     if options.max_words < 1:
-        raise FlagError(f"--max_words is {options.max_words}. It must be at least 1.")
+        raise ModelOptionError(f"`max_words` is {options.max_words}. It must be at least 1.")
     known = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
     for name, value in options.generation:
         if name in _NAMED:
-            raise FlagError(f"Flag {name!r} of generation is {_NAMED[name]} here. Give it as that.")
+            raise ModelOptionError(
+                f"Flag {name!r} of `generation` is `{_NAMED[name]}` here. Give it as that."
+            )
         if name in _SAMPLING or (name == "do_sample" and value):
-            raise FlagError(
+            raise ModelOptionError(
                 f"Flag {name!r} of generation is for captions that differ from run to run, and these do not. Leave it "
-                "out; for several captions an image there are --beam_width and --num_captions."
+                "out; for several captions an image there are `beam_width` and `num_captions`."
             )
         if name not in known or name.startswith(("return_", "output_")):
-            raise FlagError(
+            raise ModelOptionError(
                 f"{name!r} is no flag of generation that can be set. Expected one of transformers' GenerationConfig, "
                 "such as repetition_penalty, min_new_tokens or early_stopping."
             )
@@ -210,8 +213,8 @@ def _check_length(model: Any, max_words: int) -> None:
     config = model.config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_words >= positions:
-        raise FlagError(
-            f"--max_words is {max_words}. It must be below {positions}, as many positions as the model has."
+        raise ModelOptionError(
+            f"`max_words` is {max_words}. It must be below {positions}, as many positions as the model has."
         )
 
 
@@ -234,8 +237,8 @@ def _find_encoder(model: Any) -> nn.Module:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _ENCODERS:
             return module
-    raise FlagError(
-        f"--features: no encoder of images is known in a {type(model).__name__}. Leave the flag out."
+    raise ModelOptionError(
+        f"`features`: no encoder of images is known in a {type(model).__name__}. Leave it out."
     )
 
 
@@ -276,9 +279,9 @@ def _pool(output: Any, num_images: int) -> np.ndarray[Any, np.dtype[np.float32]]
     """Returns the mean over an encoder's places, (N, D)."""
     hidden = output[0] if not isinstance(output, Tensor) else output
     if hidden.ndim != 3 or len(hidden) % num_images:
-        raise FlagError(
-            f"--features: the encoder's output is of shape {tuple(hidden.shape)}. Expected a vector for each of "
-            "some places of each image. Leave the flag out."
+        raise ModelOptionError(
+            f"`features`: the encoder's output is of shape {tuple(hidden.shape)}. Expected a vector for each of "
+            "some places of each image. Leave it out."
         )
     each = len(hidden) // num_images  # a decoder that holds its encoder runs it for each beam
     pooled: np.ndarray[Any, np.dtype[np.float32]] = hidden[::each].float().mean(1).cpu().numpy()

@@ -1,17 +1,23 @@
-"""A folder with a captioner as transformers saves it: checked, then loaded, or said what is wrong with it."""
+"""Loads a captioner that transformers saved, or says what is wrong with its folder."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from diptych.models.errors import ModelError, one_line
+from diptych.models.files.pretrained import (
+    LOCAL_ONLY,
+    check_folder,
+    check_tensors,
+    has_vocabulary,
+    load_weights,
+    vocabulary_files,
+)
 
-_MOST_ROWS = 1.1  # a token: a vocabulary may be rounded up, for speed, and have room for words to come
-# Not to be asked, in the middle of a night, whether to run the code that a model brings
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+# Rows of the embedding for each token, at most: a vocabulary may be rounded up for speed, with room for more words
+_MOST_ROWS = 1.1
 EXPECTED = "an image captioner (BLIP, GIT, ViT-GPT2, …) as transformers saves it, weights as safetensors"
 
 
@@ -19,64 +25,41 @@ def load_parts(folder: Path) -> tuple[Any, Callable[..., Any], Any]:
     """Loads a captioner.
 
     Returns:
-        The model, on the CPU in single precision; what makes its inputs of images; what makes text of its tokens.
+        The model, on the CPU in single precision; the processor, which makes its inputs from images; the tokenizer,
+        which makes text from its tokens.
 
     Raises:
         ModelError: The folder holds no such model, or one that is damaged or kept as a pickle.
     """
-    _check_folder(folder)
+    check_folder(folder, transformers.AutoModelForImageTextToText, _captions_images, EXPECTED)
     images, tokenizer = _load_processor(folder)
     model = _load_model(folder)
     _check_vocabulary(folder, model, tokenizer)
     return model, images, tokenizer
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises `ModelError` unless a folder holds a model that makes text of images, with safetensors."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
-    except Exception as error:
-        raise ModelError(
-            f"{folder} holds no model that can be loaded: {one_line(error)}. Expected {EXPECTED}."
-        ) from error
-    if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
-        raise ModelError(
-            f"The model in {folder} is of type {config.model_type!r}. Expected {EXPECTED}: name another."
-        )
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(file.name for file in folder.glob("*.bin"))
-        what = (
-            f"only {pickles[0]}, a pickle, which is not loaded: it could run anything"
-            if pickles
-            else "no weights"
-        )
-        raise ModelError(
-            f"{folder} holds {what}. Expected safetensors. Where you trust the model, convert it: python -c "
-            f'"from transformers import AutoModelForImageTextToText as A; '
-            f"A.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
+def _captions_images(config: Any) -> bool:
+    return type(config) in transformers.AutoModelForImageTextToText._model_mapping
 
 
 def _load_processor(folder: Path) -> tuple[Callable[..., Any], Any]:
-    """Returns what makes inputs of images, and the tokenizer."""
+    """Returns the processor of images, and the tokenizer."""
     try:
         images, tokenizer = _read_processor(folder)
     except Exception as error:
         raise _no_processor(folder, one_line(error)) from error
-    # Of some, transformers make one up that knows no word
-    files = {*tokenizer.vocab_files_names.values(), "tokenizer.json"}
-    if tokenizer.vocab_files_names and not any((folder / name).is_file() for name in files):
-        raise _no_processor(folder, f"there is no {' or '.join(sorted(files))}")
+    if tokenizer.vocab_files_names and not has_vocabulary(folder, tokenizer):
+        raise _no_processor(folder, f"there is no {' or '.join(vocabulary_files(tokenizer))}")
     return images, tokenizer
 
 
 def _read_processor(folder: Path) -> tuple[Callable[..., Any], Any]:
-    processor = transformers.AutoProcessor.from_pretrained(folder, **_LOCAL)
-    # Older models have the two, and nothing that joins them: then this is one of them, or neither
+    processor = transformers.AutoProcessor.from_pretrained(folder, **LOCAL_ONLY)
+    # Older models save the two apart: AutoProcessor then returns one of them, or something else
     if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
         return processor, processor.tokenizer
-    images = transformers.AutoImageProcessor.from_pretrained(folder, **_LOCAL)
-    return images, transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    images = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL_ONLY)
+    return images, transformers.AutoTokenizer.from_pretrained(folder, **LOCAL_ONLY)
 
 
 def _no_processor(folder: Path, why: str) -> ModelError:
@@ -87,23 +70,10 @@ def _no_processor(folder: Path, why: str) -> ModelError:
 
 
 def _load_model(folder: Path) -> Any:
-    try:
-        model, found = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, **_LOCAL, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as error:
-        raise ModelError(
-            f"The weights in {folder} cannot be loaded: {one_line(error)}. Expected {EXPECTED}."
-        ) from error
-    # A pooler is for other tasks. Without anything else the captions would be noise.
-    missing = sorted(name for name in found["missing_keys"] if "pooler." not in name)
-    foreign = sorted(name for name in found["unexpected_keys"] if "pooler." not in name)
-    for names, what in ((missing, "missing"), (foreign, "foreign")):
-        if names:
-            raise ModelError(
-                f"The weights in {folder} do not fit its config.json: {len(names)} tensors are {what} "
-                f"({', '.join(names[:3])}). Fetch or convert it again."
-            )
+    model, *unmatched = load_weights(folder, transformers.AutoModelForImageTextToText, EXPECTED)
+    # The pooler is for other tasks
+    missing, foreign = ([name for name in names if "pooler." not in name] for names in unmatched)
+    check_tensors(folder, missing, foreign)
     return model
 
 

@@ -35,7 +35,7 @@ class Vocabulary:
         if not kept:
             raise ModelError(
                 f"none of the {len(counts)} words of the captions occurs {min_count} times, so there is no vocabulary. "
-                "Lower --min_word_count, or train on more captions."
+                "Lower `min_word_count`, or train on more captions."
             )
         return cls(kept)
 

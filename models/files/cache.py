@@ -1,4 +1,4 @@
-"""Models on an object store, as a local copy: fetched once, whole or not at all, and again when they change."""
+"""Local copies of models that are elsewhere: fetched once, whole or not at all, and again when they change."""
 
 import contextlib
 import dataclasses
@@ -7,10 +7,11 @@ import fcntl
 import hashlib
 import os
 import posixpath
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ _VERSION_KEYS = (
     "etag", "ETag", "md5Hash", "content_md5", "crc32c", "generation", "VersionId",
     "mtime", "created", "updated", "LastModified", "last_modified",
 )  # fmt: skip
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STALE_S = 86_400
 
@@ -43,6 +45,87 @@ class _RemoteFile:
 def cache_folder() -> Path:
     """Returns where fetched models lie: `DIPTYCH_CACHE`, else `~/.cache/diptych/models`."""
     return Path(os.environ.get("DIPTYCH_CACHE") or "~/.cache/diptych/models").expanduser()
+
+
+def to_local_path(location: str, hub: bool = False, download: Callable[[str], Any] | None = None) -> Path:
+    """Returns the local path of a model, which is fetched first where it is elsewhere.
+
+    Args:
+        location: A local file or folder, an fsspec URL (`gs://`, `s3://`, …: fetched to the cache), or, with `hub`, a
+            name on the Hugging Face hub.
+        hub: The model may be on the Hugging Face hub.
+        download: Fetches the model of a name from there and returns its local folder; None fetches every file that
+            models are made of.
+
+    Raises:
+        ModelError: There is no such model, it is out of reach, or there is no room for it.
+    """
+    if location.startswith(("file://", "local://")):
+        location = location.partition("://")[2]
+    if "://" in location:
+        return fetch(location)
+    path = Path(location).expanduser()
+    # `os.path.exists` rather than `Path.exists`, which raises where a name is too long for a path
+    if location and os.path.exists(path):
+        return path
+    if hub and _HUB_NAME.fullmatch(location):
+        return _fetch_from_hub(location, download or _download)
+    expected = "a local file or folder, or a URL such as gs://BUCKET/FOLDER"
+    expected += ", or a name on the Hugging Face hub" if hub else ""
+    raise ModelError(f"There is no model at {location!r}. Expected {expected}: check the spelling.")
+
+
+def _download(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(
+        name,
+        allow_patterns=[f"*{suffix}" for suffix in MODEL_SUFFIXES],
+        ignore_patterns=[f"{folder}/*" for folder in OTHER_FOLDERS],
+    )
+
+
+def _fetch_from_hub(name: str, download: Callable[[str], Any]) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        folder = download(name)
+    except GatedRepoError as error:
+        why, remedy = (
+            "the hub gives it only to those who agreed to its terms",
+            "Agree there, and set HF_TOKEN",
+        )
+        raise _no_hub_model(name, why, remedy) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        why = "the hub knows no such model, or only for those with a token"
+        raise _no_hub_model(name, why, "Check the spelling, or set HF_TOKEN") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        why = "the hub cannot be reached, and there is no copy in the local cache"
+        remedy = "Run again with a network (or without HF_HUB_OFFLINE), or give the folder of a model"
+        raise _no_hub_model(name, why, remedy) from error
+    except OSError as error:
+        why = f"its cache {HF_HUB_CACHE} cannot be written ({error.strerror or error})"
+        remedy = "Make room or give the right to write there, or name another folder with HF_HUB_CACHE"
+        raise _no_hub_model(name, why, remedy) from error
+    except (
+        Exception
+    ) as error:  # the hub's client has changed its HTTP library before, and with it these errors
+        why = f"the hub cannot be reached ({one_line(error, with_type=True)})"
+        raise _no_hub_model(name, why, "Run again with a network, or give the folder of a model") from error
+    return Path(folder)
+
+
+def _no_hub_model(name: str, why: str, remedy: str) -> ModelError:
+    return ModelError(
+        f"There is no local model {name!r}, nor one from the Hugging Face hub: {why}. {remedy}."
+    )
 
 
 def fetch(url: str) -> Path:

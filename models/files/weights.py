@@ -6,7 +6,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,90 +16,11 @@ import torch
 from torch import Tensor
 
 from diptych.models.errors import ModelError, one_line
-from diptych.models.files.cache import MODEL_SUFFIXES, OTHER_FOLDERS, PICKLE_SUFFIXES, fetch, is_model_file
+from diptych.models.files.cache import PICKLE_SUFFIXES, is_model_file
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CARD = re.compile(r"(^|[/_-])card\.json$|(^|/)license", re.I)
 _NUM_NAMED = 3
 _READ_BYTES = 1 << 20
-
-
-def to_local_path(location: str, hub: bool = False, download: Callable[[str], Any] | None = None) -> Path:
-    """Returns the local path of a model; what lies elsewhere is fetched first.
-
-    Args:
-        location: A local file or folder, an fsspec URL (`gs://`, `s3://`, …: fetched to the cache, see
-            `diptych.models.files.cache`), or, with `hub`, a name on the Hugging Face hub.
-        hub: The model may be on the Hugging Face hub.
-        download: Fetches it from there by its name, and returns its local folder; None fetches all that models are
-            made of.
-
-    Raises:
-        ModelError: There is no such model, it is out of reach, or there is no room for it.
-    """
-    if location.startswith(("file://", "local://")):
-        location = location.partition("://")[2]
-    if "://" in location:
-        return fetch(location)
-    path = Path(location).expanduser()
-    if location and os.path.exists(path):  # what is too long for a path is none
-        return path
-    if hub and _HUB_NAME.fullmatch(location):
-        return _fetch_from_hub(location, download or _download)
-    expected = "a local file or folder, or a URL such as gs://BUCKET/FOLDER"
-    expected += ", or a name on the Hugging Face hub" if hub else ""
-    raise ModelError(f"There is no model at {location!r}. Expected {expected}: check the spelling.")
-
-
-def _download(name: str) -> str:
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(
-        name,
-        allow_patterns=[f"*{suffix}" for suffix in MODEL_SUFFIXES],
-        ignore_patterns=[f"{folder}/*" for folder in OTHER_FOLDERS],
-    )
-
-
-def _fetch_from_hub(name: str, download: Callable[[str], Any]) -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        folder = download(name)
-    except GatedRepoError as error:
-        why, remedy = (
-            "the hub gives it only to those who agreed to its terms",
-            "Agree there, and set HF_TOKEN",
-        )
-        raise _no_hub_model(name, why, remedy) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        why = "the hub knows no such model, or only for those with a token"
-        raise _no_hub_model(name, why, "Check the spelling, or set HF_TOKEN") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        why = "the hub cannot be reached, and there is no copy in the local cache"
-        remedy = "Run again with a network (or without HF_HUB_OFFLINE), or give the folder of a model"
-        raise _no_hub_model(name, why, remedy) from error
-    except OSError as error:
-        why = f"its cache {HF_HUB_CACHE} cannot be written ({error.strerror or error})"
-        remedy = "Make room or give the right to write there, or name another folder with HF_HUB_CACHE"
-        raise _no_hub_model(name, why, remedy) from error
-    except Exception as error:  # of its HTTP client, of which there have been two
-        why = f"the hub cannot be reached ({one_line(error, with_type=True)})"
-        raise _no_hub_model(name, why, "Run again with a network, or give the folder of a model") from error
-    return Path(folder)
-
-
-def _no_hub_model(name: str, why: str, remedy: str) -> ModelError:
-    return ModelError(
-        f"There is no local model {name!r}, nor one from the Hugging Face hub: {why}. {remedy}."
-    )
 
 
 def digest(path: Path, names: Sequence[str] | None = None) -> str:

@@ -16,16 +16,17 @@ import torch
 
 from diptych.models.base import GeneratedImage, ImageModel, ImageOptions, Prompt, tuples_to_lists
 from diptych.models.device import choose_device
-from diptych.models.errors import FlagError, ModelError, one_line
+from diptych.models.errors import ModelError, ModelOptionError, one_line
+from diptych.models.files.cache import to_local_path
 from diptych.models.files.pretrained import quiet_transformers
-from diptych.models.files.weights import digest, to_local_path
+from diptych.models.files.weights import digest
 from diptych.models.generation.image_generator import encode_pixels
 from diptych.models.pixels import Pixels
 
 _BATCH_SIZE = {"cpu": 1, "cuda": 8}
 _EXPECTED = "a text-to-image pipeline as diffusers saves it, with a model_index.json, weights as safetensors"
 # Arguments of a pipeline that have a name of their own here, or that decide what is drawn or returned
-_NAMED = {"num_images_per_prompt": "--images_per_prompt", "height": "--size", "width": "--size"}
+_NAMED = {"num_images_per_prompt": "images_per_prompt", "height": "size", "width": "size"}
 _OWN = frozenset(["prompt", "generator", "latents", "output_type", "return_dict", "self", "kwargs"])
 
 
@@ -52,15 +53,17 @@ class DiffusionPipeline(ImageModel):
             digest: Stands for the files and the options.
 
         Raises:
-            FlagError: The pipeline cannot do what is asked.
+            ModelOptionError: The pipeline cannot do what is asked.
         """
         known = inspect.signature(pipeline.__call__).parameters
         for name, _ in options.settings:
             if name in _NAMED:
-                raise FlagError(f"Setting {name!r} of --setting is {_NAMED[name]} here. Give it as that.")
+                raise ModelOptionError(
+                    f"Setting {name!r} of `setting` is `{_NAMED[name]}` here. Give it as that."
+                )
             if name not in known or name in _OWN or name.startswith("callback"):
-                raise FlagError(
-                    f"--setting {name}: {type(pipeline).__name__} takes no such setting. Expected one of its call, "
+                raise ModelOptionError(
+                    f"`setting` {name}: {type(pipeline).__name__} takes no such setting. Expected one of its call, "
                     "as num_inference_steps, guidance_scale or negative_prompt."
                 )
         self._pipeline, self._options = pipeline.to(device), options
@@ -68,13 +71,13 @@ class DiffusionPipeline(ImageModel):
         self._takes_size = "height" in known and "width" in known
         side = options.size_px or _own_size(pipeline)
         if options.size_px and not self._takes_size:
-            raise FlagError(
-                f"--size: {type(pipeline).__name__} makes images of one size. Leave the flag out."
+            raise ModelOptionError(
+                f"`size`: {type(pipeline).__name__} makes images of one size. Leave it out."
             )
         scale = int(getattr(pipeline, "vae_scale_factor", 1))
         if side % scale:
-            raise FlagError(
-                f"--size is {side}. {type(pipeline).__name__} makes images of a multiple of {scale} px."
+            raise ModelOptionError(
+                f"`size` is {side}. {type(pipeline).__name__} makes images of a multiple of {scale} px."
             )
         self.size_px = side, side
         self.digest = digest
@@ -91,7 +94,7 @@ class DiffusionPipeline(ImageModel):
 
         Raises:
             ModelError: There is no such pipeline or device; it is damaged, of another kind, or kept as a pickle.
-            FlagError: It cannot do what the options ask.
+            ModelOptionError: It cannot do what the options ask.
         """
         try:
             import diffusers
@@ -178,5 +181,7 @@ def _own_size(pipeline: Any) -> int:
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     size = getattr(getattr(network, "config", None), "sample_size", None)
     if not isinstance(size, int):
-        raise FlagError(f"{type(pipeline).__name__} does not say how large its images are. Give --size.")
+        raise ModelOptionError(
+            f"{type(pipeline).__name__} does not say how large its images are. Give `size`."
+        )
     return size * int(getattr(pipeline, "vae_scale_factor", 1))

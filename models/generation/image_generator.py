@@ -20,13 +20,13 @@ from torch import Tensor
 
 from diptych.models.base import GeneratedImage, ImageModel, ImageOptions, Prompt, TextModel
 from diptych.models.device import choose_device, half_precision
-from diptych.models.errors import FlagError, ModelError, one_line
+from diptych.models.errors import ModelError, ModelOptionError, one_line
+from diptych.models.files.cache import to_local_path
 from diptych.models.files.weights import (
     digest,
     load_state,
     read_config,
     read_tensors,
-    to_local_path,
     write_file,
     write_tensors,
 )
@@ -107,13 +107,13 @@ class ImageGenerator(ImageModel):
     ) -> None:
         size_px = generator.config.size_px
         if options.size_px not in (None, size_px):
-            raise FlagError(
-                f"--size is {options.size_px}, and this model makes images of {size_px} px. Leave the flag out, or "
+            raise ModelOptionError(
+                f"`size` is {options.size_px}, and this model makes images of {size_px} px. Leave it out, or "
                 "train a model of that size."
             )
         if options.settings:
             names = ", ".join(name for name, _ in options.settings)
-            raise FlagError(f"--setting {names}: these settings go with kind diffusers.")
+            raise ModelOptionError(f"`setting` {names}: these settings go with kind diffusers.")
         if text.dim != generator.config.text_dim:
             raise ModelError(
                 f"The text model gives vectors of {text.dim}, and the generator takes {generator.config.text_dim}. "
@@ -146,7 +146,7 @@ class ImageGenerator(ImageModel):
 
         Raises:
             ModelError: It or its text model cannot be loaded, or is of another kind.
-            FlagError: It cannot do what the options ask.
+            ModelOptionError: It cannot do what the options ask.
         """
         chosen = choose_device(device)
         folder = to_local_path(location)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from diptych.models.captioning.encoder import create_encoder, load_weights
 from diptych.models.device import choose_device
 from diptych.models.errors import ModelError, one_line
-from diptych.models.files.weights import digest, read_tensors, to_local_path
+from diptych.models.files.cache import to_local_path
+from diptych.models.files.weights import digest, read_tensors
 
 INCEPTION = "inception"
 _INCEPTION_PX, _INCEPTION_DIM = 299, 2048
@@ -80,7 +81,7 @@ def _inception(device: torch.device) -> nn.Module:
         raise ModelError(
             f"the Inception network of the FID cannot be had "
             f"({one_line(error, 200, with_type=True)}). It comes with `pip install torch-fidelity`, its weights over "
-            "the network; without, name other --features, as resnet50."
+            "the network; without, name other `features`, as resnet50."
         ) from error
     return network
 

@@ -1,5 +1,6 @@
 """Captions to vectors by a BERT-family encoder: its token vectors, pooled to one."""
 
+import functools
 import hashlib
 import threading
 from collections.abc import Sequence
@@ -13,15 +14,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from diptych.models.base import TextModel, TextOptions, TextVector
 from diptych.models.device import choose_device, half_precision
-from diptych.models.errors import FlagError, ModelError, one_line
-from diptych.models.files.pretrained import quiet_transformers
-from diptych.models.files.weights import digest, to_local_path
+from diptych.models.errors import ModelError, ModelOptionError, one_line
+from diptych.models.files.cache import to_local_path
+from diptych.models.files.pretrained import (
+    LOCAL_ONLY,
+    check_folder,
+    check_tensors,
+    has_vocabulary,
+    load_weights,
+    quiet_transformers,
+    vocabulary_files,
+)
+from diptych.models.files.weights import digest
 from diptych.models.text.pooling import SentenceConfig, pool, read_sentence_config
 
 _BATCH_SIZE = {"cpu": 64, "cuda": 512}
 _EXPECTED = "a BERT-family encoder with its tokenizer, as transformers or sentence-transformers save it"
-# Not to be asked, in the middle of a night, whether to run the code that a model brings
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _POOLING_OPTIONS = (None, "mean", "cls")
 
 
@@ -95,7 +103,7 @@ class Bert(TextModel):
                 own pooling is not the one that is asked for.
         """
         if options.pooling not in _POOLING_OPTIONS:
-            raise FlagError(f"--pooling {options.pooling!r} is not known. Expected mean or cls.")
+            raise ModelOptionError(f"`pooling` {options.pooling!r} is not known. Expected mean or cls.")
         where = choose_device(device)
         folder = to_local_path(location, hub=True)
         try:
@@ -106,11 +114,12 @@ class Bert(TextModel):
                 "the model again."
             ) from error
         if options.pooling and config.pooling and config.pooling != (options.pooling,):
-            raise FlagError(
-                f"--pooling {options.pooling} is not what {location} was trained with: its own files say "
-                f"{' and '.join(config.pooling)}. Leave the flag out; it is for models that say nothing of pooling."
+            raise ModelOptionError(
+                f"`pooling` {options.pooling} is not what {location} was trained with: its own files say "
+                f"{' and '.join(config.pooling)}. Leave it out; it is for models that say nothing of pooling."
             )
-        _check_kind(config.transformer, of_sentences=config.pooling is not None)
+        is_kind = functools.partial(_is_text_encoder, of_sentences=config.pooling is not None)
+        check_folder(config.transformer, transformers.AutoModel, is_kind, _EXPECTED)
         with quiet_transformers():
             tokenizer = _load_tokenizer(config.transformer)
             model = _load_encoder(config.transformer)
@@ -153,67 +162,34 @@ class Bert(TextModel):
         return [TextVector(row) for row in values]
 
 
-def _check_kind(folder: Path, of_sentences: bool) -> None:
-    """Raises `ModelError` unless a folder holds an encoder of text with safetensors."""
-    try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
-    except Exception as error:  # transformers raises what its many parts raise
-        raise ModelError(
-            f"{folder} holds no model that can be loaded: {one_line(error)}. Expected {_EXPECTED}."
-        ) from error
-    kind = config.model_type
-    is_text_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or of_sentences
-    if getattr(config, "is_encoder_decoder", False) or not is_text_encoder:
-        raise ModelError(f"The model in {folder} is of type {kind!r}. Expected {_EXPECTED}: name another.")
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(file.name for file in folder.glob("*.bin"))
-        what = (
-            f"only {pickles[0]}, a pickle, which is not loaded: it could run anything"
-            if pickles
-            else "no weights"
-        )
-        raise ModelError(
-            f"{folder} holds {what}. Expected safetensors. Where you trust the model, convert it: python -c "
-            f"\"from transformers import AutoModel; AutoModel.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
+def _is_text_encoder(config: Any, of_sentences: bool) -> bool:
+    is_known = of_sentences or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return is_known and not getattr(config, "is_encoder_decoder", False)
 
 
 def _load_tokenizer(folder: Path) -> Any:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL_ONLY)
     except Exception as error:
         raise ModelError(
             f"The tokenizer in {folder} cannot be loaded: {one_line(error)}. Expected {_EXPECTED}."
         ) from error
-    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-    if not any((folder / name).exists() for name in files):
-        # without a vocabulary transformers makes a tokenizer that knows no word
-        raise ModelError(f"{folder} holds no tokenizer ({' or '.join(sorted(files))}). Expected {_EXPECTED}.")
+    if not has_vocabulary(folder, tokenizer):
+        files = " or ".join(vocabulary_files(tokenizer))
+        raise ModelError(f"{folder} holds no tokenizer ({files}). Expected {_EXPECTED}.")
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def _load_encoder(folder: Path) -> Any:
-    try:
-        model, found = transformers.AutoModel.from_pretrained(
-            folder, **_LOCAL, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as error:
-        raise ModelError(
-            f"The weights in {folder} cannot be loaded: {one_line(error)}. Expected {_EXPECTED}."
-        ) from error
-    # Of a model trained with a head, the head is over; of one without, the pooler is lacking. Neither is used here.
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    model, missing, foreign = load_weights(folder, transformers.AutoModel, _EXPECTED)
+    # Neither the pooler, which a model without a head lacks, nor the head, which the encoder lacks, is used here
     parts = {name.partition(".")[0] for name in model.state_dict()}
-    foreign = sorted(name for name in found["unexpected_keys"] if name.partition(".")[0] in parts)
-    if missing or foreign:
-        what = f"{len(missing)} tensors are missing ({', '.join(missing[:3])})" if missing else ""
-        what += " and " if missing and foreign else ""
-        what += f"{len(foreign)} are foreign ({', '.join(foreign[:3])})" if foreign else ""
-        raise ModelError(
-            f"The weights in {folder} do not fit its config.json: {what}. Fetch or convert it again."
-        )
+    check_tensors(
+        folder,
+        [name for name in missing if not name.startswith("pooler.")],
+        [name for name in foreign if name.partition(".")[0] in parts],
+    )
     return model
 
 

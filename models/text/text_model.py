@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diptych.models.base import TextModel, TextOptions
-from diptych.models.errors import FlagError, ModelError
+from diptych.models.errors import ModelError, ModelOptionError
 from diptych.models.files.location import absolute_if_there, redacted
 from diptych.models.names import TEXT_KINDS, ModelName
 
@@ -77,13 +77,13 @@ class TextSource:
 
         Raises:
             ModelError: It cannot be loaded, or has changed since.
-            FlagError: What lies elsewhere is another.
+            ModelOptionError: What lies elsewhere is another.
         """
         kind, location = ModelName.parse(elsewhere or self.model)
-        remedy = "Where it is elsewhere now, say so with --text_model KIND:LOCATION, or train again."
+        remedy = "Where it is elsewhere now, say so with `text_model` KIND:LOCATION, or train again."
         try:
             text = load_text(kind, location, self.options)
-        except FlagError:
+        except ModelOptionError:
             raise
         except ModelError as error:
             if elsewhere:
@@ -94,8 +94,8 @@ class TextSource:
         if text.digest == self.digest:
             return text
         if elsewhere:
-            raise FlagError(
-                f"--text_model {elsewhere} is another text model (digest {text.digest}) than the one that this model "
+            raise ModelOptionError(
+                f"`text_model` {elsewhere} is another text model (digest {text.digest}) than the one that this model "
                 f"was trained with, {self.model} (digest {self.digest}). Images need the very same: name that."
             )
         raise ModelError(

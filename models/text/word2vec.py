@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from diptych.models.base import TextModel, TextOptions, TextVector
-from diptych.models.errors import FlagError, ModelError, one_line
-from diptych.models.files.weights import read_config, read_tensors, to_local_path, write_file, write_tensors
+from diptych.models.errors import ModelError, ModelOptionError, one_line
+from diptych.models.files.cache import to_local_path
+from diptych.models.files.weights import read_config, read_tensors, write_file, write_tensors
 from diptych.models.text.word_vectors import Vectors, read_word_vectors
 
 KIND = "word2vec"
@@ -105,8 +106,8 @@ class Word2Vec(TextModel):
         """
         self.options = options or TextOptions()
         if self.options.pooling not in (None, "mean"):
-            raise FlagError(
-                f"--pooling {self.options.pooling} does not go with word2vec, which has no such token. Expected mean, "
+            raise ModelOptionError(
+                f"`pooling` {self.options.pooling} does not go with word2vec, which has no such token. Expected mean, "
                 "or a model of kind bert."
             )
         self.words = list(words)

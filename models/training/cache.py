@@ -156,13 +156,13 @@ def open_cache(folder: Path, identity: str, rows: SplitRows, encoding: Encoding)
         except OSError as error:
             raise ModelError(
                 f"the cache {folder} cannot be written: {error.strerror or error}. It takes "
-                f"{layout.num_bytes(rows.num_rows) / 1e9:.1f} GB: make room, or name another place with --cache."
+                f"{layout.num_bytes(rows.num_rows) / 1e9:.1f} GB: make room, or name another place with `cache`."
             ) from error
         write_file(folder / _META, json.dumps(meta).encode())
     if not meta["rows"]:
         raise ModelError(
             f"none of the {rows.num_rows} {folder.name} rows has a caption. The model learns from images with "
-            "captions: give some, or another --validation."
+            "captions: give some, or another `validation`."
         )
     return CaptionCache(folder, layout)
 
@@ -179,7 +179,7 @@ def _empty(folder: Path) -> None:
     if foreign:
         raise ModelError(
             f"{folder} is where the cache would be, but it holds {', '.join(foreign[:3])}, which no training put "
-            "there. Name another folder with --cache."
+            "there. Name another folder with `cache`."
         )
     for file in files:
         file.unlink()
@@ -190,7 +190,7 @@ def _check_room(folder: Path, num_bytes: int) -> None:
     if num_bytes > free:
         raise ModelError(
             f"the cache {folder} takes {num_bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there. Make "
-            "room, or name another place with --cache."
+            "room, or name another place with `cache`."
         )
 
 

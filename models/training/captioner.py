@@ -20,7 +20,8 @@ from diptych.models.captioning.encoder import Encoder, create_encoder, load_weig
 from diptych.models.captioning.vocabulary import PAD, Vocabulary
 from diptych.models.device import choose_device, training_precision
 from diptych.models.errors import ModelError
-from diptych.models.files.weights import digest, read_tensors, to_local_path
+from diptych.models.files.cache import to_local_path
+from diptych.models.files.weights import digest, read_tensors
 from diptych.models.metrics.caption_scores import score_captions
 from diptych.models.training.cache import CaptionCache, SplitRows, open_cache, open_splits
 from diptych.models.training.captioner_batches import BatchLoader, CaptionBatch, ImageEncoder
@@ -93,7 +94,7 @@ def _make_encoder(options: CaptionerTraining) -> tuple[Encoder, str]:
     weights = options.encoder_weights
     if weights == "none" and not options.fine_tune:
         raise ModelError(
-            "--encoder_weights none without --fine_tune would caption from random features. Add --fine_tune to train "
+            "`encoder_weights` none without `fine_tune` would caption from random features. Add `fine_tune` to train "
             "the encoder from scratch, or give weights."
         )
     size_px, stride_px = options.encoder_size_px, options.encoder_stride_px

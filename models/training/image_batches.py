@@ -52,7 +52,7 @@ class ImageData:
             except OSError as error:
                 raise ModelError(
                     f"{self._path} cannot be written: {error.strerror or error}. It takes {num_bytes / 1e6:.0f} MB: "
-                    "make room, or name another place with --cache."
+                    "make room, or name another place with `cache`."
                 ) from error
         self._vectors = np.memmap(self._path, "<f4", "r", shape=(int(self._ends[-1]), self._dim))
         self.mean, self.whitening = _spread(self._vectors)

@@ -10,7 +10,8 @@ import torch
 from diptych.models.base import TextModel, TextOptions
 from diptych.models.device import choose_device
 from diptych.models.errors import ModelError
-from diptych.models.files.weights import to_local_path, write_tensors
+from diptych.models.files.cache import to_local_path
+from diptych.models.files.weights import write_tensors
 from diptych.models.generation.generator import Generator, GeneratorConfig
 from diptych.models.generation.image_generator import read_generator, save_generator
 from diptych.models.names import ModelName
@@ -102,8 +103,8 @@ def make_generator(options: VaeTraining | GanTraining, source: TextSource, text_
         generator, own = read_generator(to_local_path(location), (kind,))
         if own.digest != source.digest:
             raise ModelError(
-                f"--generator {options.generator} was trained with the text model {own.model} (digest {own.digest}), "
-                f"and --text_model is {source.model} (digest {source.digest}). Give the one that it knows."
+                f"`generator` {options.generator} was trained with the text model {own.model} (digest {own.digest}), "
+                f"and `text_model` is {source.model} (digest {source.digest}). Give the one that it knows."
             )
         return generator.train().requires_grad_(True)
     return Generator(

@@ -316,10 +316,10 @@ class Trainer(Generic[BatchT]):
 
     def _diverged(self, error: Diverged) -> ModelError:
         rates = self._objective.learning_rates
-        remedy = " or ".join(f"--{name} (it is {rate})" for name, rate in rates.items())
+        remedy = " or ".join(f"`{name}` (it is {rate})" for name, rate in rates.items())
         return ModelError(
             f"the training diverged: {error} at step {self._state.step}. Lower {remedy}, and start anew with "
-            "--overwrite."
+            "`overwrite`."
         )
 
     def _copy_averaged(self) -> dict[str, Tensor]:
@@ -352,7 +352,7 @@ class Trainer(Generic[BatchT]):
         except (KeyError, TypeError) as error:
             raise ModelError(
                 f"the checkpoint in {folder} was written by another version of Diptych. Continue with that version, "
-                "or start anew with --overwrite."
+                "or start anew with `overwrite`."
             ) from error
         for name, optimizer in self._objective.optimizers.items():
             restore_optimizer(optimizer, checkpoint.tensors, checkpoint.state, name)

@@ -120,7 +120,7 @@ def _count_words(captions: Captions, min_count: int, on_progress: OnProgress) ->
     if len(kept) < 2:
         raise ModelError(
             f"Of {len(counter)} different words in {num_captions} captions, {len(kept)} occur {min_count} times or "
-            "more. Expected at least 2: give more captions, or a lower --min_count."
+            "more. Expected at least 2: give more captions, or a lower `min_count`."
         )
     return _Vocabulary({word: -count for count, word in kept}, num_captions, num_words)
 
@@ -233,7 +233,7 @@ def _resume(checkpoint: Checkpoint | None, trainer: Any, fingerprint: str, folde
     if checkpoint.state.get("fingerprint") != fingerprint:
         raise ModelError(
             f"The checkpoint in {folder} is of a training with other options or other captions. Train with those, name "
-            "another --output, or delete it to train from the start."
+            "another `output`, or delete it to train from the start."
         )
     trainer.wv.vectors[:] = checkpoint.tensors["vectors"].numpy()
     trainer.syn1neg[:] = checkpoint.tensors["output"].numpy()

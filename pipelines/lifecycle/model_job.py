@@ -10,7 +10,7 @@ from apache_beam.pvalue import PCollection
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from diptych.models.base import Model
-from diptych.models.errors import FlagError, ModelError
+from diptych.models.errors import ModelError, ModelOptionError
 from diptych.models.files.location import redacted
 from diptych.models.spec import MatchOptions, ModelSpec, load_model
 from diptych.pipelines.lifecycle.launch import DatasetSpec, Job, finish_job, launch, source_options
@@ -115,7 +115,7 @@ def load_here(spec: ModelSpec, pipeline: beam.Pipeline) -> Model[Any, Any]:
             spec = _on_cpu(spec)
     try:
         return load_model(spec)
-    except FlagError as error:
+    except ModelOptionError as error:
         raise OptionError(str(error)) from error
     except ModelError as error:
         raise InputError(str(error)) from error

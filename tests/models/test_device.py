@@ -24,7 +24,7 @@ def test_auto_is_the_gpu_where_there_is_one(monkeypatch):
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "cuda:3"):
-        with pytest.raises(ModelError, match=f"{name} is not there.*--device auto"):
+        with pytest.raises(ModelError, match=f"{name} is not there.*`device` auto"):
             choose_device(name)
 
 

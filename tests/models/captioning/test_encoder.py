@@ -64,7 +64,7 @@ def test_strides_of_resnet_are_its_stages(stride, last):
     ("name", "known"), [("resnet18", "2, 4, 8, 16, 32"), ("timm:tf_efficientnet_lite0", "2, 4, 8, 16, 32")]
 )
 def test_a_stride_that_is_not_there(name, known):
-    with pytest.raises(ModelError, match=f"every 12 pixels. Expected --encoder_stride of {known}, or none"):
+    with pytest.raises(ModelError, match=f"every 12 pixels. Expected `encoder_stride` of {known}, or none"):
         create_encoder(name, 64, 12)
 
 

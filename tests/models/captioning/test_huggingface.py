@@ -293,16 +293,16 @@ class TestOptions:
                 {"generation": (("output_scores", False),)},
                 "'output_scores' is no flag of generation that can",
             ),
-            ({"generation": (("num_beams", 4),)}, "'num_beams' of generation is --beam_width here"),
-            ({"generation": (("max_length", 4),)}, "'max_length' of generation is --max_words here"),
+            ({"generation": (("num_beams", 4),)}, "'num_beams' of `generation` is `beam_width` here"),
+            ({"generation": (("max_length", 4),)}, "'max_length' of `generation` is `max_words` here"),
             ({"generation": (("do_sample", True),)}, "'do_sample' of generation is for captions that differ"),
             ({"generation": (("top_p", 0.5),)}, "'top_p' of generation is for captions that differ"),
             ({"generation": (("repetition_penalty", -1.0),)}, "strictly positive float, but is -1.0"),
             ({"generation": (("num_beam_groups", 3),)}, "cannot caption an image with these options"),
-            ({"num_captions": 4}, r"--num_captions is 4\. It must be between 1 and --beam_width 3"),
-            ({"num_captions": 0}, "--num_captions is 0"),
-            ({"max_words": 0}, "--max_words is 0"),
-            ({"max_words": 512}, r"--max_words is 512\. It must be below \d+, as many positions as"),
+            ({"num_captions": 4}, r"`num_captions` is 4\. It must be between 1 and `beam_width` 3"),
+            ({"num_captions": 0}, "`num_captions` is 0"),
+            ({"max_words": 0}, "`max_words` is 0"),
+            ({"max_words": 512}, r"`max_words` is 512\. It must be below \d+, as many positions as"),
         ],
     )
     def test_what_cannot_be_is_refused_at_once(self, folders, options, message):
@@ -392,7 +392,7 @@ class TestFolders:
         assert "\n" not in str(caught.value)
 
     def test_a_device_that_there_is_not(self, folders):
-        with pytest.raises(ModelError, match="--device"):
+        with pytest.raises(ModelError, match="`device`"):
             HuggingFaceCaptioner.load(str(folders / "blip"), CaptionOptions(), "cuda:99")
 
 

@@ -20,7 +20,7 @@ class TestVocabulary:
         assert Vocabulary.build({"<end>": 9, "a": 9}, 1).words.count("<end>") == 1
 
     def test_no_frequent_word_is_an_error(self):
-        with pytest.raises(ModelError, match="--min_word_count"):
+        with pytest.raises(ModelError, match="`min_word_count`"):
             Vocabulary.build({"a": 1}, 2)
 
     def test_comes_back_from_its_file(self, tmp_path):

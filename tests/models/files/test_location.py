@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from diptych.models.errors import FlagError, ModelError
+from diptych.models.errors import ModelError, ModelOptionError
 from diptych.models.files.location import absolute, absolute_if_there, is_local, redacted
 from diptych.transforms import errors
 
@@ -107,7 +107,7 @@ def test_what_gives_access_is_left_out(text, shown):
         errors.OutputError,
         errors.FailureLimitError,
         ModelError,
-        FlagError,
+        ModelOptionError,
     ],
 )
 def test_no_error_shows_it(kind):

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 
-import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -16,89 +15,9 @@ from diptych.models.files.weights import (
     load_state,
     read_config,
     read_tensors,
-    to_local_path,
     write_file,
     write_tensors,
 )
-
-
-class TestLocalise:
-    def test_what_is_local_stays_where_it_is(self, tmp_path, monkeypatch):
-        file = tmp_path / "w.kv"
-        file.write_text("")
-        assert to_local_path(str(tmp_path)) == tmp_path
-        assert to_local_path(str(file)) == file
-        assert to_local_path(f"file://{tmp_path}") == tmp_path
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert to_local_path("~/w.kv") == file
-
-    def test_a_url_is_fetched(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("DIPTYCH_CACHE", str(tmp_path))
-        monkeypatch.setattr(
-            "diptych.models.files.weights.fetch", lambda url: tmp_path / url.replace("/", "_")
-        )
-        assert to_local_path("gs://b/m") == tmp_path / "gs:__b_m"
-
-    @pytest.mark.parametrize("location", ["", "/no/such/place", "./x", "org/name", "file:///no/such/place"])
-    def test_nothing_there(self, location):
-        with pytest.raises(ModelError, match="There is no model at"):
-            to_local_path(location)
-
-    def test_the_hub_is_asked_only_for_what_can_be_a_name_there(self):
-        for location in ("/no/such/place", "./x", "a/b/c", "a b"):
-            with pytest.raises(ModelError, match=r"There is no model at.*Hugging Face hub"):
-                to_local_path(location, hub=True)
-
-    def test_a_local_folder_goes_before_the_hub(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "org" / "name").mkdir(parents=True)
-        assert to_local_path("org/name", hub=True).resolve() == tmp_path / "org" / "name"
-
-    def test_the_hub_is_asked_for_no_pickles(self, tmp_path, monkeypatch):
-        asked = {}
-
-        def download(name, allow_patterns, ignore_patterns):
-            asked.update(name=name, allow=allow_patterns, ignore=ignore_patterns)
-            return str(tmp_path)
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        assert to_local_path("org/name", hub=True) == tmp_path
-        taken = huggingface_hub.utils.filter_repo_objects(
-            [
-                "config.json",
-                "model.safetensors",
-                "pytorch_model.bin",
-                "a.pt",
-                "onnx/config.json",
-                "tokenizer.model",
-            ],
-            allow_patterns=asked["allow"],
-            ignore_patterns=asked["ignore"],
-        )
-        assert list(taken) == ["config.json", "model.safetensors", "tokenizer.model"]
-
-    def test_a_full_disk_under_the_hubs_cache(self, monkeypatch):
-        def download(*args, **kwargs):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        with pytest.raises(ModelError, match=r"No space left.*HF_HUB_CACHE"):
-            to_local_path("org/name", hub=True)
-
-    @pytest.mark.parametrize("variable", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
-    def test_no_network_is_one_clear_error(self, tmp_path, variable):
-        code = "from diptych.models.files.weights import to_local_path; to_local_path('org/name', hub=True)"
-        env = {**os.environ, "HF_HOME": str(tmp_path), **variable}
-        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
-            env.pop(name, None)
-        run = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100
-        )
-        last = run.stderr.strip().splitlines()[-1]
-        assert last.startswith(
-            "diptych.models.errors.ModelError: There is no local model 'org/name', nor one from the"
-        )
-        assert "cannot be reached" in last
 
 
 class TestDigest:

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 
 from diptych.models.base import ImageOptions, Prompt
-from diptych.models.errors import FlagError, ModelError
+from diptych.models.errors import ModelError, ModelOptionError
 from diptych.models.generation.diffusion import DiffusionPipeline
 
 diffusers = pytest.importorskip("diffusers")
@@ -136,7 +136,7 @@ class TestImages:
         assert load(saved).size_px == (16, 16)
         assert pixels(draw(load(saved, size_px=24), PROMPTS[:1])[0]).shape == (24, 24, 3)
         with pytest.raises(
-            FlagError, match=r"--size is 23. StableDiffusionPipeline makes .* multiple of 2 px"
+            ModelOptionError, match=r"`size` is 23. StableDiffusionPipeline makes .* multiple of 2 px"
         ):
             load(saved, size_px=23)
 
@@ -162,15 +162,15 @@ class TestWhatCannotBe:
         [
             (
                 "num_images_per_prompt",
-                "Setting 'num_images_per_prompt' of --setting is --images_per_prompt here",
+                "Setting 'num_images_per_prompt' of `setting` is `images_per_prompt` here",
             ),
-            ("height", "Setting 'height' of --setting is --size here"),
-            ("generator", "--setting generator: StableDiffusionPipeline takes no such setting"),
-            ("guidance", "--setting guidance: StableDiffusionPipeline takes no such setting"),
+            ("height", "Setting 'height' of `setting` is `size` here"),
+            ("generator", "`setting` generator: StableDiffusionPipeline takes no such setting"),
+            ("guidance", "`setting` guidance: StableDiffusionPipeline takes no such setting"),
         ],
     )
     def test_settings(self, saved, name, message):
-        with pytest.raises(FlagError, match=message):
+        with pytest.raises(ModelOptionError, match=message):
             load(saved, ((name, 1),))
 
     def test_no_pipeline(self, tmp_path):

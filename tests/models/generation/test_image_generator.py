@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diptych.models.base import ImageOptions, Prompt, TextOptions
-from diptych.models.errors import FlagError, ModelError
+from diptych.models.errors import ModelError, ModelOptionError
 from diptych.models.generation.generator import Generator, GeneratorConfig
 from diptych.models.generation.image_generator import (
     ImageGenerator,
@@ -144,16 +144,18 @@ class TestWhatCannotBe:
 
     def test_a_size_that_it_does_not_make(self, folder):
         assert load(folder, size_px=16).size_px == (16, 16)
-        with pytest.raises(FlagError, match=r"--size is 32, and this model makes images of 16 px"):
+        with pytest.raises(ModelOptionError, match=r"`size` is 32, and this model makes images of 16 px"):
             load(folder, size_px=32)
 
     def test_settings_of_another_kind(self, folder):
-        with pytest.raises(FlagError, match="--setting guidance_scale: these settings go with"):
+        with pytest.raises(ModelOptionError, match="`setting` guidance_scale: these settings go with"):
             load(folder, settings=(("guidance_scale", 2.0),))
 
     def test_another_text_model(self, folder, text):
         other = save_text(text.parent / "other", seed=1)
-        with pytest.raises(FlagError, match=r"is another text model \(digest \w+\) than the one that this"):
+        with pytest.raises(
+            ModelOptionError, match=r"is another text model \(digest \w+\) than the one that this"
+        ):
             load(folder, text_model=f"word2vec:{other}")
 
     def test_a_text_model_that_was_trained_again(self, folder, text):
@@ -164,7 +166,7 @@ class TestWhatCannotBe:
     def test_a_text_model_that_is_gone(self, folder, text, tmp_path):
         shutil.move(text, tmp_path / "elsewhere")
         with pytest.raises(
-            ModelError, match=r"trained with, word2vec:.*words, cannot be loaded: .* --text_model"
+            ModelError, match=r"trained with, word2vec:.*words, cannot be loaded: .* `text_model`"
         ):
             load(folder)
         moved = load(folder, text_model=f"word2vec:{tmp_path / 'elsewhere'}")

@@ -97,7 +97,7 @@ class TestFeatures:
 
         monkeypatch.setattr(module, "_TORCH_FIDELITY_AVAILABLE", False)
         with pytest.raises(
-            ModelError, match=r"cannot be had \(ModuleNotFoundError: .* name other --features"
+            ModelError, match=r"cannot be had \(ModuleNotFoundError: .* name other `features`"
         ):
             Features.load("inception", "imagenet", "cpu")
 

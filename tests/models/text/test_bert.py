@@ -250,7 +250,7 @@ class TestSentenceTransformers:
         folder = self.save(tiny(), sentence_transformers.models.Pooling(16, "cls"))
         assert load(folder, pooling="cls").digest == load(folder).digest
         with pytest.raises(
-            ModelError, match=r"--pooling mean is not what .* own files say cls. Leave the flag"
+            ModelError, match=r"`pooling` mean is not what .* own files say cls. Leave it out"
         ):
             load(folder, pooling="mean")
 
@@ -391,7 +391,7 @@ class TestErrors:
         write_tensors(
             folder / "model.safetensors", {**whole, "encoder.layer.7.output.dense.weight": whole[name]}
         )
-        with pytest.raises(ModelError, match=r"1 are foreign \(encoder\.layer\.7"):
+        with pytest.raises(ModelError, match=r"1 tensors are foreign \(encoder\.layer\.7"):
             load(folder)
         write_tensors(folder / "model.safetensors", {k: v for k, v in whole.items() if k != name})
         with pytest.raises(
@@ -427,5 +427,5 @@ class TestErrors:
             load(folder)
 
     def test_pooling_that_is_not_known(self, tiny):
-        with pytest.raises(ModelError, match="--pooling 'max' is not known"):
+        with pytest.raises(ModelError, match="`pooling` 'max' is not known"):
             load(tiny(), pooling="max")

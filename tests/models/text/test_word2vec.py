@@ -229,6 +229,6 @@ class TestErrors:
             self.load(folder)
 
     def test_pooling_that_word_vectors_do_not_have(self):
-        with pytest.raises(ModelError, match="--pooling cls does not go with word2vec"):
+        with pytest.raises(ModelError, match="`pooling` cls does not go with word2vec"):
             Word2Vec(WORDS, VECTORS, TextOptions(pooling="cls"))
         Word2Vec(WORDS, VECTORS, TextOptions(pooling="mean"))

@@ -212,18 +212,18 @@ def test_rows_without_captions_are_left_out(tmp_path):
     [
         (data(captions=0), {}, "none of the 40 train rows has a caption"),
         (data(num_validation=0), {}, "none of the 0 validation rows has a caption"),
-        (data(), {"min_word_count": 1000}, "--min_word_count"),
-        (data(), {"fine_tune": False}, "--fine_tune"),
+        (data(), {"min_word_count": 1000}, "`min_word_count`"),
+        (data(), {"fine_tune": False}, "`fine_tune`"),
         (data(), {"encoder": "resnet19"}, "resnet19"),
         (data(), {"encoder": "timm:nonsense"}, "nonsense"),
         (data(), {"encoder": "vit_b_16"}, "vit_b_16"),
         (data(), {"encoder": "keras:resnet50"}, "keras"),
         (data(), {"encoder_weights": "/nowhere/x.safetensors"}, "/nowhere/x.safetensors"),
-        (data(), {"learning_rate": 1e12, "epochs": 30, "patience": 30}, "diverged.*--learning_rate"),
+        (data(), {"learning_rate": 1e12, "epochs": 30, "patience": 30}, "diverged.*`learning_rate`"),
         (
             data(),
             {"cider_learning_rate": 1e12, "epochs": 1, "cider_epochs": 9},
-            "diverged.*--cider_learning_rate",
+            "diverged.*`cider_learning_rate`",
         ),
     ],
 )

@@ -175,7 +175,7 @@ def test_a_training_that_diverges_says_so(tmp_path, options, rate):
     if options.kind == "gan":
         wild = dataclasses.replace(wild, discriminator_learning_rate=rate)
     with pytest.raises(
-        ModelError, match=r"the training diverged: .* Lower --learning_rate \(it is 1(e\+30|000000)"
+        ModelError, match=r"the training diverged: .* Lower `learning_rate` \(it is 1(e\+30|000000)"
     ):
         train(tmp_path, wild)
 

@@ -236,7 +236,7 @@ def test_what_reading_raises_comes_out(tmp_path):
     [
         ([], "There are no captions to train on"),
         (["", "…", "!"], "Of 0 different words in 3 captions"),
-        (["one two", "three"], r"Of 3 different words in 2 captions, 0 occur 2 times.*--min_count"),
+        (["one two", "three"], r"Of 3 different words in 2 captions, 0 occur 2 times.*`min_count`"),
     ],
 )
 def test_nothing_to_learn_from(tmp_path, texts, message):
