@@ -130,7 +130,7 @@ def _main(argv: list[str], signals: list[int]) -> int:
         return getattr(result, "exit_code", 0)
     from diptych.pipelines.runners.beam_flags import check_beam_args
 
-    check_beam_args(rest, [flag for action in parser._actions for flag in action.option_strings])
+    check_beam_args(rest, _flags_of(parser))
     if getattr(args, "gpu", None):
         from diptych.pipelines.runners.dataflow import gpu_flags
 
@@ -145,9 +145,21 @@ def _naming_flags(parser: argparse.ArgumentParser) -> Iterator[None]:
     try:
         yield
     except DiptychError as error:
-        names = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
+        names = [flag.removeprefix("--") for flag in _flags_of(parser)]
         error.args = (re.sub(rf"`({'|'.join(names)})`", r"--\1", str(error)),)
         raise
+
+
+def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Returns the flags of a command, with those of commands below it."""
+    flags = []
+    for action in parser._actions:
+        flags += action.option_strings
+        for below in (
+            (action.choices or {}).values() if isinstance(action, argparse._SubParsersAction) else ()
+        ):
+            flags += _flags_of(below)
+    return flags
 
 
 def _parser(argv: list[str]) -> tuple[str, argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diptych.transforms.errors import OutputError
+from diptych.transforms.errors import InputError, OutputError
 from diptych.transforms.finish import Totals, totals_of
 from diptych.transforms.output_layout import (
     DATASETS,
@@ -53,9 +53,7 @@ class OutputContents:
             OutputError: The folder is a file, or a record is damaged.
             InputError: Something cannot be read.
         """
-        names = set(list_names(root))
-        if not names:
-            _refuse_file(root)
+        names = _names_in(root)
         records = list_names(join(root, RECORDS)) if RECORDS in names else []
         jobs = read_named_records(root, records, RecordKind.JOB)
         complete = read_named_records(root, records, RecordKind.SUCCESS)
@@ -123,8 +121,14 @@ class OutputContents:
         return [name for name in jobs if name != dataset and (self.files_of(name) or self.rejects_of(name))]
 
 
-def _refuse_file(root: str) -> None:
+def _names_in(root: str) -> set[str]:
+    """Returns the names of what is in an output folder; a store that refuses is an error of the output."""
     with output_errors(root):
+        try:
+            names = set(list_names(root))
+        except InputError as error:
+            raise error.__cause__ or error from None
         fs, path = locate(root)
-        if is_file(fs, path):
+        if not names and is_file(fs, path):
             raise OutputError(f"{root} is a file. --output must be a folder; it is made where there is none.")
+    return names

@@ -42,8 +42,8 @@ def test_says_what_it_does_and_what_comes_of_it(folder, shown):
         f"1. drawing 100 captioned scenes to {folder}/data, as COCO, Flickr30k and WebDataset",
         f"2. diptych prepare --input {folder}/data/coco/annotations/captions_train2017.json --output {folder}/train",
         "   read      90 rows",
-        f"3. diptych train word2vec --input {folder}/train --output {folder}/models/word2vec --epochs 5 --vector_size 64 "
-        "--patience 5",
+        f"3. diptych train word2vec --input {folder}/train --output {folder}/models/word2vec --epochs 5 "
+        "--vector_size 64 --patience 5",
         f"   written   50 to {folder}/out/embeddings",
         f"   written   10 to {folder}/out/captions",
         "   captions: 1 shards, 1 files: 10 rows read = 10 written + 0 rejected",
