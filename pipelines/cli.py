@@ -152,7 +152,7 @@ def _naming_flags(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
     """Returns the flags of a command, with those of commands below it."""
-    flags = []
+    flags: list[str] = []
     for action in parser._actions:
         flags += action.option_strings
         for below in (
