@@ -64,11 +64,7 @@ def search(
         if length > max_words:
             log_probabilities = _only_end(log_probabilities)
         _ban(log_probabilities, words, no_repeat_ngram)
-        vocab = log_probabilities.shape[1]
-        total = (scores.view(-1, 1) + log_probabilities).view(num_images, -1)  # (N, K V)
-        # Half of the best may be ends, so twice K leave K to continue
-        best, index = total.topk(min(2 * beam_width, total.shape[1]), dim=1)
-        parents, tokens = index // vocab, index % vocab
+        best, parents, tokens = _best_continuations(scores, log_probabilities)
         _collect(finished, words, best, parents, tokens)
         if length > max_words or all(one.settled for one in finished):
             break
@@ -79,6 +75,23 @@ def search(
         words = torch.cat([words[rows], tokens.gather(1, order).view(-1, 1)], dim=1)
         state = state.select(rows)
     return [one.best() for one in finished]
+
+
+def _best_continuations(scores: Tensor, log_probabilities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the 2 K best continuations of each image: half of them may be ends, which leaves K to continue.
+
+    Args:
+        scores: (N, K) the log-probabilities of the hypotheses.
+        log_probabilities: (N K, V) the log-probabilities of each next word.
+
+    Returns:
+        Their log-probabilities, in descending order, the indices of the hypotheses within their image, and the words
+        that they add, (N, 2 K) each.
+    """
+    vocab = log_probabilities.shape[1]
+    totals = (scores.view(-1, 1) + log_probabilities).view(len(scores), -1)  # (N, K V)
+    best, index = totals.topk(min(2 * scores.shape[1], totals.shape[1]), dim=1)
+    return best, index // vocab, index % vocab
 
 
 class _Finished:

@@ -106,13 +106,7 @@ class Bert(TextModel):
             raise ModelOptionError(f"`pooling` {options.pooling!r} is not known. Expected mean or cls.")
         chosen = choose_device(device)
         folder = to_local_path(location, hub=True)
-        try:
-            config = read_sentence_config(folder)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(
-                f"The files of sentence-transformers in {folder} are damaged: {one_line(error, with_type=True)}. Fetch "
-                "the model again."
-            ) from error
+        config = read_sentence_config(folder)
         if options.pooling and config.pooling and config.pooling != (options.pooling,):
             raise ModelOptionError(
                 f"`pooling` {options.pooling} is not what {location} was trained with: its own files say "
@@ -123,15 +117,9 @@ class Bert(TextModel):
         with quiet_transformers():
             tokenizer = _load_tokenizer(config.transformer)
             model = _load_encoder(config.transformer)
-        num_rows = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > num_rows:
-            raise ModelError(
-                f"The vocabulary in {config.transformer} does not fit: the tokenizer has {len(tokenizer)} tokens, the "
-                f"model vectors for {num_rows}. Both must be of one training: fetch them again."
-            )
-        content = (
-            f"{model_digest(folder)} {options.pooling if not config.pooling else None} {options.normalize}"
-        )
+        _check_vocabulary(config.transformer, model, tokenizer)
+        pooling = None if config.pooling else options.pooling
+        content = f"{model_digest(folder)} {pooling} {options.normalize}"
         name = hashlib.sha256(content.encode()).hexdigest()[:16]
         return cls(model, tokenizer, config, options, chosen, name)
 
@@ -193,6 +181,15 @@ def _load_encoder(folder: Path) -> Any:
         [name for name in foreign if name.partition(".")[0] in parts],
     )
     return model
+
+
+def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
+    num_rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_rows:
+        raise ModelError(
+            f"The vocabulary in {folder} does not fit: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"vectors for {num_rows}. Both must be of one training: fetch them again."
+        )
 
 
 def _max_tokens(model: Any, tokenizer: Any, configured: int | None) -> int:

@@ -58,6 +58,16 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
     """
     if not (folder / "modules.json").exists():
         return SentenceConfig(folder, None, nn.Sequential())
+    try:
+        return _read_modules(folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"The files of sentence-transformers in {folder} are damaged: {one_line(error, with_type=True)}. Fetch the "
+            "model again."
+        ) from error
+
+
+def _read_modules(folder: Path) -> SentenceConfig:
     transformer, pooling, steps = folder, None, nn.Sequential()
     for module in _read_json(folder / "modules.json", list):
         kind = str(module["type"]).rpartition(".")[2]

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,9 +154,8 @@ class Word2Vec(TextModel):
 
     def prepare(self, inputs: Sequence[str]) -> _Prepared:
         """Looks up the words of captions."""
-        row_of, split = self._rows.get, lowercase_words
-        if self._has_capitals:
-            row_of, split = self._find, split_words
+        row_of: Callable[[str], int | None] = self._find if self._has_capitals else self._rows.get
+        split = split_words if self._has_capitals else lowercase_words
         captions = [[row for row in map(row_of, split(text)) if row is not None] for text in inputs]
         lengths = np.fromiter(map(len, captions), np.int64, len(captions))
         rows = np.fromiter((row for caption in captions for row in caption), np.int64, int(lengths.sum()))
