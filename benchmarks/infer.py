@@ -134,7 +134,7 @@ def make_generator(folder: Path) -> str:
     from diptych.models.base import TextOptions
     from diptych.models.generation.generator import Generator, GeneratorConfig
     from diptych.models.generation.image_generator import save_generator
-    from diptych.models.text.text_model import TextSource
+    from diptych.models.text.text_model import TextModelRef
     from diptych.models.text.word2vec import Word2Vec
 
     torch.manual_seed(0)
@@ -142,7 +142,7 @@ def make_generator(folder: Path) -> str:
     words.mkdir(parents=True)
     text = Word2Vec(WORDS, np.random.default_rng(0).standard_normal((len(WORDS), 64)).astype(np.float32))
     text.save(words)
-    source = TextSource.of(f"word2vec:{words}", TextOptions(), text.digest)
+    source = TextModelRef.of(f"word2vec:{words}", TextOptions(), text.digest)
     save_generator(folder / "vae", "vae", Generator(GeneratorConfig(64, 64)), source)
     return f"vae:{folder / 'vae'}"
 

@@ -1,4 +1,4 @@
-"""What every model is to the pipeline: steps that it overlaps, and results one a row."""
+"""The interface of models: steps that the pipeline runs in parallel, with one result per row."""
 
 import abc
 import dataclasses
@@ -12,14 +12,14 @@ Output = TypeVar("Output")
 
 
 class Model(abc.ABC, Generic[Input, Output]):
-    """A model that is loaded and ready.
+    """A loaded model.
 
-    Its steps may be called from any thread; the pipeline never calls `predict` of one model twice at a time. None
-    may keep anything between calls, and the result of a row does not depend on the rows beside it (up to rounding).
+    Its steps may be called from any thread; the pipeline makes one call of a model's `predict` at a time. Steps keep no
+    state between calls, and the result of a row does not depend on the other rows (up to rounding).
 
     Attributes:
-        digest: Stands for everything that decides the results: weights, configuration, options.
-        batch_size: Rows of a micro-batch, unless the user says otherwise.
+        digest: The digest of all that determines the results: weights, configuration, options.
+        batch_size: The default number of rows in a micro-batch.
     """
 
     digest: str
@@ -27,30 +27,30 @@ class Model(abc.ABC, Generic[Input, Output]):
 
     @abc.abstractmethod
     def prepare(self, inputs: Sequence[Input]) -> Any:
-        """Does what the CPU can do ahead (decode, tokenise, stack) for one micro-batch.
+        """Prepares one micro-batch on the CPU (decode, tokenise, stack).
 
         Raises:
-            Exception: An input cannot be prepared; the pipeline finds out which.
+            Exception: An input cannot be prepared; the pipeline determines which.
         """
 
     @abc.abstractmethod
     def predict(self, prepared: Any) -> Sequence[Any]:
-        """Runs the model on what `prepare` returned; gives one result an input, in order, on the host.
+        """Runs the model on a prepared micro-batch; returns one result per input, in order, in host memory.
 
         Raises:
             torch.OutOfMemoryError: The device is too small for the micro-batch; the pipeline halves it.
         """
 
     def finish(self, predicted: Any) -> Output:
-        """Does what the CPU can do afterwards (encode) for one of the results of `predict`.
+        """Completes one result of `predict` on the CPU (encode).
 
         Raises:
-            Exception: It cannot be done; that row fails.
+            Exception: The row fails.
         """
         return cast(Output, predicted)
 
     def cost(self, item: Input) -> int:
-        """Returns what an input costs relative to others: micro-batches are made of inputs of about one cost."""
+        """Returns the relative cost of an input; micro-batches are made of inputs of similar cost."""
         return 0
 
 
@@ -58,8 +58,8 @@ class TextVector(NamedTuple):
     """A caption's vector.
 
     Attributes:
-        values: (d,) float32.
-        known: False where the model knows no word of the caption: `values` is zero then.
+        values: (d,) float32; zero where no word is known.
+        known: Whether the model knows any word of the caption.
     """
 
     values: np.ndarray[Any, np.dtype[np.float32]]
@@ -67,22 +67,22 @@ class TextVector(NamedTuple):
 
 
 class TextModel(Model[str, TextVector]):
-    """Text to vectors.
+    """A model that turns text into vectors.
 
     Attributes:
-        dim: Length of the vectors.
+        dim: The length of the vectors.
     """
 
     dim: int
 
 
 class Captions(NamedTuple):
-    """What a captioner says of an image.
+    """A captioner's result for an image.
 
     Attributes:
-        candidates: Captions, the best first.
-        scores: Log-probability of each candidate, the sum over its tokens, natural logarithm.
-        features: (d,) float32, the encoder's pooled vector; None where not asked for.
+        candidates: The captions, the best first.
+        scores: The log-probability of each candidate, the sum over its tokens, natural logarithm.
+        features: (d,) float32, the encoder's pooled vector; None where not requested.
     """
 
     candidates: tuple[str, ...]
@@ -91,21 +91,21 @@ class Captions(NamedTuple):
 
 
 class CaptionModel(Model[bytes, Captions]):
-    """Encoded images (JPEG, PNG, …) to captions.
+    """A model that turns encoded images (JPEG, PNG, …) into captions.
 
     Attributes:
-        feature_dim: Length of `Captions.features`; None where features were not asked for.
+        feature_dim: The length of `Captions.features`; None where features are not requested.
     """
 
     feature_dim: int | None
 
 
 class Prompt(NamedTuple):
-    """What an image is to be made of.
+    """The input of an image model.
 
     Attributes:
-        text: What is to be seen.
-        seed: 64 bits that decide all that is drawn for the image: the same in any batch, in any order.
+        text: The description of the image.
+        seed: 64 bits that determine the image's noise, in any batch and any order.
     """
 
     text: str
@@ -113,12 +113,12 @@ class Prompt(NamedTuple):
 
 
 class GeneratedImage(NamedTuple):
-    """An image that was made.
+    """An image model's result.
 
     Attributes:
-        data: Encoded, as PNG or JPEG.
-        fault: Why it is none to keep: `no_known_word` (of the prompt), `flagged` (blanked by the model's own safety
-            checker); None of all others.
+        data: The image, encoded as PNG or JPEG.
+        fault: The reason to reject it: `no_known_word` (of the prompt), `flagged` (blanked by the model's own safety
+            checker); else None.
     """
 
     data: bytes
@@ -126,11 +126,11 @@ class GeneratedImage(NamedTuple):
 
 
 class ImageModel(Model[Prompt, GeneratedImage]):
-    """Text to images.
+    """A model that turns text into images.
 
     Attributes:
-        size_px: (width, height) of the images.
-        text_model: `KIND:LOCATION` of the text model whose vectors it draws from; None where it brings its own.
+        size_px: The images' (width, height).
+        text_model: `KIND:LOCATION` of the text model that it depends on; None where it includes its own.
     """
 
     size_px: tuple[int, int]
@@ -139,11 +139,11 @@ class ImageModel(Model[Prompt, GeneratedImage]):
 
 @dataclasses.dataclass(frozen=True)
 class TextOptions:
-    """What the user asks of a text model.
+    """The options of a text model.
 
     Attributes:
-        pooling: `mean` or `cls`, of models that say nothing of it themselves; None is `mean`.
-        normalize: Scale vectors to length 1.
+        pooling: `mean` or `cls`, for models that configure none themselves; None is `mean`.
+        normalize: Whether vectors are scaled to length 1.
     """
 
     pooling: str | None = None
@@ -152,16 +152,17 @@ class TextOptions:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionOptions:
-    """What the user asks of a captioner.
+    """The options of a captioner.
 
     Attributes:
-        beam_width: Hypotheses kept at each step; 1 is greedy.
-        num_captions: Candidates an image, at most `beam_width`.
-        max_words: Longest caption, in words (`hf`: new tokens).
-        length_penalty: Hypotheses compare by log-probability / length ** length_penalty; None takes the kind's own.
-        no_repeat_ngram: No n-gram of this size occurs twice; 0 allows any.
-        features: Also return the encoder's pooled vectors.
-        generation: More flags for `generate` of a Hugging Face model, as (name, value).
+        beam_width: The number of hypotheses kept at each step; 1 is greedy search.
+        num_captions: The number of candidates per image, at most `beam_width`.
+        max_words: The length of the longest caption, in words (`hf`: new tokens).
+        length_penalty: The exponent in log-probability / length ** length_penalty, by which hypotheses are ranked; None
+            is the kind's default.
+        no_repeat_ngram: The size of n-grams that may not occur twice; 0 allows any.
+        features: Whether the encoder's pooled vectors are returned too.
+        generation: Further flags for `generate` of a Hugging Face model, as (name, value).
     """
 
     beam_width: int = 3
@@ -175,14 +176,14 @@ class CaptionOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """What the user asks of a model that makes images.
+    """The options of an image model.
 
     Attributes:
-        size_px: Side of the images; None takes the model's own.
-        image_format: `png` (lossless) or `jpeg`.
-        quality: JPEG quality, 1 to 100.
-        text_model: `KIND:LOCATION` of the text model that a model was trained with, where it lies elsewhere now.
-        settings: Settings of a diffusers pipeline's call, as (name, value).
+        size_px: The side of the images; None is the model's default.
+        image_format: The encoding, `png` (lossless) or `jpeg`.
+        quality: The JPEG quality, 1 to 100.
+        text_model: `KIND:LOCATION` of the text model that the model was trained with, where it has moved since.
+        settings: Arguments of a diffusers pipeline's call, as (name, value).
     """
 
     size_px: int | None = None
@@ -193,5 +194,5 @@ class ImageOptions:
 
 
 def tuples_to_lists(value: Any) -> Any:
-    """Returns a value of options, which are hashed, with lists for its tuples: libraries refuse those."""
+    """Returns a value with lists for its tuples: options are hashed, so they hold tuples, but libraries want lists."""
     return [tuples_to_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""The device that a model runs on, chosen where it is loaded: a launcher may have another than its workers."""
+"""Chooses the device of a model where it is loaded: a launcher and its workers may have different ones."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -10,13 +10,13 @@ from diptych.models.names import is_device
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device of a name: `auto` is CUDA where there is a GPU, else the CPU.
+    """Returns the device of a name; `auto` is CUDA where there is a GPU, else the CPU.
 
     Args:
         name: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ModelError: The name says nothing, or this machine has no such device.
+        ModelError: The name is not valid, or this machine has no such device.
     """
     if not is_device(name):
         raise ModelError(f"`device` {name!r} is no device. Expected auto, cpu, cuda or cuda:N.")
@@ -33,11 +33,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def training_precision(name: str, device: torch.device) -> torch.autocast:
-    """Returns the context to train in: autocast to bfloat16, or none.
+    """Returns the context for training: autocast to bfloat16, or none.
 
     Args:
-        name: `float32`, `bfloat16`, or `auto`, which is bfloat16 on a GPU that has it.
-        device: Where the training runs.
+        name: `float32`, `bfloat16`, or `auto`: bfloat16 on a GPU that supports it, else float32.
+        device: The device that the training runs on.
     """
     is_auto = (
         name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -46,13 +46,13 @@ def training_precision(name: str, device: torch.device) -> torch.autocast:
 
 
 def half_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Returns the context to run a model in: autocast on CUDA (bfloat16 where the GPU has it, else float16).
+    """Returns the context for inference: on CUDA autocast to bfloat16, or float16 where the GPU lacks it.
 
-    On the CPU it does nothing: half precision is slower there, and results would depend on the processor.
+    On the CPU it has no effect: half precision is slower there, and results would depend on the processor.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()
     with torch.cuda.device(device):
-        # emulated bfloat16 is slower than float32
+        # Without emulated bfloat16, which is slower than float32
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.autocast("cuda", dtype=dtype)

@@ -1,7 +1,7 @@
-"""The one thread in which the models of a process compute.
+"""Runs all models of a process on one thread.
 
-OpenMP gives each thread that computes a team of its own, one for every core. As soon as there are two, it lets the
-threads of both sleep after every operation, and small operations take twice as long.
+OpenMP gives each computing thread its own team, of a thread per core. With two teams it puts the threads of both to
+sleep after every operation, and small operations take twice as long.
 """
 
 import functools
@@ -14,9 +14,9 @@ _T = TypeVar("_T")
 
 
 def run_on_model_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Returns what a function returns, called in the thread of the models; one call at a time.
+    """Calls a function on the models' thread, one call at a time, and returns its result.
 
-    The function itself must not call `compute`: it would wait for itself.
+    The function must not call `run_on_model_thread`: it would wait for itself.
     """
     return _thread().submit(function, *args, **kwargs).result()
 

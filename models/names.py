@@ -12,11 +12,11 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 class ModelName(NamedTuple):
-    """A model's kind and where it lies, as in `cnn-lstm:gs://bucket/captioner`.
+    """A model's kind and location, as in `cnn-lstm:gs://bucket/captioner`.
 
     Attributes:
         kind: The part before the first colon.
-        location: The rest: a path, an fsspec URL, or a name on the Hugging Face hub; empty where there is no colon.
+        location: The part after it, empty without a colon: a path, an fsspec URL, or a name on the Hugging Face hub.
     """
 
     kind: str
@@ -24,7 +24,7 @@ class ModelName(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "ModelName":
-        """Splits `KIND:LOCATION`; `is_one_of` tells whether it is a name at all."""
+        """Splits `KIND:LOCATION`; `is_one_of` tells whether the result is valid."""
         kind, _, location = text.partition(":")
         return cls(kind, location)
 

@@ -1,4 +1,4 @@
-"""Encoded images to the pixels that a network reads."""
+"""Decodes images to the pixels that a network reads."""
 
 import io
 
@@ -12,15 +12,15 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode_pixels(data: bytes | memoryview, size_px: int) -> Pixels:
-    """Decodes an image, as `diptych prepare` writes them, to (S, S, 3) RGB; another size is squashed to it.
+    """Decodes an image that `diptych prepare` wrote to (S, S, 3) RGB, squashed where it is of another shape.
 
     Args:
-        data: Encoded.
-        size_px: S; 0 leaves the image as it is.
+        data: The encoded image.
+        size_px: S; 0 keeps the image's size.
 
     Raises:
-        ValueError: It cannot be decoded.
-        OSError: The same, said by Pillow.
+        ValueError: simplejpeg cannot decode it.
+        OSError: Pillow cannot decode it.
     """
     if bytes(data[:3]) == b"\xff\xd8\xff":
         pixels = simplejpeg.decode_jpeg(data, "RGB")
@@ -31,7 +31,7 @@ def decode_pixels(data: bytes | memoryview, size_px: int) -> Pixels:
 
 
 def resize_square(pixels: Pixels, size_px: int) -> Pixels:
-    """Returns an image (H, W, 3) as (S, S, 3), squashed where it is no square."""
+    """Resizes an image (H, W, 3) to (S, S, 3), squashed where it is not square."""
     if pixels.shape[:2] == (size_px, size_px):
         return pixels
     smaller = min(pixels.shape[:2]) < size_px

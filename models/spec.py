@@ -1,4 +1,4 @@
-"""Models that jobs name, and the one place that knows which class is behind a kind."""
+"""Specifies and loads the models of jobs; the one place that maps a kind to its class."""
 
 import dataclasses
 import os
@@ -15,11 +15,11 @@ from diptych.models.text.text_model import load_text_model
 
 @dataclasses.dataclass(frozen=True)
 class MatchOptions:
-    """What images are compared with their prompts by.
+    """The two models that compare images with their prompts.
 
     Attributes:
-        captioner: Describes the image.
-        text: Compares the description with the prompt.
+        captioner: The model that captions an image.
+        text: The model that compares the caption with the prompt.
     """
 
     captioner: "ModelSpec"
@@ -28,13 +28,13 @@ class MatchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Names a model and what is asked of it; it travels to the workers, the model does not.
+    """Specifies a model and its options. It travels to the workers, which load the model themselves.
 
     Attributes:
         kind: One of `TEXT_KINDS`, `CAPTION_KINDS` or `IMAGE_KINDS`; or `match`, which is made of two.
-        location: Path, fsspec URL, or name on the Hugging Face hub.
-        options: What is asked of it.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`, chosen where the model is loaded.
+        location: A path, an fsspec URL, or a name on the Hugging Face hub.
+        options: The model's options.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`, resolved where the model is loaded.
     """
 
     kind: str
@@ -47,12 +47,12 @@ class ModelSpec:
 
     @property
     def name(self) -> str:
-        """The same wherever the model lies: of a local path the last part, of anything else all of it."""
+        """The kind and location, of a local path the last part only, so that it does not depend on the machine."""
         location = os.path.basename(self.location) if os.path.isabs(self.location) else self.location
         return redacted(f"{self.kind}:{location}")
 
     def absolute(self) -> "ModelSpec":
-        """Returns the spec with local paths made absolute, also those in its options; names on a hub stay names."""
+        """Returns the spec with its local paths made absolute, those of its options too; hub names are unchanged."""
         options = self.options
         if isinstance(options, MatchOptions):
             options = MatchOptions(options.captioner.absolute(), options.text.absolute())
@@ -68,7 +68,7 @@ _lock = threading.Lock()
 
 
 def load_model(spec: ModelSpec) -> Model[Any, Any]:
-    """Returns the model, loaded once a process.
+    """Returns the model, which is loaded once per process.
 
     Raises:
         ModelError: It cannot be loaded, or is of another kind.
@@ -88,7 +88,7 @@ def _load_once(spec: ModelSpec) -> Model[Any, Any]:
 
 
 def _load(spec: ModelSpec) -> Model[Any, Any]:
-    # imported here: a job pays only for the libraries of its own model
+    # Imported here, so that a job loads the libraries of its own model only
     kinds: tuple[str, ...] = CAPTION_KINDS
     if isinstance(spec.options, TextOptions):
         return load_text_model(spec.kind, spec.location, spec.options, spec.device)

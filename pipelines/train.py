@@ -18,7 +18,7 @@ from diptych.models.device import choose_device
 from diptych.models.errors import ModelError
 from diptych.models.files.cache import to_local_path
 from diptych.models.files.location import redacted
-from diptych.models.files.weights import digest as digest_of
+from diptych.models.files.weights import model_digest
 from diptych.models.names import ModelName
 from diptych.models.training.data import SCORES, CaptionData, Progress
 from diptych.models.training.model_card import CURVES, README, draw_curves, write_card
@@ -191,10 +191,10 @@ def _fingerprint(options: TrainOptions, data: Mapping[str, Any]) -> dict[str, An
     values = options_to_json(options.training)
     weights = values.get("encoder_weights", "none")
     if weights not in ("imagenet", "none"):  # the same file elsewhere is the same
-        values["encoder_weights"] = digest_of(to_local_path(weights))
+        values["encoder_weights"] = model_digest(to_local_path(weights))
     for name in ("text_model", "generator"):
         if location := ModelName.parse(values.get(name, "")).location:
-            values[name] = digest_of(to_local_path(location, hub=name == "text_model"))
+            values[name] = model_digest(to_local_path(location, hub=name == "text_model"))
     library = "gensim" if isinstance(options.training, Word2VecTraining) else "torch"
     found = fingerprint(f"train {options.model}", [], values)
     found["versions"][library] = metadata.version(library)
@@ -302,7 +302,7 @@ def _describe_model(folder: Path, options: TrainOptions, rows: tuple[Rows, Rows]
         "scores": dict(trained.scores),
         "epochs": {"trained": len(trained.history), "best": trained.best_epoch},
         "history": [dict(entry) for entry in trained.history],
-        "digest": digest_of(folder, [name for name in names if name not in asides]),
+        "digest": model_digest(folder, [name for name in names if name not in asides]),
         "versions": {name: metadata.version(name) for name in ("diptych", library, "numpy")},
     }
     write_card(folder, card)

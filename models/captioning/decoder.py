@@ -1,10 +1,10 @@
-"""The language half of a captioner: a recurrent network over words that looks at the image.
+"""The language half of a captioner: a recurrent network that predicts words from an image's features.
 
 With attention it is the soft model of "Show, Attend and Tell" (Xu et al. 2015, 3.1.2 and 4.2.1: additive attention, the
 gate beta, the deep output layer); without, "Show and Tell" (Vinyals et al. 2015, 3.1: the pooled image is the first
-input). Other than there, the annotation vectors are projected once an image, each with a learnt place (as in ViT,
-Dosovitskiy et al. 2021); the attention also knows the word that was just read; and the output layer shares its weights
-with the word embedding (Press and Wolf 2017).
+input). Three things differ: the annotation vectors are projected once an image, each with a learnt position (as in ViT,
+Dosovitskiy et al. 2021); the attention also depends on the word that was just read; and the output layer shares its
+weights with the word embedding (Press and Wolf 2017).
 
 B captions, N images, T words, M words of all captions, L regions, D encoder channels, E embedding, H hidden,
 A attention, V vocabulary.
@@ -47,32 +47,32 @@ class DecoderConfig:
 
 
 class ImageFeatures(NamedTuple):
-    """What the decoder keeps of each image.
+    """What the decoder needs to know of each image.
 
     Attributes:
         values: (N, L, E) projected regions; (N, 1, E), their mean, without attention.
-        keys: (N, L, A) for the attention; empty without.
+        keys: (N, L, A) the attention's keys; empty without attention.
     """
 
     values: Tensor
     keys: Tensor
 
     def select(self, index: Tensor) -> "ImageFeatures":
-        """Returns the images at (B,) ordinals."""
+        """Returns the features of the images at (B,) indices."""
         return ImageFeatures(self.values.index_select(0, index), self.keys.index_select(0, index))
 
     def first(self, count: int) -> "ImageFeatures":
-        """Returns the first so many images."""
+        """Returns the features of the first `count` images."""
         return ImageFeatures(self.values[:count], self.keys[:count])
 
 
 class Predictions(NamedTuple):
-    """What a decoder makes of captions that it is given.
+    """Predictions of every next word of given captions.
 
     Attributes:
-        logits: (M, V) of every next word.
-        targets: (M,) which word it is.
-        captions: (M,) ordinal of the caption.
+        logits: (M, V) the logits of each next word.
+        targets: (M,) the number of the word that comes next.
+        captions: (M,) the index of the word's caption.
     """
 
     logits: Tensor
@@ -81,22 +81,22 @@ class Predictions(NamedTuple):
 
 
 class State(NamedTuple):
-    """The recurrent state: (B, H) each; `cell` is that of an LSTM, else it is not used."""
+    """The recurrent state, (B, H) each; `cell` is used by an LSTM only."""
 
     hidden: Tensor
     cell: Tensor
 
     def select(self, index: Tensor) -> "State":
-        """Returns the states at (B,) ordinals."""
+        """Returns the states at (B,) indices."""
         return State(self.hidden.index_select(0, index), self.cell.index_select(0, index))
 
     def first(self, count: int) -> "State":
-        """Returns the first so many states."""
+        """Returns the first `count` states."""
         return State(self.hidden[:count], self.cell[:count])
 
 
 class Decoder(nn.Module):
-    """Words from images."""
+    """Predicts the words of captions from image features."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
         cells = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
         self.cell = cells[config.cell](inputs, hidden)
         self.from_hidden = nn.Linear(hidden, embedding)
-        # not the embedding itself: the output layer shares its weights, and a word would call for itself again
+        # Not the embedding itself: the output layer shares its weights, so a word would predict itself again
         self.from_word = nn.Linear(embedding, embedding, bias=False)
         if config.attention:
             self.from_context = nn.Linear(embedding, embedding, bias=False)
@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.words.weight, std=embedding**-0.5)
 
     def encode_image(self, regions: Tensor) -> ImageFeatures:
-        """Returns what is kept of (N, L, D) regions."""
+        """Returns the features of N images from their regions (N, L, D)."""
         if self.config.attention:
             values = torch.relu(self.picture(self.dropout(regions)) + self.places)  # (N, L, E)
             return ImageFeatures(values, self.keys(values))
@@ -139,16 +139,16 @@ class Decoder(nn.Module):
         hidden, cell = torch.tanh(self.start(pooled)).chunk(2, dim=1)
         if self.config.attention:
             return State(hidden, cell)
-        nothing = torch.zeros_like(hidden)
-        return self._advance(pooled, State(nothing, nothing))
+        zeros = torch.zeros_like(hidden)
+        return self._advance(pooled, State(zeros, zeros))
 
     def step(self, words: Tensor, state: State, features: ImageFeatures) -> tuple[Tensor, State]:
-        """Reads a word.
+        """Advances each caption by a word.
 
         Args:
-            words: (B,) numbers.
-            state: Before the word.
-            features: Of each caption.
+            words: (B,) the words' numbers.
+            state: The state before the word.
+            features: The image features of each caption.
 
         Returns:
             (B, E) outputs, for `logits`, and the state after the word.
@@ -158,7 +158,7 @@ class Decoder(nn.Module):
         return self._output(embedded, state.hidden, context), state
 
     def _read(self, embedded: Tensor, state: State, features: ImageFeatures) -> tuple[State, Tensor]:
-        """Returns the state after a word, and the (B, E) context that it was read in: none without attention."""
+        """Returns the state after a word, and the (B, E) context from the image; (B, 0) without attention."""
         if not self.config.attention:
             return self._advance(embedded, state), embedded.new_empty(len(embedded), 0)
         query = self.query(torch.cat([embedded, state.hidden], dim=1))[:, None]  # (B, 1, A)
@@ -181,32 +181,31 @@ class Decoder(nn.Module):
         return nn.functional.linear(self.dropout(torch.tanh(outputs)), self.words.weight, self.bias)
 
     def forward(self, regions: Tensor, image_index: Tensor, words: Tensor) -> Predictions:
-        """Predicts every next word, the words before it given.
+        """Predicts every next word, given the words before it (teacher forcing).
 
-        Captions that have ended are left out of the steps that others still take: M is the number of words and ends.
+        Captions that have ended take no part in later steps, so M is the number of all words and ends.
 
         Args:
-            regions: (N, L, D).
-            image_index: (B,) ordinal of each caption's features.
-            words: (B, T + 1) numbers, from `START` to `END`, then `PAD`.
+            regions: (N, L, D) the regions of the images.
+            image_index: (B,) the index of each caption's image.
+            words: (B, T + 1) the words' numbers, from `START` to `END`, then `PAD`.
         """
         lengths = (words[:, 1:] != PAD).sum(dim=1)
         order = lengths.argsort(descending=True, stable=True)
         words = words[order]
-        alive = (
-            (words[:, 1:] != PAD).sum(dim=0).tolist()
-        )  # captions that have a word there: the first so many
+        # Captions are in descending order of length, so those that have a word at a step are the first ones
+        num_alive = (words[:, 1:] != PAD).sum(dim=0).tolist()
         features = self.encode_image(regions).select(image_index[order])
         state = self.init_state(features)
         embedded = self.dropout(self.words(words[:, :-1]))  # (B, T, E)
-        read, targets, captions = [], [], []
-        for at, count in enumerate(alive):
+        steps, targets, captions = [], [], []
+        for at, count in enumerate(num_alive):
             if not count:
                 break
             features, state = features.first(count), state.first(count)
             state, context = self._read(embedded[:count, at], state, features)
-            read.append((embedded[:count, at], state.hidden, context))
+            steps.append((embedded[:count, at], state.hidden, context))
             targets.append(words[:count, at + 1])
             captions.append(order[:count])
-        outputs = self._output(*(torch.cat(parts) for parts in zip(*read, strict=True)))
+        outputs = self._output(*(torch.cat(parts) for parts in zip(*steps, strict=True)))
         return Predictions(self.logits(outputs), torch.cat(targets), torch.cat(captions))

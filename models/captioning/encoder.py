@@ -1,6 +1,6 @@
-"""The picture half of a captioner: a convolutional network without its classifier, from torchvision or timm.
+"""The image half of a captioner: a convolutional network without its classifier, from torchvision or timm.
 
-N pictures, S side in pixels, L regions, D channels.
+N images, S side in pixels, L regions, D channels.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Which network, and what it expects.
+    """A network and the input that it expects.
 
     Attributes:
-        name: Of torchvision (`resnet18`, `resnet50`, …), or `timm:NAME`.
-        size_px: S.
-        mean: Per channel, RGB, of values in 0 to 1.
-        std: The same.
-        stride_px: Side of a region. 0 is the network's last grid, 32 in most.
+        name: A network of torchvision (`resnet18`, `resnet50`, …), or `timm:NAME`.
+        size_px: S, the side of the images.
+        mean: The mean of each channel, RGB, of values from 0 to 1.
+        std: The standard deviation of each channel.
+        stride_px: The side of a region; 0 takes the network's last grid, whose regions are 32 pixels in most.
     """
 
     name: str
@@ -37,11 +37,11 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """Pictures to a grid of regions.
+    """Encodes images to a grid of regions.
 
     Attributes:
-        config: What it is.
-        dim: D.
+        config: The network and its input.
+        dim: D, the channels of a region.
         num_regions: L.
     """
 
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.network = network
-        # not in the weights: they are in the configuration
+        # Not persistent: the configuration has them
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1) * 255, persistent=False)
         training = self.training
@@ -71,13 +71,13 @@ class Encoder(nn.Module):
 
 
 def create_encoder(name: str, size_px: int, stride_px: int = 0, pretrained: bool = False) -> Encoder:
-    """Returns an encoder by name, as its library makes it.
+    """Returns an encoder by the name of its network.
 
     Args:
-        name: Of torchvision, or `timm:NAME`.
-        size_px: Side of the pictures.
-        stride_px: Side of a region; the layers after the last grid of this stride are left out. 0 takes all layers.
-        pretrained: With the library's own ImageNet weights, fetched or from its cache; else random.
+        name: A network of torchvision, or `timm:NAME`.
+        size_px: The side of the images.
+        stride_px: The side of a region: layers after the last grid of this stride are left out. 0 takes all layers.
+        pretrained: Load the library's ImageNet weights, fetched or from its cache; else weights are random.
 
     Raises:
         ModelError: There is no such network, it gives no such grid of features, or its weights cannot be had.
@@ -106,8 +106,9 @@ def _create(name: str, size_px: int, stride_px: int, pretrained: bool) -> tuple[
         return create(rest, size_px, stride_px, pretrained)
     except (OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
         if not pretrained:
-            what = one_line(error)
-            raise ModelError(f"the encoder {name} cannot be made: {what}. Choose another.") from error
+            raise ModelError(
+                f"the encoder {name} cannot be made: {one_line(error)}. Choose another."
+            ) from error
         raise ModelError(
             f"the ImageNet weights of {name} cannot be had ({one_line(error)}). Give a file with "
             "them (`encoder_weights` FILE.safetensors), or check the network."
@@ -119,18 +120,23 @@ def _encoder(config: EncoderConfig, network: nn.Module) -> Encoder:
         return Encoder(config, network.to(memory_format=torch.channels_last))
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise ModelError(
-            f"the encoder {config.name!r} cannot read pictures of {config.size_px} pixels as a grid: "
+            f"the encoder {config.name!r} cannot read images of {config.size_px} pixels as a grid: "
             f"{one_line(error)}. Choose a convolutional network, or another `encoder_size`."
         ) from error
 
 
 def load_weights(encoder: Encoder, tensors: dict[str, Tensor], source: str) -> None:
-    """Puts the weights of a whole network, as its library saves them, into an encoder.
+    """Loads the weights of a whole network, as its library saves them, into an encoder.
 
-    The classifier's are not needed; all others must be there.
+    The classifier's weights may be missing, all others not.
+
+    Args:
+        encoder: The encoder to load them into.
+        tensors: The weights by the library's names.
+        source: The weights' origin, for error messages.
 
     Raises:
-        ModelError: They are of another network.
+        ModelError: The weights are of another network.
     """
     own = encoder.network.state_dict()
     missing = [name for name in own if name not in tensors]
@@ -156,7 +162,7 @@ def _from_torchvision(
     network: Any = torchvision.models.get_model(name, weights=None)
     if pretrained:
         url = torchvision.models.get_model_weights(name).DEFAULT.url
-        # tensors and nothing else: what lies in the cache under this name might be anything
+        # `weights_only`, because the cache may hold any file under this name
         state = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", weights_only=True, check_hash=True
         )
@@ -171,12 +177,12 @@ def _from_torchvision(
         raise ModelError(
             f"{name} gives no grid of features. Choose a convolutional network, such as resnet50."
         )
-    # under their own names, so that a file of the library's weights fits
+    # Layers keep their names, so that files of the library's weights fit
     return grid, EncoderConfig(name, size_px, stride_px=stride_px)
 
 
 def _up_to(stride_px: int, layers: list[tuple[str, nn.Module]], name: str) -> list[tuple[str, nn.Module]]:
-    """Returns the layers up to the last whose grid has this stride; all for 0."""
+    """Returns the layers up to the last one whose grid has this stride; all layers for 0."""
     if not stride_px:
         return layers
     side = 256
@@ -185,7 +191,8 @@ def _up_to(stride_px: int, layers: list[tuple[str, nn.Module]], name: str) -> li
     with torch.inference_mode():
         for _, layer in layers:
             grid = layer.eval()(grid)
-            strides.append(2 ** round(math.log2(side / grid.shape[-1])))  # some do not pad
+            # Rounded, because the grids of networks without padding are smaller
+            strides.append(2 ** round(math.log2(side / grid.shape[-1])))
     if stride_px not in strides:
         raise _no_stride(name, stride_px, strides)
     return layers[: len(strides) - strides[::-1].index(stride_px)]

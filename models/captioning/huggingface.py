@@ -1,4 +1,4 @@
-"""Captions by a model of the Hugging Face hub: BLIP, GIT, ViT-GPT2, and others that take an image alone.
+"""Captions by a model of the Hugging Face hub: BLIP, GIT, ViT-GPT2, and others that need no prompt.
 
 Shapes: N images, B beams, C captions an image, T generated tokens, V words of the vocabulary.
 """
@@ -22,12 +22,12 @@ from diptych.models.device import choose_device, half_precision
 from diptych.models.errors import ModelError, ModelOptionError, one_line
 from diptych.models.files.cache import to_local_path
 from diptych.models.files.pretrained import quiet_transformers
-from diptych.models.files.weights import digest
+from diptych.models.files.weights import model_digest
 
 _BATCH_SIZE = {"cpu": 8, "cuda": 64}
-# What encoders of images are called in transformers
+# The names of image encoders in transformers
 _ENCODERS = ("vision_model", "vision_tower", "image_encoder", "visual", "vision_encoder", "image_tower")
-# Flags of `generate` that have a name of their own here
+# Flags of `generate`, and the options that set them
 _NAMED = {
     "num_beams": "beam_width",
     "num_return_sequences": "num_captions",
@@ -36,7 +36,7 @@ _NAMED = {
     "length_penalty": "length_penalty",
     "no_repeat_ngram_size": "no_repeat_ngram",
 }
-# Flags that shape a draw, and one by which a caption depends on how busy the machine is
+# Flags of random sampling, and `max_time`, by which a caption depends on the machine's load
 _SAMPLING = frozenset(
     [
         "temperature",
@@ -54,17 +54,17 @@ _OUTPUTS = {"return_dict_in_generate": True, "output_logits": True, "do_sample":
 
 
 class _Prepared(NamedTuple):
-    """What the processor made of N images."""
+    """The processor's output for N images."""
 
     inputs: dict[str, Tensor]
     num_images: int
 
 
 class HuggingFaceCaptioner(CaptionModel):
-    """A model that generates text from an image, with what prepares its images and reads its tokens.
+    """A model that generates text from an image, with its processor and its tokenizer.
 
     Attributes:
-        device: Where it runs.
+        device: The device that it runs on.
     """
 
     def __init__(
@@ -76,18 +76,18 @@ class HuggingFaceCaptioner(CaptionModel):
         device: torch.device,
         digest: str,
     ) -> None:
-        """Makes the captioner of its loaded parts, and tries it on two images.
+        """Makes a captioner from its loaded parts, and tries it on two images.
 
         Args:
-            model: Generates tokens, of transformers.
-            processor: Makes the model's inputs of images.
-            tokenizer: Makes text of tokens.
-            options: What the user asks for.
-            device: Where to run.
-            digest: Stands for the files and the options.
+            model: A model of transformers that generates tokens.
+            processor: The processor, which makes the model's inputs from images.
+            tokenizer: The tokenizer, which makes text from tokens.
+            options: The user's options.
+            device: The device to run on.
+            digest: The digest of files and options.
 
         Raises:
-            ModelError: The model cannot do this.
+            ModelError: The model cannot caption images with these options.
         """
         self.device = device
         self.digest = digest
@@ -106,25 +106,25 @@ class HuggingFaceCaptioner(CaptionModel):
         """Loads a model that `save_pretrained` wrote, from anywhere, or one of the Hugging Face hub.
 
         Args:
-            location: Path, fsspec URL, or name on the hub.
-            options: What is asked of the model.
+            location: A path, an fsspec URL, or a name on the hub.
+            options: The user's options.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
         Raises:
             ModelError: There is no such model or device; it is damaged, of another kind, or kept as a pickle; or it
-                cannot do what the options ask.
+                does not support the options.
         """
         _check_options(options)
         chosen = choose_device(device)
         folder = to_local_path(location, hub=True)
         with quiet_transformers(python_warnings=True):
             model, processor, tokenizer = load_parts(folder)
-            content = f"{digest(folder)} {json.dumps(dataclasses.asdict(options), sort_keys=True)}"
+            content = f"{model_digest(folder)} {json.dumps(dataclasses.asdict(options), sort_keys=True)}"
             name = hashlib.sha256(content.encode()).hexdigest()[:16]
             return cls(model, processor, tokenizer, options, chosen, name)
 
     def prepare(self, inputs: Sequence[bytes]) -> _Prepared:
-        """Decodes images and makes of them what the model reads."""
+        """Decodes images and makes the model's inputs from them."""
         features = self._processor(images=[_decode(data) for data in inputs], return_tensors="pt")
         tensors = {name: value for name, value in features.items() if isinstance(value, Tensor)}
         if self.device.type == "cuda":
@@ -132,15 +132,15 @@ class HuggingFaceCaptioner(CaptionModel):
         return _Prepared(tensors, len(inputs))
 
     def predict(self, prepared: _Prepared) -> list[Captions]:
-        """Generates captions, by greedy or beam search as transformers do it."""
+        """Generates captions, by the greedy or beam search of transformers."""
         with quiet_transformers():
             return self._predict(prepared, self._flags)
 
     def _predict(self, prepared: _Prepared, flags: dict[str, Any]) -> list[Captions]:
         inputs = {name: value.to(self.device, non_blocking=True) for name, value in prepared.inputs.items()}
-        seen: list[Any] = []
+        encoder_outputs: list[Any] = []
         hook = self._encoder and self._encoder.register_forward_hook(
-            lambda _, __, output: seen.append(output)
+            lambda _, __, output: encoder_outputs.append(output)
         )
         try:
             with torch.inference_mode(), half_precision(self.device):
@@ -148,16 +148,18 @@ class HuggingFaceCaptioner(CaptionModel):
         finally:
             if hook:
                 hook.remove()
-        tokens, is_said, scores = _read_output(output, self._end_tokens)  # (N*C, T), (N*C, T), (N*C)
-        said = [row[mask] for row, mask in zip(tokens.cpu(), is_said.cpu(), strict=True)]
-        texts = [text.strip() for text in self._tokenizer.batch_decode(said, skip_special_tokens=True)]
+        tokens, is_caption, scores = _read_output(output, self._end_tokens)  # (N*C, T), (N*C, T), (N*C)
+        generated = [row[mask] for row, mask in zip(tokens.cpu(), is_caption.cpu(), strict=True)]
+        captions = [
+            text.strip() for text in self._tokenizer.batch_decode(generated, skip_special_tokens=True)
+        ]
         if not torch.isfinite(scores).all():
             raise ValueError("the model's probabilities are not finite")
-        features = _pool(seen[0], prepared.num_images) if self._encoder else None
+        features = _pool(encoder_outputs[0], prepared.num_images) if self._encoder else None
         num_captions = flags["num_return_sequences"]
         return [
             Captions(
-                tuple(texts[i * num_captions : (i + 1) * num_captions]),
+                tuple(captions[i * num_captions : (i + 1) * num_captions]),
                 tuple(scores[i * num_captions : (i + 1) * num_captions].tolist()),
                 None if features is None else features[i],
             )
@@ -165,23 +167,23 @@ class HuggingFaceCaptioner(CaptionModel):
         ]
 
     def _try(self) -> None:
-        """Captions two images: flags that do not go together, or a model that wants a prompt, show at once."""
-        # of different shapes, as photos are
+        """Captions two blank images, so that conflicting flags or a model that needs a prompt fail at once."""
+        # Two shapes, as photos come in
         blank = [_encode(Image.new("RGB", size, "gray")) for size in ((64, 48), (48, 64))]
         try:
             prepared = self.prepare(blank)
             flags = {**self._flags, "max_new_tokens": min(2, self._flags["max_new_tokens"])}
-            found = self._predict(prepared, flags)
+            captions = self._predict(prepared, flags)
         except ModelError:
             raise
         except Exception as error:  # transformers raises what its many parts raise
-            what = f"The model in {self._model.name_or_path} ({type(self._model).__name__})"
+            model = f"The model in {self._model.name_or_path} ({type(self._model).__name__})"
             raise ModelError(
-                f"{what} cannot caption an image with these options: {one_line(error)}. Expected "
+                f"{model} cannot caption an image with these options: {one_line(error)}. Expected "
                 f"{EXPECTED}, that needs no prompt, and flags of generation that it takes."
             ) from error
-        if found[0].features is not None:
-            self.feature_dim = len(found[0].features)
+        if captions[0].features is not None:
+            self.feature_dim = len(captions[0].features)
 
 
 def _check_options(options: CaptionOptions) -> None:
@@ -244,47 +246,53 @@ def _find_encoder(model: Any) -> nn.Module:
 
 def _end_tokens(model: Any, flags: dict[str, Any]) -> list[int]:
     """Returns the tokens that end a caption."""
-    if model.config.model_type == "blip":  # it tells its decoder so itself
+    # BLIP passes this token to its decoder itself
+    if model.config.model_type == "blip":
         return [model.config.text_config.sep_token_id]
     decoder = getattr(model, "language_model", model)
     configs = (getattr(part, "generation_config", None) for part in (decoder, model))
-    found = [flags.get("eos_token_id"), *(getattr(config, "eos_token_id", None) for config in configs)]
-    ends: int | list[int] = next((tokens for tokens in found if tokens is not None), [])
+    candidates = [flags.get("eos_token_id"), *(getattr(config, "eos_token_id", None) for config in configs)]
+    ends: int | list[int] = next((tokens for tokens in candidates if tokens is not None), [])
     return [ends] if isinstance(ends, int) else list(ends)
 
 
 def _read_output(output: Any, end_tokens: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns generated tokens (N*C, T) without what went before, which are said (N*C, T), log-probabilities (N*C)."""
-    beams = getattr(
-        output, "beam_indices", None
-    )  # (N*C, T): which of the N*B beams a token was added to, or -1
+    """Reads the output of `generate`.
+
+    Returns:
+        (N*C, T) the generated tokens, without any prefix; (N*C, T) whether each belongs to its caption; (N*C) the
+        captions' log-probabilities.
+    """
+    # (N*C, T): the index, of N*B, of the beam that a token extended, or -1
+    beams = getattr(output, "beam_indices", None)
     if beams is None:
         tokens = output.sequences[:, -len(output.logits) :]
         ends = torch.isin(tokens, torch.tensor(end_tokens, device=tokens.device, dtype=tokens.dtype))
-        is_said = ends.cumsum(1) - ends.long() == 0  # up to the first end, which counts
+        is_caption = ends.cumsum(1) - ends.long() == 0  # up to and including the first end
         beams = torch.arange(len(tokens), device=tokens.device)[:, None].expand(tokens.shape)
     else:
         longest = int((beams >= 0).sum(1).max())
         beams, tokens = beams[:, :longest], output.sequences[:, -longest:]
-        is_said = beams >= 0
+        is_caption = beams >= 0
     scores = torch.zeros(len(tokens), device=tokens.device)
     for step in range(tokens.shape[1]):
         log_probs = output.logits[step].float().log_softmax(-1)  # (N*B, V)
-        found = log_probs[beams[:, step].clamp(min=0), tokens[:, step]]
-        scores += torch.where(is_said[:, step], found, 0)
-    return tokens, is_said, scores
+        token_scores = log_probs[beams[:, step].clamp(min=0), tokens[:, step]]
+        scores += torch.where(is_caption[:, step], token_scores, 0)
+    return tokens, is_caption, scores
 
 
 def _pool(output: Any, num_images: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Returns the mean over an encoder's places, (N, D)."""
+    """Returns the mean of an encoder's output over its positions, (N, D)."""
     hidden = output[0] if not isinstance(output, Tensor) else output
     if hidden.ndim != 3 or len(hidden) % num_images:
         raise ModelOptionError(
             f"`features`: the encoder's output is of shape {tuple(hidden.shape)}. Expected a vector for each of "
             "some places of each image. Leave it out."
         )
-    each = len(hidden) // num_images  # a decoder that holds its encoder runs it for each beam
-    pooled: np.ndarray[Any, np.dtype[np.float32]] = hidden[::each].float().mean(1).cpu().numpy()
+    # A model may run its encoder once for each beam: the first of an image's rows will do
+    rows_per_image = len(hidden) // num_images
+    pooled: np.ndarray[Any, np.dtype[np.float32]] = hidden[::rows_per_image].float().mean(1).cpu().numpy()
     return pooled
 
 

@@ -1,4 +1,4 @@
-"""Words and their numbers, as a captioner counts them."""
+"""The words that a captioner knows, and their numbers."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +10,10 @@ _SPECIAL = ("<pad>", "<start>", "<end>", "<unknown>")
 
 
 class Vocabulary:
-    """The words that a captioner knows; the first four numbers are no words.
+    """The words that a captioner knows; the first four numbers are special.
 
     Attributes:
-        words: By number.
+        words: The words in the order of their numbers.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -25,10 +25,10 @@ class Vocabulary:
 
     @classmethod
     def build(cls, counts: Mapping[str, int], min_count: int) -> "Vocabulary":
-        """Returns the words that occur often enough, the frequent ones first.
+        """Makes a vocabulary of the words that occur at least `min_count` times, the most frequent first.
 
         Raises:
-            ModelError: None does.
+            ModelError: No word does.
         """
         kept = sorted((word for word, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
         kept = [word for word in kept if word not in _SPECIAL]
@@ -44,7 +44,7 @@ class Vocabulary:
         return self._numbers.get(word, UNKNOWN)
 
     def decode(self, numbers: Iterable[int]) -> str:
-        """Returns the words of a caption up to its end, with a space between."""
+        """Returns the words of a caption up to its end, separated by spaces."""
         words = []
         for number in numbers:
             if number in (END, PAD):
@@ -53,12 +53,12 @@ class Vocabulary:
         return " ".join(words)
 
     def to_text(self) -> str:
-        """Returns the words, one a line, as `load` reads them."""
+        """Returns the words, one per line, as `load` reads them."""
         return "".join(f"{word}\n" for word in self.words[len(_SPECIAL) :])
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":
-        """Reads a file of words, one a line.
+        """Reads a file of words, one per line.
 
         Raises:
             ModelError: It cannot be read, or names a word twice.

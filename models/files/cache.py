@@ -20,7 +20,7 @@ import fsspec
 from diptych.models.errors import ModelError, ModelOutageError, one_line
 from diptych.models.files.object_stores import open_store
 
-# What models are made of. Pickles are not in it, nor what other frameworks read (ONNX, OpenVINO, TensorFlow).
+# The files of models, without pickles and the files of other frameworks (ONNX, OpenVINO, TensorFlow)
 MODEL_SUFFIXES = (".json", ".txt", ".safetensors", ".model", ".jinja", ".npy", ".kv", ".vec", ".gz")
 OTHER_FOLDERS = ("onnx", "openvino", "coreml", "checkpoint", "checkpoints")
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -43,7 +43,7 @@ class _RemoteFile:
 
 
 def cache_folder() -> Path:
-    """Returns where fetched models lie: `DIPTYCH_CACHE`, else `~/.cache/diptych/models`."""
+    """Returns the folder of fetched models: `DIPTYCH_CACHE`, else `~/.cache/diptych/models`."""
     return Path(os.environ.get("DIPTYCH_CACHE") or "~/.cache/diptych/models").expanduser()
 
 
@@ -131,15 +131,14 @@ def _no_hub_model(name: str, why: str, remedy: str) -> ModelError:
 def fetch(url: str) -> Path:
     """Returns a local copy of a file or folder on any fsspec file system.
 
-    Of a folder, the files that models are made of are fetched, and no others; with a file, the `.npy` files that
-    gensim keeps beside it. The copy is named by the URL and by what the store says of its files (checksums, sizes,
-    times), so that one that was replaced is fetched anew.
+    Of a folder only the files of models are fetched; with a file also the `.npy` files that gensim saved beside it. The
+    copy's name depends on the URL and the files' checksums, sizes and times, so a replaced model is fetched again.
 
     Args:
         url: An fsspec URL.
 
     Raises:
-        ModelError: It is not there or may not be read, or the cache has no room for it or may not be written.
+        ModelError: It does not exist or cannot be read, or the cache is full or cannot be written.
     """
     try:
         fs, path = open_store(url)
@@ -150,7 +149,7 @@ def fetch(url: str) -> Path:
         raise
     except FileNotFoundError as error:
         raise ModelError(f"{url} is not there. Expected a model's file or folder: check the URL.") from error
-    except Exception as error:  # each store has its own
+    except Exception as error:  # each store raises its own
         raise ModelOutageError(
             f"{url} cannot be read: {one_line(error)}. Check its name and your rights to it."
         ) from error
@@ -189,19 +188,19 @@ def _list_file(fs: fsspec.AbstractFileSystem, path: str) -> list[_RemoteFile]:
 def _list_folder(fs: fsspec.AbstractFileSystem, path: str) -> list[_RemoteFile]:
     root = path.rstrip("/") + "/"
     files = []
-    for found, info in sorted(fs.find(path, detail=True, on_error="raise").items()):
-        name = found[found.index(root.lstrip("/")) + len(root.lstrip("/")) :]
+    for file_path, info in sorted(fs.find(path, detail=True, on_error="raise").items()):
+        name = file_path[file_path.index(root.lstrip("/")) + len(root.lstrip("/")) :]
         if is_model_file(name):
             files.append(_remote_file(info, name))
     return files
 
 
 def is_model_file(name: str) -> bool:
-    """Tells by its name below the model's folder whether a file is part of a model, not hidden, a pickle or a state."""
+    """Tells by a file's path in its folder whether it is part of the model: not hidden, a pickle or a checkpoint."""
     *folders, last = name.split("/")
-    hidden = any(part.startswith((".", "_")) for part in (*folders, last))
-    aside = not {*folders}.isdisjoint(OTHER_FOLDERS) or last.startswith("checkpoint.")
-    return last.lower().endswith(MODEL_SUFFIXES) and not hidden and not aside
+    is_hidden = any(part.startswith((".", "_")) for part in (*folders, last))
+    is_other = not {*folders}.isdisjoint(OTHER_FOLDERS) or last.startswith("checkpoint.")
+    return last.lower().endswith(MODEL_SUFFIXES) and not is_hidden and not is_other
 
 
 def _remote_file(info: dict[str, Any], name: str) -> _RemoteFile:
@@ -215,14 +214,15 @@ def _size(info: dict[str, Any]) -> int | None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lets one process of this machine fetch at a time; the lock goes with its process, however that ends."""
+    """Lets one process of this machine fetch at a time; the lock ends with its process."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115
     except OSError as error:
         _refuse(folder.parent, 0, error)
     with file:
-        with contextlib.suppress(OSError):  # a file system without locks: then both fetch, and one wins
+        # On a file system without locks both processes fetch, and one of the copies is kept
+        with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -270,12 +270,13 @@ def _rename(partial: Path, folder: Path) -> None:
     try:
         partial.rename(folder)
     except OSError as error:
-        if not folder.is_dir():  # else another process was first, with the same files
+        # Another process may have been first, with the same files
+        if not folder.is_dir():
             _refuse(folder.parent, 0, error)
 
 
 def _remove_stale(root: Path) -> None:
-    """Removes what processes that were killed have left behind."""
+    """Removes the partial copies of killed processes."""
     for partial in root.glob(".*.part"):
         with contextlib.suppress(OSError):
             if time.time() - partial.stat().st_mtime > _STALE_S:

@@ -1,4 +1,4 @@
-"""Where models come from, and what they are kept as: `config.json`, safetensors, never a pickle."""
+"""Reads and writes the files of models: `config.json` and safetensors, never a pickle."""
 
 import contextlib
 import hashlib
@@ -23,13 +23,13 @@ _NUM_NAMED = 3
 _READ_BYTES = 1 << 20
 
 
-def digest(path: Path, names: Sequence[str] | None = None) -> str:
-    """Returns 16 hex digits that stand for the content of a model.
+def model_digest(path: Path, names: Sequence[str] | None = None) -> str:
+    """Returns the digest of a model's files, 16 hex digits.
 
     Args:
-        path: A file, or a folder.
-        names: Files below the folder that decide the results. None takes those that a model is made
-            of (`diptych.models.files.cache.is_model_file`): no cards, pictures, hidden files or checkpoints.
+        path: A file or a folder.
+        names: The files below the folder that determine the results. None takes all files of a model
+            (`diptych.models.files.cache.is_model_file`): no cards, images, hidden files or checkpoints.
 
     Raises:
         ModelError: A file is missing or may not be read.
@@ -55,11 +55,11 @@ def digest(path: Path, names: Sequence[str] | None = None) -> str:
 
 
 def read_config(folder: Path, kinds: Sequence[str]) -> dict[str, Any]:
-    """Returns a model's own `config.json`.
+    """Reads the `config.json` of a model that Diptych trained.
 
     Args:
         folder: The model's folder.
-        kinds: Values of its `kind` that will do.
+        kinds: The accepted values of its `kind`.
 
     Raises:
         ModelError: There is none, it is damaged, or the model is of another kind.
@@ -78,18 +78,18 @@ def read_config(folder: Path, kinds: Sequence[str]) -> dict[str, Any]:
         ) from error
     kind = config.get("kind") if isinstance(config, dict) else None
     if kind not in kinds:
-        what = f"of kind {kind!r}" if kind else "not one of Diptych's"
+        model = f"of kind {kind!r}" if kind else "not one of Diptych's"
         if isinstance(config, dict) and "model_type" in config:
-            what = f"a Hugging Face model of type {config['model_type']!r}"
-        raise ModelError(f"The model in {folder} is {what}. Expected {expected}, or name its own kind.")
+            model = f"a Hugging Face model of type {config['model_type']!r}"
+        raise ModelError(f"The model in {folder} is {model}. Expected {expected}, or name its own kind.")
     return dict(config)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file, on the CPU.
+    """Reads the tensors of a safetensors file, on the CPU.
 
     Raises:
-        ModelError: It is missing or damaged, or there is a pickle in its place, which is never loaded.
+        ModelError: The file is missing or damaged, or is a pickle, which is never loaded.
     """
     try:
         with open(path, "rb") as file:
@@ -104,7 +104,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(
             f"{path} cannot be read: {error.strerror}. Expected the model's weights in it."
         ) from error
-    is_safetensors = head[8:] == b"{"  # after the length of its header, which may begin as a pickle does
+    # The header follows its length, whose bytes may look like the start of a pickle
+    is_safetensors = head[8:] == b"{"
     if not is_safetensors and head.startswith((b"PK\x03\x04", b"\x80")):
         raise _is_pickle(path, path.with_suffix(".safetensors"))
     try:
@@ -126,18 +127,18 @@ def _is_pickle(pickle: Path, path: Path) -> ModelError:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file so that it appears whole or not at all, over whatever is there.
+    """Writes a safetensors file atomically, replacing any file of that name.
 
     Raises:
         ModelError: The disk is full, or the folder may not be written.
     """
-    # copies: tensors of a file may not share memory, as tied weights do
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_file(path, safetensors.torch.save(whole))
+    # Copies, because tensors of a file may not share memory, as tied weights do
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_file(path, safetensors.torch.save(copies))
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a model's file so that it appears whole or not at all, over whatever is there.
+    """Writes a model's file atomically, replacing any file of that name.
 
     Raises:
         ModelError: The disk is full, or the folder may not be written.
@@ -160,16 +161,16 @@ def write_file(path: Path, data: bytes) -> None:
         ) from error
 
 
-def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Puts tensors into a module; every one has its place there, and every place its tensor.
+def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Loads tensors into a module.
 
     Args:
-        module: Takes the values.
-        tensors: By name, as `state_dict` has them.
-        what: Names the tensors' origin in errors, e.g. the file.
+        module: The module to load them into.
+        tensors: The tensors by their names in `state_dict`.
+        source: The tensors' origin, such as a file, for error messages.
 
     Raises:
-        ModelError: Names or shapes do not agree.
+        ModelError: Names or shapes differ.
     """
     own = module.state_dict()
     shapes = [
@@ -182,10 +183,10 @@ def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], what: str
         "missing": sorted(own.keys() - tensors.keys()),
         "of another shape": shapes,
     }
-    found = [f"{len(names)} {fault} ({_first(names)})" for fault, names in faults.items() if names]
-    if found:
+    problems = [f"{len(names)} {fault} ({_first(names)})" for fault, names in faults.items() if names]
+    if problems:
         raise ModelError(
-            f"The weights in {what} do not fit this model: tensors {', '.join(found)}. "
+            f"The weights in {source} do not fit this model: tensors {', '.join(problems)}. "
             "Expected those of a model with the same configuration."
         )
     module.load_state_dict(dict(tensors))

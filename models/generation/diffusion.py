@@ -19,14 +19,15 @@ from diptych.models.device import choose_device
 from diptych.models.errors import ModelError, ModelOptionError, one_line
 from diptych.models.files.cache import to_local_path
 from diptych.models.files.pretrained import quiet_transformers
-from diptych.models.files.weights import digest
+from diptych.models.files.weights import model_digest
 from diptych.models.generation.image_generator import encode_pixels
 from diptych.models.pixels import Pixels
 
 _BATCH_SIZE = {"cpu": 1, "cuda": 8}
 _EXPECTED = "a text-to-image pipeline as diffusers saves it, with a model_index.json, weights as safetensors"
-# Arguments of a pipeline that have a name of their own here, or that decide what is drawn or returned
+# Arguments of a pipeline, and the options that set them
 _NAMED = {"num_images_per_prompt": "images_per_prompt", "height": "size", "width": "size"}
+# Arguments that this module sets itself
 _OWN = frozenset(["prompt", "generator", "latents", "output_type", "return_dict", "self", "kwargs"])
 
 
@@ -44,16 +45,16 @@ class DiffusionPipeline(ImageModel):
     """A pipeline of diffusers, on its device."""
 
     def __init__(self, pipeline: Any, options: ImageOptions, device: torch.device, digest: str) -> None:
-        """Makes the model of a loaded pipeline.
+        """Makes the model from a loaded pipeline.
 
         Args:
-            pipeline: Of diffusers.
-            options: What the user asks for.
-            device: Where to run.
-            digest: Stands for the files and the options.
+            pipeline: A pipeline of diffusers.
+            options: The user's options.
+            device: The device to run on.
+            digest: The digest of files and options.
 
         Raises:
-            ModelOptionError: The pipeline cannot do what is asked.
+            ModelOptionError: The pipeline does not support an option.
         """
         known = inspect.signature(pipeline.__call__).parameters
         for name, _ in options.settings:
@@ -88,13 +89,13 @@ class DiffusionPipeline(ImageModel):
         """Loads a pipeline that `save_pretrained` wrote, from anywhere, or one of the Hugging Face hub.
 
         Args:
-            location: Path, fsspec URL, or name on the hub.
-            options: What is asked of it.
+            location: A path, an fsspec URL, or a name on the hub.
+            options: The user's options.
             device: `auto`, `cpu`, `cuda` or `cuda:N`; half precision on CUDA.
 
         Raises:
             ModelError: There is no such pipeline or device; it is damaged, of another kind, or kept as a pickle.
-            ModelOptionError: It cannot do what the options ask.
+            ModelOptionError: The pipeline does not support an option.
         """
         try:
             import diffusers
@@ -105,13 +106,7 @@ class DiffusionPipeline(ImageModel):
             ) from error
         chosen = choose_device(device)
 
-        def download(name: str) -> Any:  # of a repository with the same weights in several formats, one
-            try:
-                return diffusers.DiffusionPipeline.download(name, use_safetensors=True)
-            except OSError as error:  # which hides what the hub said
-                raise error.__cause__ or error.__context__ or error from None
-
-        folder = to_local_path(location, hub=True, download=download)
+        folder = to_local_path(location, hub=True, download=_download)
         if not (folder / "model_index.json").is_file():
             raise ModelError(f"{folder} holds no model_index.json. Expected {_EXPECTED}.")
         if pickles := [
@@ -125,37 +120,50 @@ class DiffusionPipeline(ImageModel):
             diffusers.utils.logging.set_verbosity_error()
             diffusers.utils.logging.disable_progress_bar()
             pipeline = _from_folder(folder, chosen)
-        content = f"{digest(folder)} {json.dumps(dataclasses.asdict(options), sort_keys=True)}"
+        content = f"{model_digest(folder)} {json.dumps(dataclasses.asdict(options), sort_keys=True)}"
         return cls(pipeline, options, chosen, hashlib.sha256(content.encode()).hexdigest()[:16])
 
     def prepare(self, inputs: Sequence[Prompt]) -> _Prepared:
-        """Makes a generator of noise for each prompt; on the CPU, so that the noise is the same on any device."""
+        """Seeds a random generator for each prompt, on the CPU: the noise is the same on any device."""
         generators = [torch.Generator().manual_seed(prompt.seed) for prompt in inputs]
         return _Prepared([prompt.text for prompt in inputs], generators)
 
     def predict(self, prepared: _Prepared) -> list[_Drawn]:
-        """Draws what `prepare` returned."""
+        """Draws the images of prepared prompts."""
         settings: dict[str, Any] = {name: tuples_to_lists(value) for name, value in self._options.settings}
         for name, value in settings.items():
             if name.startswith("negative_prompt") and isinstance(value, str):
-                settings[name] = [value] * len(prepared.prompts)  # as many as there are prompts
+                # diffusers wants as many as there are prompts
+                settings[name] = [value] * len(prepared.prompts)
         if self._takes_size:
             settings |= {"width": self.size_px[0], "height": self.size_px[1]}
         with torch.inference_mode(), quiet_transformers():
-            found = self._pipeline(
+            output = self._pipeline(
                 prompt=prepared.prompts, generator=prepared.generators, output_type="np", **settings
             )
-        images = np.asarray(found.images)  # (N, H, W, 3), from 0 to 1
+        images = np.asarray(output.images)  # (N, H, W, 3), from 0 to 1
         if not np.isfinite(images).all():
             raise ValueError("the image holds numbers that are not finite")
-        pixels = (images * 255).round().astype(np.uint8)  # as diffusers makes images of it
-        flags = getattr(found, "nsfw_content_detected", None) or [False] * len(pixels)
+        # As diffusers converts them itself
+        pixels = (images * 255).round().astype(np.uint8)
+        flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pixels)
         return [_Drawn(image, bool(flag)) for image, flag in zip(pixels, flags, strict=True)]
 
     def finish(self, predicted: _Drawn) -> GeneratedImage:
         """Encodes an image."""
         data = encode_pixels(predicted.pixels, self._options)
         return GeneratedImage(data, "flagged" if predicted.is_flagged else None)
+
+
+def _download(name: str) -> Any:
+    """Fetches a pipeline from the hub: of weights in several formats, one."""
+    import diffusers
+
+    try:
+        return diffusers.DiffusionPipeline.download(name, use_safetensors=True)
+    except OSError as error:
+        # diffusers hides the hub's own error behind its own
+        raise error.__cause__ or error.__context__ or error from None
 
 
 def _from_folder(folder: Path, device: torch.device) -> Any:
@@ -177,7 +185,7 @@ def _from_folder(folder: Path, device: torch.device) -> Any:
 
 
 def _own_size(pipeline: Any) -> int:
-    """Returns the side of the images that a pipeline makes unless told otherwise."""
+    """Returns the side of the images that a pipeline makes by default."""
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     size = getattr(getattr(network, "config", None), "sample_size", None)
     if not isinstance(size, int):

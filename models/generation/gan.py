@@ -1,9 +1,9 @@
 """The generative adversarial network (Goodfellow et al. 2014): what its generator is trained against.
 
-The discriminator is DF-GAN's (Tao et al. 2022, 3.4: one way out, told of the text late, so that a real image with
-another's text is false as well, the matching-aware loss of Reed et al. 2016) with spectral normalisation (Miyato et
-al. 2018) and hinge losses (Lim and Ye 2017), and R1 now and then (Mescheder et al. 2018, 4.1; lazily as in Karras et
-al. 2020).
+The discriminator is DF-GAN's (Tao et al. 2022, 3.4): it has one output, and joins the text late. A real image with
+another image's text counts as false (the matching-aware loss of Reed et al. 2016). Added are spectral normalisation
+(Miyato et al. 2018), hinge losses (Lim and Ye 2017), and an R1 penalty at some steps (Mescheder et al. 2018, 4.1;
+lazily as in Karras et al. 2020).
 
 N images, S side in pixels, G side of the smallest grid, T text vector, E condition, C channels.
 """
@@ -18,7 +18,7 @@ _SLOPE = 0.2
 
 
 class Discriminator(nn.Module):
-    """Tells images that belong to their text from all others."""
+    """Tells real images with their own text from all others."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -34,20 +34,20 @@ class Discriminator(nn.Module):
         return grid
 
     def score(self, grid: Tensor, texts: Tensor) -> Tensor:
-        """Returns how much (N,) grids look like real images of their texts (N, T)."""
+        """Returns the scores (N,) of grids and texts (N, T); a higher one is more like a real image of its text."""
         conditioning = self.condition(texts)[:, :, None, None].expand(-1, -1, *grid.shape[2:])
         joined = functional.leaky_relu(self.joint(torch.cat([grid, conditioning], 1)), _SLOPE)
-        verdict: Tensor = self.last(joined.flatten(1)).float().squeeze(1)
-        return verdict
+        scores: Tensor = self.last(joined.flatten(1)).float().squeeze(1)
+        return scores
 
 
 def discriminator_loss(real: Tensor, mismatched: Tensor, fake: Tensor) -> Tensor:
-    """Returns the hinge loss of a discriminator: real images and their texts against other texts and made images."""
+    """Returns the hinge loss of a discriminator from scores (N,) of real images, mismatched texts and made images."""
     false = (functional.relu(1 + mismatched).mean() + functional.relu(1 + fake).mean()) / 2
     return functional.relu(1 - real).mean() + false
 
 
 def r1_penalty(real: Tensor, images: Tensor) -> Tensor:
-    """Returns the mean squared gradient of verdicts (N,) with respect to the real images that they are of."""
+    """Returns the mean squared gradient of real images' scores (N,) with respect to the images (N, 3, S, S)."""
     (gradient,) = torch.autograd.grad(real.sum(), images, create_graph=True)
     return gradient.square().sum([1, 2, 3]).mean()

@@ -1,8 +1,9 @@
-"""The network that draws: from a text vector and noise to an image. The decoder of a VAE, the generator of a GAN.
+"""The network that makes an image from a text vector and noise: the decoder of a VAE, the generator of a GAN.
 
 Its frame is DF-GAN's (Tao et al. 2022, 3.2 and 3.3): noise becomes a small grid, each residual block doubles it, and in
-each the text, joined with the noise, scales and shifts the channels. Other than there, the last doubling is a pixel
-shuffle (Shi et al. 2016), which costs a quarter. `Trunk` is the way back, of an encoder and of a discriminator.
+each the text, joined with the noise, scales and shifts the channels. One thing differs: the last doubling is a pixel
+shuffle (Shi et al. 2016), at a quarter of the cost. `Trunk` goes from an image to the small grid, for an encoder and a
+discriminator.
 
 N images, S side in pixels, G side of the smallest grid, T text vector, E condition, Z noise, C channels.
 """
@@ -16,9 +17,9 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 _SLOPE = 0.2
-# Deviations: a text that is further out than any of the training is taken to be so far
+# The greatest value of a whitened text, in standard deviations; texts further out than any in training are clamped
 _FAR = 6.0
-# Of a latent under its prior: it may be nearly certain, but is never much wider than without the text
+# The range of a prior's log-variances: a latent may be nearly certain, but not much wider than without a text
 _LOG_VARIANCES = -4.0, 2.0
 _SMALLEST_GRID, _LARGEST_GRID = 4, 7
 
@@ -28,14 +29,14 @@ class GeneratorConfig:
     """Shape of a generator.
 
     Attributes:
-        size_px: S; a number from 4 to 7, doubled twice or more.
+        size_px: S, a number from 4 to 7, doubled twice or more.
         text_dim: T.
         latent_dim: Z.
         condition_dim: E.
-        channels: C at S / 2; twice as many at half of it, and so on.
-        max_channels: But never more than these.
-        text_scale: What whitened texts are multiplied by; see `Condition`.
-        text_prior: Whether the noise is scaled and shifted by what the text says of the latent; see `Prior`.
+        channels: C at S / 2; each halving of the side doubles it.
+        max_channels: The most channels of any grid.
+        text_scale: The factor of whitened texts; see `Condition`.
+        text_prior: Whether the text scales and shifts the noise; see `Prior`.
     """
 
     size_px: int
@@ -53,7 +54,7 @@ class GeneratorConfig:
 
     @property
     def grids(self) -> list[int]:
-        """Sides of the grids, from G to S / 2."""
+        """The sides of the grids, from G to S / 2."""
         side = self.size_px // 2
         sides = [side]
         while side >= 2 * _SMALLEST_GRID:
@@ -62,7 +63,7 @@ class GeneratorConfig:
         return sides[::-1]
 
     def channels_at(self, side: int) -> int:
-        """Returns C of a grid."""
+        """Returns the channels of a grid of some side."""
         return min(self.max_channels, self.channels * (self.size_px // 2 // side))
 
 
@@ -70,7 +71,7 @@ SIZES = "the side must be 4, 5, 6 or 7, doubled twice or more, as 64, 96, 128 an
 
 
 def is_size(size_px: int) -> bool:
-    """Tells whether there are generators for images of this side."""
+    """Tells whether a generator can make images of this side."""
     side, doublings = size_px, 0
     while side > _LARGEST_GRID and side % 2 == 0:
         side, doublings = side // 2, doublings + 1
@@ -80,9 +81,9 @@ def is_size(size_px: int) -> bool:
 class Condition(nn.Module):
     """Projects a text vector to the conditioning vector.
 
-    They are whitened first, by the principal axes of the training's texts: what tells captions from one another, such
-    as their colours, may be a small part of what is in a vector. Long ones are shortened then, or each of Adam's steps,
-    which are as large for every weight, would move the more what the first layer gives, and few trainings would hold.
+    Text vectors are first whitened by the principal axes of the training's texts, because differences between captions,
+    such as colours, may be a small part of a vector. They are then scaled down: an Adam step changes all weights
+    equally, so with long vectors the first layer's output would change too much for a stable training.
     """
 
     mean: Tensor
@@ -100,16 +101,16 @@ class Condition(nn.Module):
         )
 
     def forward(self, texts: Tensor) -> Tensor:
-        """Returns (N, E) of (N, T)."""
+        """Returns the conditioning vectors (N, E) of texts (N, T)."""
         white = (texts - self.mean) @ self.whitening
-        found: Tensor = self.layers(white.clamp(-_FAR, _FAR) * self._scale)
-        return found
+        conditioning: Tensor = self.layers(white.clamp(-_FAR, _FAR) * self._scale)
+        return conditioning
 
 
 class Prior(nn.Module):
-    """Text vectors to the distribution of the latent (Sohn et al. 2015): of what is drawn, what is likely for a text.
+    """Predicts the latent's distribution from a text vector (Sohn et al. 2015).
 
-    It begins as the standard normal distribution.
+    Before training it is the standard normal distribution.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -120,14 +121,14 @@ class Prior(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and logarithm of the variance, (N, Z) each, of (N, T)."""
+        """Returns the mean and the logarithm of the variance, (N, Z) each, for texts (N, T)."""
         conditioning = functional.leaky_relu(self.condition(texts), _SLOPE)
         mean, log_variance = self.last(conditioning).float().chunk(2, 1)
         return mean, log_variance.clamp(*_LOG_VARIANCES)
 
 
 class Generator(nn.Module):
-    """Text vectors and noise to images."""
+    """Makes images from text vectors and noise."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -140,27 +141,26 @@ class Generator(nn.Module):
         channels = [config.channels_at(side) for side in sides]
         self.first = nn.Linear(conditioning, channels[0] * sides[0] ** 2)
         self.blocks = nn.ModuleList(
-            _UpBlock(before, after, conditioning) for before, after in itertools.pairwise(channels)
+            _UpBlock(num_in, num_out, conditioning) for num_in, num_out in itertools.pairwise(channels)
         )
         self.last_affine = _Affine(channels[-1], conditioning)
         self.last = nn.Conv2d(channels[-1], 12, 3, padding=1)
 
     def forward(self, texts: Tensor, noise: Tensor) -> Tensor:
-        """Returns images (N, 3, S, S), from -1 to 1, of (N, T) and (N, Z), standard normal."""
+        """Returns images (N, 3, S, S), from -1 to 1, for texts (N, T) and standard normal noise (N, Z)."""
         if self.prior is not None:
             mean, log_variance = self.prior(texts)
             noise = mean + noise * torch.exp(log_variance / 2)
         return self.decode(texts, noise)
 
     def decode(self, texts: Tensor, latent: Tensor) -> Tensor:
-        """Returns images (N, 3, S, S), from -1 to 1, of (N, T) and a latent (N, Z)."""
+        """Returns images (N, 3, S, S), from -1 to 1, for texts (N, T) and latents (N, Z)."""
         conditioning = torch.cat([self.condition(texts), latent], 1)  # (N, E + Z)
         grid = self.first(conditioning).view(-1, *self._shape).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             grid = block(grid, conditioning)
-        grid = self.last(
-            functional.leaky_relu(self.last_affine(grid, conditioning), _SLOPE)
-        )  # (N, 12, S/2, S/2)
+        grid = functional.leaky_relu(self.last_affine(grid, conditioning), _SLOPE)
+        grid = self.last(grid)  # (N, 12, S/2, S/2)
         return torch.tanh(functional.pixel_shuffle(grid, 2))
 
 
@@ -181,12 +181,12 @@ class _Affine(nn.Module):
 class _UpBlock(nn.Module):
     """Doubles a grid."""
 
-    def __init__(self, before: int, after: int, conditioning: int) -> None:
+    def __init__(self, num_in: int, num_out: int, conditioning: int) -> None:
         super().__init__()
-        self.affine1, self.affine2 = _Affine(before, conditioning), _Affine(after, conditioning)
-        self.conv1 = nn.Conv2d(before, after, 3, padding=1)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
-        self.skip = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        self.affine1, self.affine2 = _Affine(num_in, conditioning), _Affine(num_out, conditioning)
+        self.conv1 = nn.Conv2d(num_in, num_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(num_out, num_out, 3, padding=1)
+        self.skip = nn.Conv2d(num_in, num_out, 1) if num_in != num_out else nn.Identity()
 
     def forward(self, grid: Tensor, conditioning: Tensor) -> Tensor:
         new = functional.leaky_relu(self.affine1(grid, conditioning), _SLOPE)
@@ -196,11 +196,11 @@ class _UpBlock(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Images to their smallest grid, as a generator of the same shape has it.
+    """Reduces images to the smallest grid of a generator of the same shape.
 
     Args:
-        config: Of the generator.
-        spectral: With spectral normalisation (Miyato et al. 2018), as a discriminator wants it.
+        config: The generator's configuration.
+        spectral: Whether to use spectral normalisation (Miyato et al. 2018), which a discriminator needs.
     """
 
     def __init__(self, config: GeneratorConfig, spectral: bool) -> None:
@@ -209,11 +209,11 @@ class Trunk(nn.Module):
         self.num_channels = channels[-1]
         self.first = convolution(12, channels[0], 3, spectral)
         self.blocks = nn.ModuleList(
-            _DownBlock(before, after, spectral) for before, after in itertools.pairwise(channels)
+            _DownBlock(num_in, num_out, spectral) for num_in, num_out in itertools.pairwise(channels)
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns (N, C, G, G) of (N, 3, S, S), from -1 to 1."""
+        """Returns the grids (N, C, G, G) of images (N, 3, S, S), from -1 to 1."""
         grid = functional.pixel_unshuffle(images, 2).contiguous(memory_format=torch.channels_last)
         grid = self.first(grid)  # (N, C, S/2, S/2)
         for block in self.blocks:
@@ -224,11 +224,11 @@ class Trunk(nn.Module):
 class _DownBlock(nn.Module):
     """Halves a grid."""
 
-    def __init__(self, before: int, after: int, spectral: bool) -> None:
+    def __init__(self, num_in: int, num_out: int, spectral: bool) -> None:
         super().__init__()
-        self.conv1 = convolution(before, after, 4, spectral, stride=2)
-        self.conv2 = convolution(after, after, 3, spectral)
-        self.skip = convolution(before, after, 1, spectral)
+        self.conv1 = convolution(num_in, num_out, 4, spectral, stride=2)
+        self.conv2 = convolution(num_out, num_out, 3, spectral)
+        self.skip = convolution(num_in, num_out, 1, spectral)
 
     def forward(self, grid: Tensor) -> Tensor:
         new = self.conv1(functional.leaky_relu(grid, _SLOPE))
@@ -237,18 +237,18 @@ class _DownBlock(nn.Module):
         return new + skipped
 
 
-def convolution(before: int, after: int, size: int, spectral: bool, stride: int = 1) -> nn.Module:
+def convolution(num_in: int, num_out: int, size: int, spectral: bool, stride: int = 1) -> nn.Module:
     """Returns a convolution that keeps the grid's side, or divides it by `stride`; spectrally normalised on request."""
-    layer = nn.Conv2d(before, after, size, stride, padding=(size - 1) // 2)
+    layer = nn.Conv2d(num_in, num_out, size, stride, padding=(size - 1) // 2)
     normalised: nn.Module = spectral_norm(layer) if spectral else layer
     return normalised
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Returns (N, S, S, 3) uint8 of (N, 3, S, S), from -1 to 1."""
+    """Converts images (N, 3, S, S), from -1 to 1, to pixels (N, S, S, 3), uint8."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def from_pixels(pixels: Tensor) -> Tensor:
-    """Returns (N, 3, S, S), from -1 to 1, of (N, S, S, 3) uint8."""
+    """Converts pixels (N, S, S, 3), uint8, to images (N, 3, S, S), from -1 to 1."""
     return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)

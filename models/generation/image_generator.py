@@ -23,8 +23,8 @@ from diptych.models.device import choose_device, half_precision
 from diptych.models.errors import ModelError, ModelOptionError, one_line
 from diptych.models.files.cache import to_local_path
 from diptych.models.files.weights import (
-    digest,
     load_state,
+    model_digest,
     read_config,
     read_tensors,
     write_file,
@@ -32,15 +32,15 @@ from diptych.models.files.weights import (
 )
 from diptych.models.generation.generator import Generator, GeneratorConfig, to_pixels
 from diptych.models.pixels import Pixels
-from diptych.models.text.text_model import LoadText, TextSource, load_text_model
+from diptych.models.text.text_model import LoadText, TextModelRef, load_text_model
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _BATCH_SIZE = {"cpu": 32, "cuda": 256}
 _FEWEST_ROWS = 8
 
 
-def save_generator(folder: Path, kind: str, generator: Generator, text: TextSource) -> None:
-    """Writes a model; the configuration last, so that a folder with one is whole.
+def save_generator(folder: Path, kind: str, generator: Generator, text: TextModelRef) -> None:
+    """Writes a model, the configuration last: a folder that has one is complete.
 
     Raises:
         ModelError: The folder cannot be written.
@@ -54,8 +54,8 @@ def save_generator(folder: Path, kind: str, generator: Generator, text: TextSour
     write_file(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def read_generator(folder: Path, kinds: Sequence[str]) -> tuple[Generator, TextSource]:
-    """Reads what `save_generator` wrote, on the CPU, ready to run.
+def read_generator(folder: Path, kinds: Sequence[str]) -> tuple[Generator, TextModelRef]:
+    """Reads a model that `save_generator` wrote, on the CPU, in `eval` mode.
 
     Raises:
         ModelError: It is not there, of another kind, or its files do not belong together.
@@ -63,7 +63,7 @@ def read_generator(folder: Path, kinds: Sequence[str]) -> tuple[Generator, TextS
     config = read_config(folder, kinds)
     try:
         generator = Generator(GeneratorConfig(**config["generator"]))
-        text = TextSource.from_json(config["text"])
+        text = TextModelRef.from_json(config["text"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{folder / CONFIG} does not describe a generator of this version: {one_line(error, with_type=True)}. "
@@ -80,14 +80,14 @@ def read_generator(folder: Path, kinds: Sequence[str]) -> tuple[Generator, TextS
 
 
 class _Prepared(NamedTuple):
-    """Prompts as the text model takes them, and the noise of each, (N, Z)."""
+    """Prompts as the text model prepared them, and the noise of each, (N, Z)."""
 
     texts: Any
     noise: Tensor
 
 
 class _Drawn(NamedTuple):
-    """An image before it is encoded, and whether the text model knows a word of its prompt."""
+    """An image before it is encoded, and whether the text model knows any word of its prompt."""
 
     pixels: Pixels
     known: bool
@@ -138,27 +138,29 @@ class ImageGenerator(ImageModel):
         """Loads a model that `diptych train vae|gan` wrote, and its text model.
 
         Args:
-            location: Its folder, local or an fsspec URL.
-            options: What is asked of it.
+            location: The model's folder, local or an fsspec URL.
+            options: The user's options.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
-            kind: `vae` or `gan`, which it must be.
-            load_text: Gives the text model of a kind and a location.
+            kind: The kind that the model must be, `vae` or `gan`.
+            load_text: Loads a text model by its kind and location.
 
         Raises:
             ModelError: It or its text model cannot be loaded, or is of another kind.
-            ModelOptionError: It cannot do what the options ask.
+            ModelOptionError: The model does not support an option.
         """
         chosen = choose_device(device)
         folder = to_local_path(location)
         generator, source = read_generator(folder, (kind,))
         text = source.load(options.text_model, load_text)
-        asked = dataclasses.asdict(dataclasses.replace(options, text_model=None))
-        content = f"{digest(folder, (CONFIG, WEIGHTS))} {text.digest} {json.dumps(asked, sort_keys=True)}"
+        values = dataclasses.asdict(dataclasses.replace(options, text_model=None))
+        content = (
+            f"{model_digest(folder, (CONFIG, WEIGHTS))} {text.digest} {json.dumps(values, sort_keys=True)}"
+        )
         whole = hashlib.sha256(content.encode()).hexdigest()[:16]
         return cls(generator, text, options, chosen, whole, options.text_model or source.model)
 
     def prepare(self, inputs: Sequence[Prompt]) -> _Prepared:
-        """Tokenises prompts, and draws the noise of each."""
+        """Tokenises prompts, and draws noise for each."""
         latent_dim = self._generator.config.latent_dim
         noise = torch.from_numpy(np.stack([draw_noise(prompt.seed, latent_dim) for prompt in inputs]))
         if self._device.type == "cuda":
@@ -166,7 +168,7 @@ class ImageGenerator(ImageModel):
         return _Prepared(self._text.prepare([prompt.text for prompt in inputs]), noise)
 
     def predict(self, prepared: _Prepared) -> list[_Drawn]:
-        """Draws what `prepare` returned."""
+        """Draws the images of prepared prompts."""
         vectors = self._text.predict(prepared.texts)
         texts = _filled(torch.from_numpy(np.stack([vector.values for vector in vectors])))
         noise = _filled(prepared.noise).to(self._device, non_blocking=True)
@@ -184,13 +186,13 @@ class ImageGenerator(ImageModel):
 
 
 def _filled(rows: Tensor) -> Tensor:
-    """Returns rows (N, …), the first repeated where they are few: matrix products of few rows sum in another order."""
+    """Returns at least 8 rows (N, …), the first repeated: matrix products of fewer rows sum in another order."""
     missing = max(0, _FEWEST_ROWS - len(rows))
     return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def draw_noise(seed: int, num_values: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Returns standard normal noise that follows from 64 bits alone: on any machine, in any batch.
+    """Returns standard normal noise that depends on 64 bits alone, on any machine and in any batch.
 
     The bits are the key of a counter-based generator (Philox, Salmon et al. 2011).
     """
@@ -199,10 +201,10 @@ def draw_noise(seed: int, num_values: int) -> np.ndarray[Any, np.dtype[np.float3
 
 
 def encode_pixels(pixels: Pixels, options: ImageOptions) -> bytes:
-    """Returns (H, W, 3) RGB as PNG or JPEG."""
+    """Encodes (H, W, 3) RGB as PNG or JPEG."""
     if options.image_format == "jpeg":
         return bytes(simplejpeg.encode_jpeg(pixels, options.quality, "RGB", "444"))
-    # the fastest that still compresses: what is drawn has few equal bytes
+    # The fastest settings that still compress: drawn images have few equal bytes
     settings = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
     done, encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), settings)
     if not done:

@@ -1,4 +1,4 @@
-"""The variational autoencoder (Kingma and Welling 2013), all of it told of the text (Sohn et al. 2015).
+"""The variational autoencoder (Kingma and Welling 2013), conditioned on the text (Sohn et al. 2015).
 
 N images, S side in pixels, T text vector, Z latent, L levels of detail.
 """
@@ -12,13 +12,13 @@ from torch.nn import functional
 from diptych.models.generation.generator import Condition, Generator, GeneratorConfig, Trunk
 
 _MAX_LOG_VARIANCE = 10.0
-# Of values from -1 to 1: an image is not known more exactly
+# The step between grey levels, of values from -1 to 1: no image is known more exactly
 _GREY_LEVEL = 1 / 127.5
 _MAX_LEVELS = 4
 
 
 class Encoder(nn.Module):
-    """Images and their texts to the latent's distribution."""
+    """Encodes images and their texts to the latent's distribution."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -30,18 +30,18 @@ class Encoder(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and logarithm of the variance, (N, Z) each, of (N, 3, S, S) and (N, T)."""
+        """Returns the mean and the logarithm of the variance, (N, Z) each, from (N, 3, S, S) and (N, T)."""
         grid = self.trunk(images).flatten(1)
         mean, log_variance = self.last(torch.cat([grid, self.condition(texts)], 1)).float().chunk(2, 1)
         return mean, log_variance.clamp(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)
 
 
 class ElboTerms(NamedTuple):
-    """What a bound is made of, over a batch.
+    """The terms of the evidence lower bound (ELBO), over a batch.
 
     Attributes:
-        errors: (L + 1,) mean squared errors of a sample by bands of detail, the finest first, of values from -1 to 1.
-        divergence: Kullback-Leibler divergence of the latent from the prior, in nats an image.
+        errors: (L + 1,) the mean squared error of each band of detail, the finest first, of values from -1 to 1.
+        divergence: The Kullback-Leibler divergence of the latent from the prior, in nats an image.
     """
 
     errors: Tensor
@@ -49,7 +49,7 @@ class ElboTerms(NamedTuple):
 
 
 class Vae(nn.Module):
-    """Generator and encoder. A generator without a prior of its own has the standard normal one."""
+    """A generator and an encoder. The prior is the generator's own, else the standard normal distribution."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -57,13 +57,13 @@ class Vae(nn.Module):
         self._levels = min(_MAX_LEVELS, len(config.grids))
 
     def forward(self, images: Tensor, texts: Tensor, noise: Tensor, text_only: bool = False) -> ElboTerms:
-        """Encodes images, and decodes a sample of what comes of it.
+        """Encodes images, and decodes a sample of their latents.
 
         Args:
             images: (N, 3, S, S), from -1 to 1.
-            texts: (N, T).
-            noise: (N, Z), standard normal: the sample's.
-            text_only: Leaves out encoder and prior: the latent is the noise, and only the text tells of the image.
+            texts: (N, T) text vectors.
+            noise: (N, Z), standard normal, for the sample.
+            text_only: Leave out encoder and prior: the latent is the noise, so only the text informs the image.
         """
         if text_only:
             latent, divergence = noise, noise.new_zeros(())
@@ -76,18 +76,18 @@ class Vae(nn.Module):
 
     def _divergence(self, mean: Tensor, log_variance: Tensor, texts: Tensor) -> Tensor:
         """Returns the mean divergence of normal distributions (N, Z) from the prior, in nats."""
-        wanted = wanted_log_variance = torch.zeros_like(mean)
+        prior_mean = prior_log_variance = torch.zeros_like(mean)
         if self.generator.prior is not None:
-            wanted, wanted_log_variance = self.generator.prior(texts)
-        off = ((mean - wanted).square() + log_variance.exp()) / wanted_log_variance.exp()  # (N, Z)
-        return (off - 1 + wanted_log_variance - log_variance).sum(1).mean() / 2
+            prior_mean, prior_log_variance = self.generator.prior(texts)
+        ratio = ((mean - prior_mean).square() + log_variance.exp()) / prior_log_variance.exp()  # (N, Z)
+        return (ratio - 1 + prior_log_variance - log_variance).sum(1).mean() / 2
 
 
 def squared_bands(images: Tensor, levels: int) -> Tensor:
     """Returns the mean squares (L + 1,) of the bands of images (N, C, S, S), by Haar's wavelets (Mallat 1989).
 
-    The finest band is what pairs of pixels differ by; the last is the mean of 2**L pixels square. They add up to the
-    mean square of the images.
+    The finest band holds the differences between neighbouring pixels; the last one holds the means of squares with a
+    side of 2**L pixels. They add up to the mean square of the images.
     """
     squares = []
     for _ in range(levels):
@@ -98,17 +98,17 @@ def squared_bands(images: Tensor, levels: int) -> Tensor:
 
 
 def vae_loss(bound: ElboTerms, num_values: int, divergence_weight: float = 1.0) -> Tensor:
-    """Returns minus the evidence lower bound, in nats a value, but for a constant and the weights.
+    """Returns the negative evidence lower bound, in nats per value, up to a constant and the weights of bands.
 
-    In each band the values are normal around the image that is decoded. Their scale is the one under which the batch
-    is likeliest (Rybkin et al. 2021, 4.2): so an edge counts much, though a noisy background hides it in the mean
-    square of all pixels. In the bound a band weighs as its share of the values; here as the square root of that,
-    because the few coarse values, which say what is where, would weigh next to nothing.
+    In each band the values are normally distributed around the decoded image, with the scale that makes the batch most
+    likely (Rybkin et al. 2021, 4.2). So an edge counts much, though a noisy background hides it in the mean square of
+    all pixels. The bound itself weighs a band by its share of the values. Here it is the square root of that share,
+    because the few coarse values, which give the layout of the image, would weigh next to nothing.
 
     Args:
-        bound: Of a batch.
-        num_values: Of an image: 3 * S * S.
-        divergence_weight: More makes the latent simpler, so that a draw from the prior is more like a latent.
+        bound: The terms of a batch.
+        num_values: The number of values of an image, 3 * S * S.
+        divergence_weight: The weight of the divergence: a higher one keeps latents closer to the prior.
     """
     levels = len(bound.errors) - 1
     shares = [3 / 4 ** (level + 1) for level in range(levels)] + [1 / 4**levels]

@@ -1,4 +1,4 @@
-"""Does an image show what its prompt says? A captioner describes it, and a text model compares the two texts."""
+"""Measures how well an image matches its prompt: a text model compares a captioner's caption with the prompt."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ from diptych.models.base import CaptionModel, Model, TextModel
 
 
 class ImageAndPrompt(NamedTuple):
-    """What is compared.
+    """An image and the prompt to compare it with.
 
     Attributes:
-        image: Encoded.
-        prompt: What it should show.
+        image: The encoded image.
+        prompt: The text that it should show.
     """
 
     image: bytes
@@ -21,11 +21,11 @@ class ImageAndPrompt(NamedTuple):
 
 
 class Match(NamedTuple):
-    """How near an image is to its prompt.
+    """The match of an image and its prompt.
 
     Attributes:
-        caption: What the captioner says of the image.
-        similarity: Cosine of the vectors of caption and prompt, -1 to 1; 0 where no word of one is known.
+        caption: The captioner's caption of the image.
+        similarity: The cosine of the vectors of caption and prompt, -1 to 1; 0 where no word of one is known.
     """
 
     caption: str
@@ -38,7 +38,7 @@ class _Prepared(NamedTuple):
 
 
 class Matcher(Model[ImageAndPrompt, Match]):
-    """A captioner and a text model."""
+    """Compares images with prompts by a captioner and a text model."""
 
     def __init__(self, captioner: CaptionModel, text: TextModel) -> None:
         self._captioner, self._text = captioner, text
@@ -46,23 +46,25 @@ class Matcher(Model[ImageAndPrompt, Match]):
         self.batch_size = captioner.batch_size
 
     def prepare(self, inputs: Sequence[ImageAndPrompt]) -> _Prepared:
-        """Decodes images, and tokenises prompts."""
+        """Decodes images and tokenises prompts."""
         images = self._captioner.prepare([item.image for item in inputs])
         return _Prepared(images, self._text.prepare([item.prompt for item in inputs]))
 
     def predict(self, prepared: _Prepared) -> list[Match]:
-        """Describes images, and compares."""
+        """Captions images and compares the captions with the prompts."""
         captions = [result.candidates[0] for result in self._captioner.predict(prepared.images)]
-        said = self._text.predict(self._text.prepare(captions))
-        asked = self._text.predict(prepared.prompts)
-        found = cosines([vector.values for vector in said], [vector.values for vector in asked])
-        return list(map(Match, captions, found.tolist()))
+        caption_vectors = self._text.predict(self._text.prepare(captions))
+        prompt_vectors = self._text.predict(prepared.prompts)
+        similarities = cosines(
+            [vector.values for vector in caption_vectors], [vector.values for vector in prompt_vectors]
+        )
+        return list(map(Match, captions, similarities.tolist()))
 
 
 def cosines(
     left: Sequence[np.ndarray[Any, Any]], right: Sequence[np.ndarray[Any, Any]]
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Returns the cosine of each pair of vectors, 0 where one is zero."""
+    """Returns the cosine of each pair of vectors (D,), or 0 where one of them is zero."""
     a, b = np.stack(left).astype(np.float64), np.stack(right).astype(np.float64)  # (N, D)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return np.divide((a * b).sum(1), norms, out=np.zeros(len(a)), where=norms > 0)

@@ -1,7 +1,7 @@
-"""Captions to tokens, as the COCO caption evaluation counts words.
+"""Splits captions into the tokens of the COCO caption evaluation.
 
-The evaluation cuts text with Stanford's PTBTokenizer (Java), lower-cases it and drops punctuation. This is the same
-from NLTK's tokenizer of that standard: on 36,000 captions of Flickr and COCO all but 8 come out equal.
+The evaluation splits text with Stanford's PTBTokenizer (Java), lower-cases it and drops punctuation. Here NLTK's
+tokenizer of the same standard does it: of 36,000 captions of Flickr and COCO all but 8 give the same tokens.
 """
 
 import re
@@ -10,23 +10,23 @@ import sys
 from nltk.tokenize.destructive import NLTKWordTokenizer
 
 _TOKENIZER = NLTKWordTokenizer()
-# The evaluation's list, with its brackets: it looks for `-LRB-` in text that has been lower-cased, and finds none
+# The evaluation's list, plus brackets: it means to drop those, but looks for `-LRB-` in lower-cased text
 _PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "(", ")", "[", "]", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
 _PLAIN = str.maketrans(
     {"‘": "'", "’": "'", "ʼ": "'", "“": '"', "”": '"', "„": '"', "–": " -- ", "—": " -- ", "…": " ... "}
 )
-# NLTK takes its input for one sentence, and keeps every full stop but the last; of a single letter it is no stop
+# NLTK takes its input for one sentence and splits off the last full stop only; one after a single letter is no stop
 _FULL_STOP = re.compile(r"(?<!\S)([^\s.]{2,})\.(?=\s)")
 _ABBREVIATIONS = frozenset(["dr", "etc", "ft", "jr", "mr", "mrs", "ms", "mt", "no", "sr", "st", "vs"])
 
 
 def tokenize(caption: str) -> list[str]:
-    """Returns the words of a caption in lower case: `A man's t-shirt.` gives `a`, `man`, `'s`, `t-shirt`."""
+    """Splits a caption into its words, in lower case: `A man's t-shirt.` gives `a`, `man`, `'s`, `t-shirt`."""
     text = _FULL_STOP.sub(_set_apart, caption.translate(_PLAIN))
     tokens = (token.lower() for token in _TOKENIZER.tokenize(text))
-    # interned: millions of tokens are a few thousand words
+    # Interned, because millions of tokens are a few thousand words
     return [sys.intern(token) for token in tokens if token not in _PUNCTUATION and token.strip(".")]
 
 

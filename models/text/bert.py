@@ -1,4 +1,4 @@
-"""Captions to vectors by a BERT-family encoder: its token vectors, pooled to one."""
+"""Turns captions into vectors by a BERT-family encoder, whose token vectors are pooled to one."""
 
 import functools
 import hashlib
@@ -25,7 +25,7 @@ from diptych.models.files.pretrained import (
     quiet_transformers,
     vocabulary_files,
 )
-from diptych.models.files.weights import digest
+from diptych.models.files.weights import model_digest
 from diptych.models.text.pooling import SentenceConfig, pool, read_sentence_config
 
 _BATCH_SIZE = {"cpu": 64, "cuda": 512}
@@ -34,18 +34,18 @@ _POOLING_OPTIONS = (None, "mean", "cls")
 
 
 class _Prepared(NamedTuple):
-    """Tokens, (B, T) each: `input_ids`, `attention_mask` and what else the model wants."""
+    """Tokens, (B, T) each: `input_ids`, `attention_mask` and any other input of the model."""
 
     tokens: dict[str, Tensor]
 
 
 class Bert(TextModel):
-    """A transformer encoder and the pooling that belongs to it.
+    """A transformer encoder and its pooling.
 
     Attributes:
-        device: Where it runs.
-        pooling: Ways of pooling, whose vectors are joined.
-        max_tokens: Longest input, special tokens included; what is longer is cut.
+        device: The device that it runs on.
+        pooling: The ways of pooling, whose vectors are concatenated.
+        max_tokens: The length of the longest input, special tokens included; longer ones are cut.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class Bert(TextModel):
         device: torch.device,
         digest: str,
     ) -> None:
-        """Makes the model of its loaded parts.
+        """Makes the model from its loaded parts.
 
         Args:
-            model: The encoder, of transformers.
-            tokenizer: Its tokenizer.
-            config: What the model says of pooling.
-            options: What the user says.
-            device: Where to run.
-            digest: Stands for the files and the options.
+            model: The encoder, a model of transformers.
+            tokenizer: The encoder's tokenizer.
+            config: The model's own configuration of pooling.
+            options: The user's options.
+            device: The device to run on.
+            digest: The digest of files and options.
         """
         self.device = device
         self.digest = digest
@@ -77,7 +77,7 @@ class Bert(TextModel):
         self._normalize = options.normalize
         self._prompt, self._lowercase = config.prompt, config.lowercase
         self._tokenizer = tokenizer
-        # a fast tokenizer keeps its cutting and padding in itself, so that two threads would borrow it at a time
+        # Fast tokenizers hold their truncation and padding as state, so two threads may not call one at a time
         self._tokenizer_lock = threading.Lock()
         try:
             self.dim = self.predict(self.prepare([""]))[0].values.shape[0]
@@ -89,30 +89,24 @@ class Bert(TextModel):
 
     @classmethod
     def load(cls, location: str, options: TextOptions, device: str = "auto") -> "Bert":
-        """Loads a model directory from anywhere, or a model of the Hugging Face hub.
+        """Loads a model's folder from anywhere, or a model of the Hugging Face hub.
 
-        Pooling is what the model's own sentence-transformers files say, else the user's choice, else the mean.
+        Pooling is that of the model's own sentence-transformers files, else the user's choice, else the mean.
 
         Args:
-            location: Path, fsspec URL, or name on the hub.
-            options: What is asked of the model.
+            location: A path, an fsspec URL, or a name on the hub.
+            options: The user's options.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
         Raises:
             ModelError: There is no such model or device, or it is damaged, of another kind, or kept as a pickle; or its
-                own pooling is not the one that is asked for.
+                own pooling is not the user's choice.
         """
         if options.pooling not in _POOLING_OPTIONS:
             raise ModelOptionError(f"`pooling` {options.pooling!r} is not known. Expected mean or cls.")
-        where = choose_device(device)
+        chosen = choose_device(device)
         folder = to_local_path(location, hub=True)
-        try:
-            config = read_sentence_config(folder)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(
-                f"The files of sentence-transformers in {folder} are damaged: {one_line(error, with_type=True)}. Fetch "
-                "the model again."
-            ) from error
+        config = read_sentence_config(folder)
         if options.pooling and config.pooling and config.pooling != (options.pooling,):
             raise ModelOptionError(
                 f"`pooling` {options.pooling} is not what {location} was trained with: its own files say "
@@ -123,31 +117,27 @@ class Bert(TextModel):
         with quiet_transformers():
             tokenizer = _load_tokenizer(config.transformer)
             model = _load_encoder(config.transformer)
-        num_rows = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > num_rows:
-            raise ModelError(
-                f"The vocabulary in {config.transformer} does not fit: the tokenizer has {len(tokenizer)} tokens, the "
-                f"model vectors for {num_rows}. Both must be of one training: fetch them again."
-            )
-        content = f"{digest(folder)} {options.pooling if not config.pooling else None} {options.normalize}"
+        _check_vocabulary(config.transformer, model, tokenizer)
+        pooling = None if config.pooling else options.pooling
+        content = f"{model_digest(folder)} {pooling} {options.normalize}"
         name = hashlib.sha256(content.encode()).hexdigest()[:16]
-        return cls(model, tokenizer, config, options, where, name)
+        return cls(model, tokenizer, config, options, chosen, name)
 
     def cost(self, item: str) -> int:
-        """Returns the length in characters: tokens are padded to the longest of a micro-batch."""
+        """Returns the length in characters: texts are padded to the longest of a micro-batch."""
         return len(item)
 
     def prepare(self, inputs: Sequence[str]) -> _Prepared:
-        """Turns texts into tokens."""
+        """Tokenises texts."""
         texts = [self._prompt + (text.lower() if self._lowercase else text) for text in inputs]
         with self._tokenizer_lock:
-            found = self._tokenizer(
+            tokens = self._tokenizer(
                 texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
             )
-        return _Prepared(dict(found))
+        return _Prepared(dict(tokens))
 
     def predict(self, prepared: _Prepared) -> list[TextVector]:
-        """Runs the encoder and pools."""
+        """Runs the encoder and pools its token vectors."""
         tokens = {name: tensor.to(self.device) for name, tensor in prepared.tokens.items()}
         with torch.inference_mode():
             with half_precision(self.device):
@@ -193,13 +183,22 @@ def _load_encoder(folder: Path) -> Any:
     return model
 
 
-def _max_tokens(model: Any, tokenizer: Any, asked: int | None) -> int:
-    """Returns the longest input that the model has positions for, or less where it is told to take less."""
-    limits = [asked or tokenizer.model_max_length]
+def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
+    num_rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_rows:
+        raise ModelError(
+            f"The vocabulary in {folder} does not fit: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"vectors for {num_rows}. Both must be of one training: fetch them again."
+        )
+
+
+def _max_tokens(model: Any, tokenizer: Any, configured: int | None) -> int:
+    """Returns the length of the longest input: the configured one, but no more than the model has positions for."""
+    limits = [configured or tokenizer.model_max_length]
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and positions > 0:
         table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-        # RoBERTa counts its positions from behind the padding's
+        # RoBERTa's positions begin after that of the padding
         padding = getattr(table, "padding_idx", None)
         limits.append(positions if padding is None else positions - padding - 1)
     return int(min(limits))

@@ -1,4 +1,4 @@
-"""What a sentence-transformers directory says of the way from token vectors to one vector, and that way itself."""
+"""Pools token vectors to one vector, as the folder of a sentence-transformers model configures it."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diptych.models.errors import ModelError, one_line
 from diptych.models.files.weights import load_state, read_tensors
 
-# In the order in which several are joined; the keys are those of files from before version 6.
+# The keys of files from before version 6, in the order in which the vectors of several are concatenated
 _OLD_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -31,15 +31,15 @@ _TRANSFORMER_CONFIGS = "sentence_*_config.json"
 
 
 class SentenceConfig(NamedTuple):
-    """How a model makes one vector of a sentence.
+    """The configuration of a sentence-transformers model.
 
     Attributes:
-        transformer: Folder of the transformer itself.
-        pooling: Ways of pooling, whose vectors are joined; None where the model says nothing.
-        steps: What is done to the pooled vector.
-        max_tokens: Longest input, special tokens included; None where the model says nothing.
-        lowercase: Text is lower-cased first.
-        prompt: Put before each text.
+        transformer: The folder of the transformer itself.
+        pooling: The ways of pooling, whose vectors are concatenated; None where the model configures none.
+        steps: The layers that the pooled vector passes through.
+        max_tokens: The length of the longest input, special tokens included; None where the model configures none.
+        lowercase: Whether text is lower-cased first.
+        prompt: The text put before each input.
     """
 
     transformer: Path
@@ -51,23 +51,33 @@ class SentenceConfig(NamedTuple):
 
 
 def read_sentence_config(folder: Path) -> SentenceConfig:
-    """Returns what the folder's `modules.json` and the files it names say; of a folder without, that it says nothing.
+    """Reads the folder's `modules.json` and the files that it names; a folder without one configures nothing.
 
     Raises:
-        ModelError: A file is damaged, or a module is of a kind that is not known here.
+        ModelError: A file is damaged, or a module is of an unknown kind.
     """
     if not (folder / "modules.json").exists():
         return SentenceConfig(folder, None, nn.Sequential())
+    try:
+        return _read_modules(folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"The files of sentence-transformers in {folder} are damaged: {one_line(error, with_type=True)}. Fetch the "
+            "model again."
+        ) from error
+
+
+def _read_modules(folder: Path) -> SentenceConfig:
     transformer, pooling, steps = folder, None, nn.Sequential()
     for module in _read_json(folder / "modules.json", list):
         kind = str(module["type"]).rpartition(".")[2]
-        place = folder / str(module.get("path", ""))
+        module_folder = folder / str(module.get("path", ""))
         if kind == "Transformer":
-            transformer = place
+            transformer = module_folder
         elif kind == "Pooling":
-            pooling = _read_pooling(place)
+            pooling = _read_pooling(module_folder)
         elif kind == "Dense":
-            steps.append(_Dense.read(place))
+            steps.append(_Dense.read(module_folder))
         elif kind == "Normalize":
             steps.append(_Normalize())
         elif kind != "Dropout":
@@ -75,8 +85,8 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
                 f"{folder} has a module {kind} between tokens and vector, which is not known. Expected Transformer, "
                 "Pooling, Dense and Normalize: use a model of those."
             )
-    found = sorted(transformer.glob(_TRANSFORMER_CONFIGS))
-    settings = _read_json(found[0], dict) if found else {}
+    configs = sorted(transformer.glob(_TRANSFORMER_CONFIGS))
+    settings = _read_json(configs[0], dict) if configs else {}
     return SentenceConfig(
         transformer,
         pooling,
@@ -96,8 +106,10 @@ def _read_pooling(folder: Path) -> tuple[str, ...]:
         modes = (named,) if isinstance(named, str) else tuple(named)
     unknown = [mode for mode in modes if mode not in _POOLINGS]
     if unknown or config.get("include_prompt") is False:
-        what = f"pooling {unknown[0]!r}" if unknown else "pooling without the prompt's tokens"
-        raise ModelError(f"{folder} asks for {what}, which is not known. Expected {', '.join(_POOLINGS)}.")
+        unsupported = f"pooling {unknown[0]!r}" if unknown else "pooling without the prompt's tokens"
+        raise ModelError(
+            f"{folder} asks for {unsupported}, which is not known. Expected {', '.join(_POOLINGS)}."
+        )
     return modes
 
 
@@ -110,22 +122,22 @@ def _read_prompt(folder: Path) -> str:
 
 def _read_json(path: Path, expected: type) -> Any:
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} cannot be read: {one_line(error)}. It is part of the model: fetch it again."
         ) from error
-    if not isinstance(found, expected):
+    if not isinstance(content, expected):
         raise ModelError(f"{path} is damaged: it holds no {expected.__name__}. Fetch the model again.")
-    return found
+    return content
 
 
 def pool(modes: Sequence[str], hidden: Tensor, mask: Tensor) -> Tensor:
-    """Returns one vector a sequence.
+    """Pools the token vectors of each sequence to one vector.
 
     Args:
-        modes: Ways of pooling; their vectors are joined.
-        hidden: (B, T, D) vectors of tokens, float32.
+        modes: The ways of pooling, whose vectors are concatenated.
+        hidden: (B, T, D) token vectors, float32.
         mask: (B, T), 1 at tokens, 0 at padding, which is on the right.
 
     Returns:
@@ -194,15 +206,16 @@ class _Dense(nn.Module):
         config = _read_json(folder / "config.json", dict)
         activation = str(config.get("activation_function", "torch.nn.Tanh")).rpartition(".")[2]
         if activation not in _ACTIVATIONS or config.get("use_residual"):
-            what = f"activation {activation}" if activation not in _ACTIVATIONS else "residual connection"
+            is_known = activation in _ACTIVATIONS
+            unsupported = "residual connection" if is_known else f"activation {activation}"
             raise ModelError(
-                f"{folder} asks for the {what}, which is not known. Expected {', '.join(_ACTIVATIONS)}."
+                f"{folder} asks for the {unsupported}, which is not known. Expected {', '.join(_ACTIVATIONS)}."
             )
         sizes = int(config["in_features"]), int(config["out_features"])
-        made = cls(*sizes, bool(config.get("bias", True)), activation)
-        load_state(made, read_tensors(folder / "model.safetensors"), str(folder))
-        return made
+        dense = cls(*sizes, bool(config.get("bias", True)), activation)
+        load_state(dense, read_tensors(folder / "model.safetensors"), str(folder))
+        return dense
 
     def forward(self, vectors: Tensor) -> Tensor:
-        found: Tensor = self.activation(self.linear(vectors))
-        return found
+        activated: Tensor = self.activation(self.linear(vectors))
+        return activated

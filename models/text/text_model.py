@@ -1,4 +1,4 @@
-"""A text model by its kind, for the jobs and for the models that are told of the text by one."""
+"""Loads text models by their kind, for the jobs and for the models that build on one."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,18 +11,18 @@ from diptych.models.names import TEXT_KINDS, ModelName
 
 
 def load_text_model(kind: str, location: str, options: TextOptions, device: str = "auto") -> TextModel:
-    """Returns a text model.
+    """Loads a text model.
 
     Args:
         kind: One of `TEXT_KINDS`.
-        location: Path, fsspec URL, or name on the Hugging Face hub.
-        options: What is asked of it.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`; word vectors are on the CPU.
+        location: A path, an fsspec URL, or a name on the Hugging Face hub.
+        options: The user's options.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; word vectors are always on the CPU.
 
     Raises:
         ModelError: It cannot be loaded, or is of another kind.
     """
-    # imported here: a job pays only for the libraries of its own model
+    # Imported here, so that a job loads the libraries of its own model only
     if kind == "word2vec":
         from diptych.models.text.word2vec import Word2Vec
 
@@ -40,13 +40,13 @@ LoadText = Callable[[str, str, TextOptions], TextModel]
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSource:
-    """The text model that another model was trained with, a part of its configuration.
+class TextModelRef:
+    """Names the text model that another model was trained with; a part of that model's configuration.
 
     Attributes:
         model: `KIND:LOCATION`; a local location is absolute.
-        digest: Of the text model with its options.
-        options: What was asked of it.
+        digest: The digest of the text model with its options.
+        options: The text model's options.
     """
 
     model: str
@@ -54,30 +54,30 @@ class TextSource:
     options: TextOptions
 
     @classmethod
-    def of(cls, model: str, options: TextOptions, digest: str) -> "TextSource":
-        """Returns the source of a text model that is loaded."""
+    def of(cls, model: str, options: TextOptions, digest: str) -> "TextModelRef":
+        """Returns the reference to a loaded text model."""
         name = ModelName.parse(model)
         return cls(redacted(f"{name.kind}:{absolute_if_there(name.location)}"), digest, options)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "TextSource":
-        """Returns what `dataclasses.asdict` made values of.
+    def from_json(cls, values: Mapping[str, Any]) -> "TextModelRef":
+        """Returns the reference that `dataclasses.asdict` turned into values.
 
         Raises:
-            TypeError: Values are missing, or foreign.
+            TypeError: Values are missing or unknown.
         """
         return cls(**{**values, "options": TextOptions(**values["options"])})
 
     def load(self, elsewhere: str | None, load_text: LoadText = load_text_model) -> TextModel:
-        """Returns the text model.
+        """Loads the text model.
 
         Args:
-            elsewhere: `KIND:LOCATION` where it lies now, or None where it lies as in training.
-            load_text: Gives the text model of a kind and a location.
+            elsewhere: `KIND:LOCATION` of its present place; None is its place at training.
+            load_text: Loads a text model by its kind and location.
 
         Raises:
             ModelError: It cannot be loaded, or has changed since.
-            ModelOptionError: What lies elsewhere is another.
+            ModelOptionError: `elsewhere` names another model.
         """
         kind, location = ModelName.parse(elsewhere or self.model)
         remedy = "Where it is elsewhere now, say so with `text_model` KIND:LOCATION, or train again."

@@ -1,4 +1,4 @@
-"""Captions to vectors by word vectors: the mean over the words that are known."""
+"""Turns captions into vectors: the mean of the vectors of their known words."""
 
 import functools
 import hashlib
@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,20 +28,17 @@ _ASCII_WORD = re.compile(r"[A-Za-z0-9]+(?:'[A-Za-z0-9]+)*")
 _BATCH_SIZE = 1024
 
 
-def tokenize(text: str) -> list[str]:
-    """Returns the words of a text, in lower case: the same ones in training and in use.
-
-    Words are those of `split_words`.
-    """
+def lowercase_words(text: str) -> list[str]:
+    """Returns the words of a text in lower case, split by `split_words`; training and inference share it."""
     return split_words(text, lowercase=True)
 
 
 def split_words(text: str, lowercase: bool = False) -> list[str]:
-    """Returns the words of a text, in the case that they have or in lower case.
+    """Splits a text into its words, in their own case or in lower case.
 
-    A word is a run of letters, digits and combining marks, apostrophes inside it included (`don't`); all else, hyphens
-    and underscores too, only divides words. Unicode is brought to its form NFKC, so that one word is spelt one way.
-    Scripts that write no spaces (Chinese, Thai) come out as long runs, of which few are known: they want `bert`.
+    A word is a run of letters, digits and combining marks, with apostrophes inside it (`don't`). All other characters,
+    hyphens and underscores included, separate words. Text is normalised to Unicode NFKC, so that a word is spelt in one
+    way. In scripts without spaces (Chinese, Thai) words are long runs, few of which are known: use `bert` for those.
     """
     if text.isascii():
         return _ASCII_WORD.findall(text.lower() if lowercase else text)
@@ -51,7 +48,7 @@ def split_words(text: str, lowercase: bool = False) -> list[str]:
 
 @functools.cache
 def _unicode_word() -> re.Pattern[str]:
-    # Python's \w leaves out combining marks, which would tear Hindi and Arabic words apart
+    # Python's \w does not match combining marks, so it would split Hindi and Arabic words
     marks = "".join(
         _ranges(code for code in range(0x300, sys.maxunicode) if unicodedata.category(chr(code))[0] == "M")
     )
@@ -60,7 +57,7 @@ def _unicode_word() -> re.Pattern[str]:
 
 
 def _ranges(codes: Iterator[int]) -> Iterator[str]:
-    """Yields the ranges of a character class that hold ascending codes."""
+    """Yields ascending codes as the ranges of a character class."""
     start = end = next(codes)
     for code in codes:
         if code != end + 1:
@@ -71,11 +68,11 @@ def _ranges(codes: Iterator[int]) -> Iterator[str]:
 
 
 class _Prepared(NamedTuple):
-    """Captions as rows of the table.
+    """Captions as rows of the table of vectors.
 
     Attributes:
-        rows: (N,) rows of all known words, one caption after the other.
-        lengths: (B,) known words of each caption.
+        rows: (N,) the rows of all known words, one caption after the other.
+        lengths: (B,) the number of known words of each caption.
     """
 
     rows: np.ndarray[Any, np.dtype[np.int64]]
@@ -90,7 +87,7 @@ class Word2Vec(TextModel):
     Attributes:
         words: The vocabulary, V words.
         vectors: (V, D) float32.
-        options: What was asked for.
+        options: The user's options.
     """
 
     def __init__(self, words: Sequence[str], vectors: Vectors, options: TextOptions | None = None) -> None:
@@ -99,10 +96,10 @@ class Word2Vec(TextModel):
         Args:
             words: V different words.
             vectors: (V, D) float32, all finite.
-            options: Pooling (only `mean`) and scaling.
+            options: The user's options; pooling may only be `mean`.
 
         Raises:
-            ModelError: The pooling is one that word vectors do not have.
+            ModelOptionError: The pooling is another.
         """
         self.options = options or TextOptions()
         if self.options.pooling not in (None, "mean"):
@@ -114,7 +111,7 @@ class Word2Vec(TextModel):
         self.vectors = vectors
         self.dim = int(vectors.shape[1])
         self.batch_size = _BATCH_SIZE
-        # of the content, not of files: the same vectors are the same model in whatever format they came
+        # A digest of the content rather than of files: the same vectors in another format are the same model
         content = hashlib.sha256("\0".join(self.words).encode("utf-8", "replace"))
         content.update(np.ascontiguousarray(vectors).data)
         content.update(f"{vectors.shape} mean normalize={self.options.normalize}".encode())
@@ -129,7 +126,7 @@ class Word2Vec(TextModel):
         Args:
             location: Path or fsspec URL: a folder of ours, a file (`diptych.models.text.word_vectors`), or a folder
                 with one such.
-            options: What is asked of the model.
+            options: The user's options.
 
         Raises:
             ModelError: There is no such model, or it is damaged or of another kind.
@@ -143,7 +140,7 @@ class Word2Vec(TextModel):
         return cls(*_read_own(path), options)
 
     def save(self, folder: Path) -> None:
-        """Writes the model as a folder; `config.json` comes last and makes it one.
+        """Writes the model as a folder, `config.json` last: a folder that has it is complete.
 
         Raises:
             ModelError: It cannot be written.
@@ -157,19 +154,20 @@ class Word2Vec(TextModel):
 
     def prepare(self, inputs: Sequence[str]) -> _Prepared:
         """Looks up the words of captions."""
-        look_up, split = (self._find, split_words) if self._has_capitals else (self._rows.get, tokenize)
-        found = [[row for row in map(look_up, split(text)) if row is not None] for text in inputs]
-        lengths = np.fromiter(map(len, found), np.int64, len(found))
-        rows = np.fromiter((row for caption in found for row in caption), np.int64, int(lengths.sum()))
+        row_of: Callable[[str], int | None] = self._find if self._has_capitals else self._rows.get
+        split = split_words if self._has_capitals else lowercase_words
+        captions = [[row for row in map(row_of, split(text)) if row is not None] for text in inputs]
+        lengths = np.fromiter(map(len, captions), np.int64, len(captions))
+        rows = np.fromiter((row for caption in captions for row in caption), np.int64, int(lengths.sum()))
         return _Prepared(rows, lengths)
 
     def _find(self, word: str) -> int | None:
-        """Returns the row of a word as it is written, else in lower case: others train on text with capitals."""
+        """Returns the row of a word as written, else in lower case: the vectors may be of text with capitals."""
         row = self._rows.get(word)
         return self._rows.get(word.lower()) if row is None else row
 
     def predict(self, prepared: _Prepared) -> list[TextVector]:
-        """Returns the means."""
+        """Returns the mean vector of each caption."""
         rows, lengths = prepared
         means = np.zeros((len(lengths), self.dim), np.float32)  # (B, D)
         known = lengths > 0
@@ -184,20 +182,18 @@ class Word2Vec(TextModel):
 
 
 def _only_file(folder: Path) -> Path:
-    found = sorted(
+    files = sorted(
         {file for pattern in _FILES for file in folder.glob(pattern) if not file.name.startswith(".")}
     )
-    if len(found) != 1:
-        what = (
-            f"several files of word vectors ({', '.join(file.name for file in found[:3])})"
-            if found
-            else "none"
-        )
+    if len(files) != 1:
+        content = "none"
+        if files:
+            content = f"several files of word vectors ({', '.join(file.name for file in files[:3])})"
         raise ModelError(
             f"{folder} should hold word vectors: expected a folder of `diptych train word2vec`, with its config.json, "
-            f"or one file of gensim's or word2vec's; there are {what}. Name the file itself."
+            f"or one file of gensim's or word2vec's; there are {content}. Name the file itself."
         )
-    return found[0]
+    return files[0]
 
 
 def _read_own(folder: Path) -> tuple[list[str], Vectors]:

@@ -1,7 +1,7 @@
-"""Files of word vectors that others wrote: gensim's own saves, and word2vec's text and binary formats.
+"""Reads word vectors that others wrote: gensim's own saves, and word2vec's text and binary formats.
 
-gensim saves are pickles. They are read by an unpickler that knows a fixed list of names and makes of each a plain
-container of our own: nothing of gensim's, NumPy's or anyone's code runs, whatever the file says.
+gensim saves are pickles. An unpickler reads them that knows a fixed list of names and replaces each by a plain
+container of this module. No code of gensim, NumPy or anyone else runs, whatever a file contains.
 """
 
 import codecs
@@ -35,7 +35,7 @@ class WordVectors(NamedTuple):
     """Words and their vectors.
 
     Attributes:
-        words: V words, no two the same.
+        words: V different words.
         vectors: (V, D) float32.
     """
 
@@ -44,12 +44,12 @@ class WordVectors(NamedTuple):
 
 
 def read_word_vectors(path: Path) -> WordVectors:
-    """Returns the word vectors of a file, whose format is told by its content.
+    """Reads the word vectors of a file, whose format is detected from its content.
 
-    A gensim save may have `.npy` files beside it, as gensim names them. Text may lack the header line, as GloVe's.
+    A gensim save may have `.npy` files beside it, as gensim names them. Text may lack the header line, as GloVe's does.
 
     Raises:
-        ModelError: It is none of these formats, damaged, or a pickle of anything but word vectors.
+        ModelError: The file is of another format, damaged, or a pickle of anything but word vectors.
     """
     try:
         with _open(path) as file:
@@ -57,50 +57,52 @@ def read_word_vectors(path: Path) -> WordVectors:
             first = file.readline(_LONGEST_LINE_BYTES)
             second = file.readline(_LONGEST_LINE_BYTES)
         if first.startswith(_FASTTEXT_MAGIC):
-            found = _read_fasttext(path)
+            vectors = _read_fasttext(path)
         elif magic == _PICKLE_MAGIC:
-            found = _read_gensim(path)
+            vectors = _read_gensim(path)
         else:
-            found = _read_word2vec(path, first.removeprefix(codecs.BOM_UTF8), second)
+            vectors = _read_word2vec(path, first.removeprefix(codecs.BOM_UTF8), second)
     except ModelError:
         raise
     except (MemoryError, EOFError, ValueError, OSError, zlib.error) as error:
         raise ModelError(
             f"{path} cannot be read: {one_line(error)}. Expected {_FORMATS}: fetch it again."
         ) from error
-    return _checked(path, found)
+    _check(path, *vectors)
+    return vectors
 
 
-def _checked(path: Path, found: WordVectors) -> WordVectors:
-    words, vectors = found
+def _check(path: Path, words: list[str], vectors: Vectors) -> None:
+    """Raises `ModelError` unless there is a finite vector for each word."""
     if vectors.ndim != 2 or not vectors.size or len(words) != len(vectors):
         raise ModelError(
             f"{path} is damaged: {len(words)} words, but vectors of shape {vectors.shape}. Fetch it again."
         )
-    whole = np.isfinite(vectors).all(axis=1)
-    if not whole.all():
-        word = words[int(np.argmin(whole))]
+    is_finite = np.isfinite(vectors).all(axis=1)
+    if not is_finite.all():
+        word = words[int(np.argmin(is_finite))]
         raise ModelError(f"{path}: the vector of {word!r} is not finite. Train again, or leave the word out.")
-    return found
 
 
 def _open(path: Path) -> Any:
     with open(path, "rb") as file:
-        packed = file.read(2) == _GZIP_MAGIC
-    return io.BufferedReader(gzip.open(path)) if packed else open(path, "rb")
+        is_gzip = file.read(2) == _GZIP_MAGIC
+    return io.BufferedReader(gzip.open(path)) if is_gzip else open(path, "rb")
 
 
 def _read_fasttext(path: Path) -> WordVectors:
-    """Reads the vectors of the words of fastText's own format; those of parts of words are left out."""
+    """Reads the word vectors of fastText's own format, without those of parts of words."""
     from gensim.models.fasttext import load_facebook_vectors
 
     try:
-        found = load_facebook_vectors(str(path))
-    except Exception as error:  # a damaged file may raise anything that its reader can
+        keyed_vectors = load_facebook_vectors(str(path))
+    except Exception as error:  # gensim raises what a damaged file leads to
         raise ModelError(
             f"{path} is damaged: {one_line(error)}. Expected {_FORMATS}: fetch it again."
         ) from error
-    return WordVectors(list(found.index_to_key), np.ascontiguousarray(found.vectors, np.float32))
+    return WordVectors(
+        list(keyed_vectors.index_to_key), np.ascontiguousarray(keyed_vectors.vectors, np.float32)
+    )
 
 
 def _read_word2vec(path: Path, first: bytes, second: bytes) -> WordVectors:
@@ -113,14 +115,14 @@ def _read_word2vec(path: Path, first: bytes, second: bytes) -> WordVectors:
         raise ModelError(f"{path} holds no word vectors. Expected {_FORMATS}.")
     from gensim.models import KeyedVectors
 
-    found = KeyedVectors.load_word2vec_format(str(path), binary=True, unicode_errors="replace")
-    # of a word that occurs more than once, the first vector counts, and there are places without a word at the end
-    words = [word for word in found.index_to_key if word is not None]
-    return WordVectors(words, np.ascontiguousarray(found.vectors[: len(words)], np.float32))
+    keyed_vectors = KeyedVectors.load_word2vec_format(str(path), binary=True, unicode_errors="replace")
+    # gensim keeps the first vector of a repeated word, and leaves a row without a word at the end for each repetition
+    words = [word for word in keyed_vectors.index_to_key if word is not None]
+    return WordVectors(words, np.ascontiguousarray(keyed_vectors.vectors[: len(words)], np.float32))
 
 
 def _is_text_row(line: bytes, dim: int) -> bool:
-    """Tells a line of a word and its numbers from the start of binary vectors."""
+    """Tells whether a line is a word and its numbers, rather than the start of binary vectors."""
     try:
         _, *numbers = line.rstrip(_BLANKS).rsplit(None, dim)
         return len([float(number) for number in numbers]) == dim > 0
@@ -129,9 +131,9 @@ def _is_text_row(line: bytes, dim: int) -> bool:
 
 
 def _read_text(path: Path, count: int | None, dim: int) -> WordVectors:
-    """Reads a word and its numbers a line, of which gensim would take too few numbers for granted.
+    """Reads text with a word and its numbers on each line; gensim would not notice a line with too few numbers.
 
-    Of a word that occurs more than once, the first vector counts, as in gensim. Blanks in a word are the word's.
+    The first vector of a repeated word counts, as in gensim. Words may contain blanks.
     """
     vectors: dict[str, Vectors] = {}
     num_lines = 0
@@ -154,7 +156,7 @@ def _read_text(path: Path, count: int | None, dim: int) -> WordVectors:
 
 def _read_gensim(path: Path) -> WordVectors:
     with _open(path) as file:
-        packed = not isinstance(file.raw, io.FileIO)
+        is_gzip = not isinstance(file.raw, io.FileIO)
         try:
             state = _Unpickler(file).load()
         except ModelError as error:
@@ -163,7 +165,7 @@ def _read_gensim(path: Path) -> WordVectors:
                 "Where you trust it, save its vectors from gensim: model.wv.save_word2vec_format('vectors.bin', "
                 "binary=True)."
             ) from error
-        except Exception as error:  # a damaged pickle may raise anything that its containers can
+        except Exception as error:  # a damaged pickle may raise anything that its containers raise
             raise ModelError(f"{path} is damaged: {one_line(error)}. Expected {_FORMATS}.") from error
     prefix = str(path)
     fields = _fields(state)
@@ -173,25 +175,25 @@ def _read_gensim(path: Path) -> WordVectors:
         (fields[name] for name in ("index_to_key", "index2word", "index2entity") if name in fields), None
     )
 
-    def array(name: str) -> Any:
+    def read_array(name: str) -> Any:
         if name in (fields.get("__numpys") or ()):
-            return _read_numpy(f"{prefix}.{name}", packed)
+            return _read_numpy(f"{prefix}.{name}", is_gzip)
         return fields[name].values if isinstance(fields.get(name), _Array) else None
 
-    arrays = (array(name) for name in ("vectors", "syn0"))
+    arrays = (read_array(name) for name in ("vectors", "syn0"))
     vectors = next((values for values in arrays if values is not None), None)
     if vectors is None and isinstance(words, list):
-        vectors = _subword_vectors(words, array("vectors_vocab"), array("vectors_ngrams"), fields)
+        vectors = _subword_vectors(words, read_array("vectors_vocab"), read_array("vectors_ngrams"), fields)
     if not isinstance(words, list) or vectors is None:
         raise ModelError(f"{path} is a save of gensim's, but holds no word vectors. Expected {_FORMATS}.")
     return WordVectors([str(word) for word in words], np.ascontiguousarray(vectors, np.float32))
 
 
 def _subword_vectors(words: list[Any], vocab: Any, ngrams: Any, fields: dict[Any, Any]) -> Any:
-    """Returns the vectors of the words of a FastText save, which holds them as their parts; None where it has none.
+    """Returns the word vectors of a FastText save, which holds the vectors of their parts; None where it does not.
 
-    A word's vector is the mean over its own and those of its character n-grams (Bojanowski et al. 2017), as gensim
-    makes it when it loads such a save.
+    A word's vector is the mean of its own and those of its character n-grams (Bojanowski et al. 2017), as gensim
+    computes it at loading.
     """
     shape = [fields.get(name) for name in ("min_n", "max_n", "bucket")]
     if (
@@ -211,18 +213,18 @@ def _subword_vectors(words: list[Any], vocab: Any, ngrams: Any, fields: dict[Any
     return vectors
 
 
-def _read_numpy(path: str, packed: bool) -> Any:
-    """Reads an array that gensim keeps in a file of its own."""
-    name = path + (".npz" if packed else ".npy")
+def _read_numpy(path: str, is_gzip: bool) -> Any:
+    """Reads an array that gensim saved in a file of its own."""
+    name = path + (".npz" if is_gzip else ".npy")
     if not os.path.exists(name):
         raise ModelError(
             f"{name} is not there. gensim saved the vectors in it: keep it beside the other file."
         )
-    found = np.load(name, allow_pickle=False)
-    if not packed:
-        return found
-    with found:
-        return found["val"]
+    content = np.load(name, allow_pickle=False)
+    if not is_gzip:
+        return content
+    with content:
+        return content["val"]
 
 
 def _fields(state: Any) -> dict[Any, Any]:
@@ -230,14 +232,14 @@ def _fields(state: Any) -> dict[Any, Any]:
 
 
 class _Object(dict):  # type: ignore[type-arg]
-    """Stands for any object or class of a save: takes every state and call, and does nothing with it."""
+    """Stands for any object or class of a save: accepts any state and call, and keeps fields only."""
 
     fields: dict[Any, Any]
 
     def __new__(cls, *args: Any) -> "_Object":
-        made = super().__new__(cls)
-        made.fields = {}
-        return made
+        instance = super().__new__(cls)
+        instance.fields = {}
+        return instance
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -258,7 +260,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for `numpy.ndarray`: arrays of numbers are built from their bytes, others are left empty."""
+    """Stands for `numpy.ndarray`: arrays of numbers are built from their bytes, others stay empty."""
 
     values: Any = None
 
@@ -270,19 +272,19 @@ class _Array:
         self.fill(data, dtype, shape, "F" if fortran else "C")
 
     def fill(self, data: Any, dtype: Any, shape: Any, order: str) -> None:
-        """Takes the values where they are numbers."""
+        """Sets the values where they are numbers."""
         if isinstance(dtype, _Dtype) and dtype.code in _NUMBERS and isinstance(data, bytes | bytearray):
             flat = np.frombuffer(data, dtype.order + dtype.code)
             self.values = flat.reshape(shape, order=order)  # type: ignore[call-overload]
 
 
 class _Buffer:
-    """Stands for the function of NumPy that newer protocols make arrays by."""
+    """Stands for NumPy's `_frombuffer`, by which newer protocols make arrays."""
 
     def __new__(cls, data: Any, dtype: Any, shape: Any, order: str, *args: Any) -> _Array:  # type: ignore[misc]
-        made = _Array()
-        made.fill(data, dtype, shape, order)
-        return made
+        array = _Array()
+        array.fill(data, dtype, shape, order)
+        return array
 
 
 class _Latin1:
@@ -293,16 +295,16 @@ class _Latin1:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads gensim saves; raises `ModelError` at the first name that does not belong in one."""
+    """Reads gensim saves; raises `ModelError` at the first name that is not in the list."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns the container that stands for a class or function."""
-        found = _NAMES.get((module.replace("numpy.core.", "numpy._core."), name))
-        if found is None and (module == "numpy.random" or module.startswith("numpy.random.")):
-            found = _Object
-        if found is None:
+        container = _NAMES.get((module.replace("numpy.core.", "numpy._core."), name))
+        if container is None and (module == "numpy.random" or module.startswith("numpy.random.")):
+            container = _Object
+        if container is None:
             raise ModelError(f"it names {module}.{name}")
-        return found
+        return container
 
 
 _GENSIM = {

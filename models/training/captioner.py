@@ -21,7 +21,7 @@ from diptych.models.captioning.vocabulary import PAD, Vocabulary
 from diptych.models.device import choose_device, training_precision
 from diptych.models.errors import ModelError
 from diptych.models.files.cache import to_local_path
-from diptych.models.files.weights import digest, read_tensors
+from diptych.models.files.weights import model_digest, read_tensors
 from diptych.models.metrics.caption_scores import score_captions
 from diptych.models.training.cache import CaptionCache, SplitRows, open_cache, open_splits
 from diptych.models.training.captioner_batches import BatchLoader, CaptionBatch, ImageEncoder
@@ -103,7 +103,7 @@ def _make_encoder(options: CaptionerTraining) -> tuple[Encoder, str]:
     if weights not in ("imagenet", "none"):
         path = to_local_path(weights)
         load_weights(encoder, read_tensors(path), str(path))
-        source += f" {digest(path)}"
+        source += f" {model_digest(path)}"
     elif weights == "imagenet":
         state = hashlib.sha256()
         for tensor in encoder.network.state_dict().values():

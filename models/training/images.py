@@ -15,7 +15,7 @@ from diptych.models.files.weights import write_tensors
 from diptych.models.generation.generator import Generator, GeneratorConfig
 from diptych.models.generation.image_generator import read_generator, save_generator
 from diptych.models.names import ModelName
-from diptych.models.text.text_model import TextSource, load_text_model
+from diptych.models.text.text_model import TextModelRef, load_text_model
 from diptych.models.training.cache import SplitRows, open_splits
 from diptych.models.training.data import CaptionData, History, OnProgress
 from diptych.models.training.image_batches import ImageData, open_image_data
@@ -85,13 +85,13 @@ def check_models(options: VaeTraining | GanTraining) -> None:
     make_generator(options, source, text.dim)
 
 
-def _load_text(options: VaeTraining | GanTraining, device: str) -> tuple[TextModel, TextSource]:
+def _load_text(options: VaeTraining | GanTraining, device: str) -> tuple[TextModel, TextModelRef]:
     kind, location = ModelName.parse(options.text_model)
     text = load_text_model(kind, location, TextOptions(), device)
-    return text, TextSource.of(options.text_model, TextOptions(), text.digest)
+    return text, TextModelRef.of(options.text_model, TextOptions(), text.digest)
 
 
-def make_generator(options: VaeTraining | GanTraining, source: TextSource, text_dim: int) -> Generator:
+def make_generator(options: VaeTraining | GanTraining, source: TextModelRef, text_dim: int) -> Generator:
     """Returns the generator that a training begins with.
 
     Raises:

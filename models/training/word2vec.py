@@ -19,7 +19,7 @@ import torch
 
 from diptych.models.base import TextOptions
 from diptych.models.errors import ModelError
-from diptych.models.text.word2vec import Word2Vec, tokenize
+from diptych.models.text.word2vec import Word2Vec, lowercase_words
 from diptych.models.text.word_vectors import Vectors
 from diptych.models.training.checkpoint import Checkpoint, Checkpoints
 from diptych.models.training.data import OnProgress, Progress
@@ -32,13 +32,13 @@ _REPORTED = 5000
 _NUM_PAIRS_AT_ONCE = 16_384
 _SAMPLING_POWER = 0.75
 
-Captions = Callable[[], Iterable[str]]
+ReadCaptions = Callable[[], Iterable[str]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def train_word2vec(
-    captions: Captions,
-    validation: Captions,
+    captions: ReadCaptions,
+    validation: ReadCaptions,
     output: Path,
     options: Word2VecTraining,
     on_progress: OnProgress,
@@ -102,11 +102,11 @@ class _Vocabulary(NamedTuple):
     num_words: int
 
 
-def _count_words(captions: Captions, min_count: int, on_progress: OnProgress) -> _Vocabulary:
+def _count_words(captions: ReadCaptions, min_count: int, on_progress: OnProgress) -> _Vocabulary:
     counter: Counter[str] = Counter()
     num_captions = num_words = 0
     for caption in captions():
-        words = tokenize(caption)
+        words = lowercase_words(caption)
         counter.update(words)
         num_captions += 1
         num_words += len(words)
@@ -152,7 +152,7 @@ def _alphas(epoch: int, options: Word2VecTraining) -> tuple[float, float]:
 
 def _train_epoch(
     trainer: Any,
-    captions: Captions,
+    captions: ReadCaptions,
     vocabulary: _Vocabulary,
     epoch: int,
     options: Word2VecTraining,
@@ -176,7 +176,7 @@ def _train_epoch(
 class _Corpus:
     """Captions as gensim reads them: in a thread of its own, where an exception would leave it waiting for ever."""
 
-    def __init__(self, captions: Captions, on_caption: Callable[[int], None]) -> None:
+    def __init__(self, captions: ReadCaptions, on_caption: Callable[[int], None]) -> None:
         self._captions = captions
         self._on_caption = on_caption
         self._error: BaseException | None = None
@@ -186,7 +186,7 @@ class _Corpus:
             for ordinal, caption in enumerate(self._captions()):
                 if ordinal % _REPORTED == 0:
                     self._on_caption(ordinal)
-                yield tokenize(caption)
+                yield lowercase_words(caption)
         except Exception as error:
             self._error = error
 
@@ -269,13 +269,13 @@ class _Loss(NamedTuple):
     targets: Ids
 
     @classmethod
-    def of(cls, captions: Captions, trainer: Any, options: Word2VecTraining) -> "_Loss":
+    def of(cls, captions: ReadCaptions, trainer: Any, options: Word2VecTraining) -> "_Loss":
         """Collects the pairs of the first captions."""
         rows = trainer.wv.key_to_index
         contexts: list[list[int]] = []
         words: list[int] = []
         for caption in islice(captions(), _NUM_SCORED):
-            known = [rows[word] for word in tokenize(caption) if word in rows]
+            known = [rows[word] for word in lowercase_words(caption) if word in rows]
             for place, word in enumerate(known):
                 around = (
                     known[max(0, place - options.window) : place]

@@ -26,7 +26,7 @@ from diptych.models.captioning.vocabulary import Vocabulary
 from diptych.models.generation.generator import Generator, GeneratorConfig
 from diptych.models.generation.image_generator import save_generator
 from diptych.models.spec import ModelSpec
-from diptych.models.text.text_model import TextSource
+from diptych.models.text.text_model import TextModelRef
 from diptych.models.text.word2vec import Word2Vec
 from diptych.pipelines.caption import caption
 from diptych.pipelines.cli import main
@@ -71,7 +71,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
     vectors = np.random.default_rng(0).standard_normal((len(names), 4)).astype(np.float32)
     words = Word2Vec(names, vectors)
     words.save(home / "words")
-    source = TextSource.of(f"word2vec:{home / 'words'}", TextOptions(), words.digest)
+    source = TextModelRef.of(f"word2vec:{home / 'words'}", TextOptions(), words.digest)
     config = GeneratorConfig(size_px=16, text_dim=4, latent_dim=3, condition_dim=4, channels=4)
     save_generator(home / "vae", "vae", Generator(config), source)
     vocabulary = Vocabulary.build(dict.fromkeys(names, 1), 1)

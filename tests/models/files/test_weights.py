@@ -11,8 +11,8 @@ import torch
 
 from diptych.models.errors import ModelError
 from diptych.models.files.weights import (
-    digest,
     load_state,
+    model_digest,
     read_config,
     read_tensors,
     write_file,
@@ -29,19 +29,19 @@ class TestDigest:
         return tmp_path
 
     def test_it_follows_content_and_names(self, folder, tmp_path_factory):
-        before = digest(folder)
+        before = model_digest(folder)
         assert len(before) == 16
         assert int(before, 16) >= 0
         copy = tmp_path_factory.mktemp("copy") / "elsewhere"
         shutil.copytree(folder, copy)
-        assert digest(copy) == before
+        assert model_digest(copy) == before
         (copy / "sub" / "vocab.txt").write_text("other")
-        assert digest(copy) != before
+        assert model_digest(copy) != before
         (folder / "config.json").rename(folder / "configs.json")
-        assert digest(folder) != before
+        assert model_digest(folder) != before
 
     def test_what_is_beside_a_model_is_not_in_it(self, folder):
-        before = digest(folder)
+        before = model_digest(folder)
         (folder / ".cache").mkdir()
         for name in (
             "README.md",
@@ -53,17 +53,17 @@ class TestDigest:
             "x.bin",
         ):
             (folder / name).write_text("x")
-        assert digest(folder) == before
+        assert model_digest(folder) == before
 
     def test_names_limit_it(self, folder):
-        before = digest(folder, ["config.json"])
+        before = model_digest(folder, ["config.json"])
         (folder / "model.safetensors").write_text("other")
-        assert digest(folder, ["config.json"]) == before
+        assert model_digest(folder, ["config.json"]) == before
         with pytest.raises(ModelError, match=r"none\.json cannot be read"):
-            digest(folder, ["none.json"])
+            model_digest(folder, ["none.json"])
 
     def test_of_a_file(self, folder):
-        assert digest(folder / "config.json") == digest(folder, ["config.json"])
+        assert model_digest(folder / "config.json") == model_digest(folder, ["config.json"])
 
 
 class TestReadConfig:

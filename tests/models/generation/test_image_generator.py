@@ -18,7 +18,7 @@ from diptych.models.generation.image_generator import (
     encode_pixels,
     save_generator,
 )
-from diptych.models.text.text_model import TextSource
+from diptych.models.text.text_model import TextModelRef
 from diptych.models.text.word2vec import Word2Vec
 
 WORDS = ["red", "blue", "square", "circle"]
@@ -43,7 +43,9 @@ def folder(tmp_path, text):
     generator = Generator(CONFIG)
     with torch.no_grad():
         generator.last.weight.mul_(20)  # pictures that differ
-    source = TextSource.of(f"word2vec:{text}", TextOptions(), Word2Vec.load(str(text), TextOptions()).digest)
+    source = TextModelRef.of(
+        f"word2vec:{text}", TextOptions(), Word2Vec.load(str(text), TextOptions()).digest
+    )
     save_generator(tmp_path / "model", "gan", generator, source)
     return tmp_path / "model"
 

@@ -52,7 +52,7 @@ class Image(NamedTuple):
     num_others: int = 0
 
 
-class Captions(NamedTuple):
+class CaptionColumn(NamedTuple):
     """The captions of some rows.
 
     Attributes:
@@ -112,10 +112,10 @@ def keys(batch: pa.RecordBatch, column: str | None) -> list[str]:
     return texts
 
 
-def captions(batch: pa.RecordBatch, column: str | None) -> Captions:
+def captions(batch: pa.RecordBatch, column: str | None) -> CaptionColumn:
     """Returns the captions of each row."""
     if column is None:
-        return Captions([[] for _ in range(batch.num_rows)], {}, {})
+        return CaptionColumn([[] for _ in range(batch.num_rows)], {}, {})
     array = _caption_array(_column(batch, column))
     problems = {}
     if _num_bytes(array) > MAX_TEXT_BYTES:
@@ -267,7 +267,7 @@ def _num_bytes(array: pa.Array) -> int:
     return int(pc.sum(lengths.take(flat.indices)).as_py() or 0) + 4 * len(flat)
 
 
-def _captions(rows: list[Any], problems: dict[int, str]) -> Captions:
+def _captions(rows: list[Any], problems: dict[int, str]) -> CaptionColumn:
     texts, num_not_utf8 = [], {}
     for index, row in enumerate(rows):
         items = row if isinstance(row, list) else [row]
@@ -276,7 +276,7 @@ def _captions(rows: list[Any], problems: dict[int, str]) -> Captions:
             if number:
                 num_not_utf8[index] = number
         texts.append([text for text in items if text and text.strip()])
-    return Captions(texts, num_not_utf8, problems)
+    return CaptionColumn(texts, num_not_utf8, problems)
 
 
 def _as_texts(items: list[Any]) -> tuple[list[str | None], int]:
