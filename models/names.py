@@ -7,6 +7,17 @@ from typing import NamedTuple
 TEXT_KINDS = ("word2vec", "bert")
 CAPTION_KINDS = ("cnn-lstm", "cnn-rnn", "hf")
 IMAGE_KINDS = ("vae", "gan", "diffusers")
+LIBRARIES = {
+    "word2vec": (),
+    "bert": ("torch", "transformers"),
+    "cnn-lstm": ("torch", "torchvision", "timm"),
+    "cnn-rnn": ("torch", "torchvision", "timm"),
+    "hf": ("torch", "transformers"),
+    "vae": ("torch",),
+    "gan": ("torch",),
+    "diffusers": ("torch", "diffusers", "transformers"),
+}
+"""The libraries, by kind, whose versions decide what a model makes."""
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 

@@ -9,10 +9,9 @@ from typing import Any, cast
 import apache_beam as beam
 
 from diptych.models.base import ImageModel, ImageOptions, TextOptions
-from diptych.models.names import ModelName
+from diptych.models.names import LIBRARIES, ModelName
 from diptych.models.spec import MatchOptions, ModelSpec
 from diptych.pipelines.lifecycle.model_job import (
-    LIBRARIES,
     Branch,
     ChunkTransform,
     load_here,

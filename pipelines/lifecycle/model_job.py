@@ -12,6 +12,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from diptych.models.base import Model
 from diptych.models.errors import ModelError, ModelOptionError
 from diptych.models.files.location import redacted
+from diptych.models.names import LIBRARIES
 from diptych.models.spec import MatchOptions, ModelSpec, load_model
 from diptych.pipelines.lifecycle.launch import DatasetSpec, Job, finish_job, launch, source_options
 from diptych.pipelines.lifecycle.output_folder import refuse_overlap
@@ -33,19 +34,6 @@ from diptych.transforms.sources.open import open_source, output_of
 from diptych.transforms.sources.sharded.parquet import ParquetSource
 from diptych.transforms.sources.sharded.prepared_captions import TextSource
 from diptych.transforms.storage import is_same_place
-
-# Libraries that decide what a model of a kind gives
-LIBRARIES = {
-    "word2vec": (),
-    "bert": ("torch", "transformers"),
-    "cnn-lstm": ("torch", "torchvision", "timm"),
-    "cnn-rnn": ("torch", "torchvision", "timm"),
-    "hf": ("torch", "transformers"),
-    "vae": ("torch",),
-    "gan": ("torch",),
-    "diffusers": ("torch", "diffusers", "transformers"),
-}
-
 
 ChunkTransform = beam.PTransform[PCollection[Chunk], PCollection[Chunk]]
 
